@@ -1,0 +1,45 @@
+"""HSTU attention as one reads it in the paper: all scores at once. The oracle of every fast kernel."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.jagged import Jagged
+
+
+def visible(intervals: Tensor, key_positions: Tensor) -> Tensor:
+    """Which keys each query sees: int32 [Tq, 4], int32 [Tk] -> bool [Tq, Tk]."""
+    a0, a1, b0, b1 = intervals[:, :, None].unbind(1)
+    in_a = (key_positions >= a0) & (key_positions < a1)
+    in_b = (key_positions >= b0) & (key_positions < b1)
+    return in_a | in_b
+
+
+def naive_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    queries: Jagged,
+    keys: Jagged,
+    intervals: Tensor,
+    alpha: float,
+    scale: float,
+) -> Tensor:
+    """out_i = scale * sum_j silu(alpha * q_i . k_j) v_j over visible j (arXiv 2402.17152, eq. 2).
+
+    Shapes and dtypes as in `kernels.attention.hstu_attention`; differentiable through autograd.
+    Materialises [H, Tq, Tk] scores for one sequence at a time.
+    """
+    compute = torch.promote_types(q.dtype, torch.float32)
+    q_offsets, k_offsets = queries.offsets.tolist(), keys.offsets.tolist()
+    outs = [scale * torch.einsum("qhd,khd,khe->qhe", q[:0], k[:0], v[:0]).to(compute)]
+    for b in range(queries.num_sequences):
+        q_rows = slice(q_offsets[b], q_offsets[b + 1])
+        k_rows = slice(k_offsets[b], k_offsets[b + 1])
+        scores = alpha * torch.einsum("qhd,khd->hqk", q[q_rows].to(compute), k[k_rows].to(compute))
+        weights = F.silu(scores) * visible(intervals[q_rows], keys.positions[k_rows])
+        outs.append(scale * torch.einsum("hqk,khd->qhd", weights, v[k_rows].to(compute)))
+    return torch.cat(outs).to(q.dtype)

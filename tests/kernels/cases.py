@@ -1,0 +1,65 @@
+"""Random jagged batches and masks for the kernel tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.jagged import Jagged
+from kernels.masks import hstu_intervals, semi_local_intervals
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch's lengths and one mask over it."""
+
+    lengths: Tensor
+    num_targets: Tensor
+    num_contextual: int
+    window: int = 0
+    full_suffix: int = 0
+    local: int = 0  # > 0: semi-local
+    prefix: int = 0
+
+    def intervals(self, queries: Jagged) -> Tensor:
+        if self.local:
+            return semi_local_intervals(
+                queries,
+                self.lengths,
+                self.num_targets,
+                num_contextual=self.num_contextual,
+                local=self.local,
+                prefix=self.prefix,
+            )
+        return hstu_intervals(
+            queries,
+            self.lengths,
+            self.num_targets,
+            num_contextual=self.num_contextual,
+            window=self.window,
+            full_suffix=self.full_suffix,
+        )
+
+
+@st.composite
+def cases(draw: st.DrawFn, max_length: int = 40, max_sequences: int = 5) -> Case:
+    contextual = draw(st.integers(0, 4))
+    lengths, targets = [], []
+    for _ in range(draw(st.integers(0, max_sequences))):
+        target = draw(st.integers(0, 5))
+        history = draw(st.one_of(st.just(0), st.just(1), st.integers(0, max_length)))
+        lengths.append(0 if history == 0 and draw(st.booleans()) else contextual + history + target)
+        targets.append(target if lengths[-1] else 0)
+    semi_local = draw(st.booleans())
+    return Case(
+        lengths=torch.tensor(lengths, dtype=torch.int32),
+        num_targets=torch.tensor(targets, dtype=torch.int32),
+        num_contextual=contextual,
+        window=draw(st.sampled_from([0, 1, 2, 7, 100])),
+        full_suffix=draw(st.sampled_from([0, 1, 3, 100])),
+        local=draw(st.integers(1, 12)) if semi_local else 0,
+        prefix=draw(st.integers(0, 10)),
+    )

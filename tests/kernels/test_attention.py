@@ -1,0 +1,104 @@
+"""Blockwise attention against the naive reference, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels.blockwise
+from kernels.attention import attention_forward, hstu_attention
+from kernels.jagged import Jagged
+from tests.kernels.cases import Case, cases
+
+
+def inputs(rows: int, heads: int, dqk: int, dv: int, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(rows)
+    return [
+        torch.randn(rows, heads, d, generator=generator, dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+        for d in (dqk, dqk, dv, dv)
+    ]
+
+
+@given(case=cases(), heads=st.integers(1, 3), dqk=st.integers(1, 5), dv=st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_blockwise_equals_naive(case: Case, heads: int, dqk: int, dv: int) -> None:
+    whole = Jagged.whole(case.lengths)
+    *qkv, dout = inputs(whole.num_rows, heads, dqk, dv)
+    mask = dict(queries=whole, keys=whole, intervals=case.intervals(whole), alpha=0.7, scale=0.3)
+    block, kernels.blockwise.BLOCK = kernels.blockwise.BLOCK, 8  # several tiles a sequence
+    try:
+        results = {}
+        for backend in ("naive", "blockwise"):
+            out = hstu_attention(*qkv, **mask, backend=backend)
+            results[backend] = [out, *torch.autograd.grad(out, qkv, dout.detach())]
+    finally:
+        kernels.blockwise.BLOCK = block
+    for got, want in zip(results["blockwise"], results["naive"], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@given(case=cases(), parts=st.integers(1, 4))
+@settings(max_examples=30, deadline=None)
+def test_disjoint_key_sets_add_up(case: Case, parts: int) -> None:
+    """What a ring relies on: the sum over parts of the keys is the whole."""
+    whole = Jagged.whole(case.lengths)
+    q, k, v, _ = (x.detach() for x in inputs(whole.num_rows, 2, 3, 3))
+    mask = dict(queries=whole, intervals=case.intervals(whole), alpha=0.7, scale=0.3)
+    want = attention_forward(q, k, v, keys=whole, **mask)
+    got = torch.zeros_like(want)
+    for part in range(parts):
+        keep = whole.positions % parts == part
+        counts = torch.zeros(len(case.lengths), dtype=torch.int32)
+        counts.index_add_(0, whole.sequence_ids(), keep.to(torch.int32))
+        keys = Jagged(Jagged.whole(counts).offsets, whole.positions[keep])
+        attention_forward(q, k[keep], v[keep], keys=keys, **mask, out=got)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_low_precision_inputs_accumulate_in_float32() -> None:
+    lengths = torch.tensor([300], dtype=torch.int32)
+    whole = Jagged.whole(lengths)
+    case = Case(lengths, torch.zeros_like(lengths), 0)
+    q, k, v, _ = inputs(300, 2, 16, 16, torch.bfloat16)
+    mask = dict(queries=whole, keys=whole, intervals=case.intervals(whole), alpha=0.25, scale=0.01)
+    got = attention_forward(q.detach(), k.detach(), v.detach(), **mask)
+    want = hstu_attention(q.double(), k.double(), v.double(), **mask, backend="naive")
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda a: a.update(q=a["q"][0]), "q: want"),
+        (lambda a: a.update(k=a["k"].half()), "k: dtype"),
+        (lambda a: a.update(k=a["k"][..., :2]), "k: head dim"),
+        (lambda a: a.update(v=a["v"][:-1]), "v: "),
+        (lambda a: a.update(v=a["v"][:, :1]), "v: 1 heads"),
+        (lambda a: a.update(intervals=a["intervals"].long()), "intervals"),
+        (lambda a: a.update(intervals=a["intervals"][:-1]), "intervals"),
+        (lambda a: a.update(keys=Jagged.whole(torch.tensor([2, 3, 5]))), "keys"),
+        (lambda a: a.update(keys=Jagged.whole(torch.tensor([9]))), "keys"),
+        (lambda a: a.update(backend="fastest"), "backend"),
+    ],
+)
+def test_errors_name_the_argument(change, name: str) -> None:
+    whole = Jagged.whole(torch.tensor([4, 6], dtype=torch.int32))
+    q, k, v, _ = inputs(10, 2, 4, 4)
+    arguments = dict(
+        q=q,
+        k=k,
+        v=v,
+        queries=whole,
+        keys=whole,
+        intervals=torch.zeros(10, 4, dtype=torch.int32),
+        alpha=1.0,
+        scale=1.0,
+    )
+    change(arguments)
+    with pytest.raises(ValueError, match=name):
+        hstu_attention(**arguments)
