@@ -1,0 +1,55 @@
+"""One user's history as every source yields it, and what is known of a whole data set."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Events oldest first. All arrays int64.
+
+    contextual: [c], one id per contextual feature, each in its own vocabulary.
+    items, actions, timestamps: [n]; unix seconds, not decreasing.
+    candidates: [t] item ids to rank, none for retrieval.
+    candidate_labels: [t]; bit i is the label of the data set's task i.
+    request_time: unix seconds at which the candidates are ranked.
+    """
+
+    contextual: Ids
+    items: Ids
+    actions: Ids
+    timestamps: Ids
+    candidates: Ids
+    candidate_labels: Ids
+    request_time: int
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Vocabularies. Ids run from 0 to size - 1. Written as dataset.json beside the Parquet files."""
+
+    num_items: int
+    num_actions: int
+    contextual: dict[str, int] = field(default_factory=dict)  # feature -> vocabulary size, in order
+    tasks: list[str] = field(default_factory=list)  # names of the binary tasks, bit 0 first
+
+    @staticmethod
+    def load(path: Path) -> DatasetInfo:
+        file = path / "dataset.json"
+        if not file.is_file():
+            raise ValueError(f"data.path={str(path)!r}: no dataset.json there; gr-train prepare makes it")
+        try:
+            return DatasetInfo(**json.loads(file.read_text()))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{file}: {error}") from error
+
+    def save(self, path: Path) -> None:
+        (path / "dataset.json").write_text(json.dumps(asdict(self), indent=2) + "\n")

@@ -1,0 +1,39 @@
+"""A batch of jagged token features, as a reader makes it and before it is cut into shards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class JaggedBatch:
+    """B whole sequences on the host. Everything a loss needs travels as a token feature.
+
+    lengths: int32 [B], tokens per sequence: contextual, then history, then targets.
+    num_targets: int32 [B], how many of them are targets.
+    tokens: name -> int64 [T] with T = lengths.sum(), rows of the sequences concatenated.
+    """
+
+    lengths: Tensor
+    num_targets: Tensor
+    tokens: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        total = int(self.lengths.sum())
+        for name, x in self.tokens.items():
+            if x.dtype != torch.int64 or x.shape != (total,):
+                raise ValueError(
+                    f"tokens[{name!r}]: want int64 [{total}], the sum of lengths, "
+                    f"got {x.dtype} {tuple(x.shape)}"
+                )
+        if self.num_targets.shape != self.lengths.shape:
+            raise ValueError(f"num_targets: want shape {tuple(self.lengths.shape)} like lengths")
+        if bool((self.num_targets > self.lengths).any()):
+            raise ValueError("num_targets: a sequence has more targets than tokens")
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
