@@ -1,0 +1,52 @@
+"""Attention over a cp group: every rank holds a shard of each sequence. The choice of exchange."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kernels.attention import hstu_attention
+from parallel.exchange.all_gather import all_gather_attention
+from parallel.exchange.ring import ring_attention
+from parallel.shard import Shard
+
+EXCHANGES = {"ring": ring_attention, "all_gather": all_gather_attention}
+
+
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    shard: Shard,
+    intervals: Tensor,
+    alpha: float,
+    scale: float,
+    exchange: str = "ring",
+    backend: str = "auto",
+) -> Tensor:
+    """`kernels.attention.hstu_attention` as if the cp group were one device.
+
+    q, k: [rows of this rank, H, Dqk]; v: [rows, H, Dv], in the order of shard.rows.
+    intervals: int32 [rows, 4], of this rank's queries over *whole* sequences.
+    exchange: one of EXCHANGES; results do not depend on it but for the order of float32 sums.
+    backend: the attention kernel.
+    Returns [rows, H, Dv] in q's dtype. Differentiable: gradients of k and v come home summed over
+    the group. Every rank of the group must call it, with however few rows.
+    """
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange: {exchange!r} is not one of {', '.join(EXCHANGES)}")
+    if shard.cp_size > 1:
+        return EXCHANGES[exchange](
+            q, k, v, shard=shard, intervals=intervals, alpha=alpha, scale=scale
+        )
+    return hstu_attention(
+        q,
+        k,
+        v,
+        queries=shard.device_rows,
+        keys=shard.device_rows,
+        intervals=intervals,
+        alpha=alpha,
+        scale=scale,
+        backend=backend,
+    )

@@ -1,0 +1,1 @@
+"""Embedding tables, sharded over all processes by TorchRec: tables, plans, lookups."""

@@ -1,0 +1,76 @@
+"""The process mesh: dp groups of cp processes. One object owns the groups and checks the degrees.
+
+Ranks of a cp group are neighbours (cp is the fastest axis), so that they share a node when they can.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Axes ("dp", "cp") over all processes. Embedding tables and DDP span both."""
+
+    device_mesh: DeviceMesh
+    device: torch.device
+    world: dist.ProcessGroup
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def size(self) -> int:
+        return self.device_mesh.size()
+
+    @property
+    def dp(self) -> int:
+        return self.device_mesh.size(0)
+
+    @property
+    def cp(self) -> int:
+        return self.device_mesh.size(1)
+
+    @property
+    def cp_group(self) -> dist.ProcessGroup:
+        return self.device_mesh.get_group("cp")
+
+
+def local_device() -> torch.device:
+    """This process's device: its own GPU where there are GPUs, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def build_mesh(*, dp: int, cp: int, device: torch.device, timeout_s: int = 600) -> Mesh:
+    """Start the process groups (environment as torchrun sets it) and lay the mesh over them.
+
+    CPU tensors travel over gloo and GPU tensors over NCCL, in every group: the host trades lengths
+    without waiting for the GPU. Raises ValueError if dp * cp is not the number of processes.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if dp * cp != world_size:
+        raise ValueError(f"dp={dp} times cp={cp} is not the {world_size} processes of this job")
+    backend = "gloo"
+    if device.type == "cuda":
+        if torch.cuda.device_count() <= (device.index or 0):
+            raise ValueError(
+                f"local rank {device.index} has no GPU: this machine has "
+                f"{torch.cuda.device_count()}; start at most that many processes on it"
+            )
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    device_mesh = init_device_mesh(device.type, (dp, cp), mesh_dim_names=("dp", "cp"))
+    world = dist.group.WORLD
+    assert world is not None
+    return Mesh(device_mesh, device, world)
