@@ -34,7 +34,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """Vocabularies. Ids run from 0 to size - 1. Written as dataset.json beside the Parquet files."""
+    """Vocabularies: ids run from 0 to size - 1. Stored as dataset.json beside Parquet files."""
 
     num_items: int
     num_actions: int
@@ -45,7 +45,9 @@ class DatasetInfo:
     def load(path: Path) -> DatasetInfo:
         file = path / "dataset.json"
         if not file.is_file():
-            raise ValueError(f"data.path={str(path)!r}: no dataset.json there; gr-train prepare makes it")
+            raise ValueError(
+                f"data.path={str(path)!r}: no dataset.json there; gr-train prepare makes it"
+            )
         try:
             return DatasetInfo(**json.loads(file.read_text()))
         except (TypeError, json.JSONDecodeError) as error:
