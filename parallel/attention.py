@@ -22,14 +22,12 @@ def context_parallel_attention(
     alpha: float,
     scale: float,
     exchange: str = "ring",
-    backend: str = "auto",
 ) -> Tensor:
     """`kernels.attention.hstu_attention` as if the cp group were one device.
 
     q, k: [rows of this rank, H, Dqk]; v: [rows, H, Dv], in the order of shard.rows.
     intervals: int32 [rows, 4], of this rank's queries over *whole* sequences.
     exchange: one of EXCHANGES; results do not depend on it but for the order of float32 sums.
-    backend: the attention kernel.
     Returns [rows, H, Dv] in q's dtype. Differentiable: gradients of k and v come home summed over
     the group. Every rank of the group must call it, with however few rows.
     """
@@ -48,5 +46,4 @@ def context_parallel_attention(
         intervals=intervals,
         alpha=alpha,
         scale=scale,
-        backend=backend,
     )

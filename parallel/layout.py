@@ -30,12 +30,12 @@ class Layout(ABC):
 
     def positions(self, lengths: Tensor, rank: int) -> Jagged:
         """The rows `rank` holds of sequences of the given lengths [B], as a Jagged on the host."""
-        starts, sizes = (x[rank].T.reshape(-1) for x in self.chunks(lengths))  # [B * chunks]
-        total = int(sizes.sum())
+        starts, sizes = (x[rank].T for x in self.chunks(lengths))  # [B, chunks]
+        per_sequence, total = sizes.sum(1), int(sizes.sum())
+        starts, sizes = starts.flatten(), sizes.flatten()
         first_row = lengths_to_offsets(sizes)[:-1]
         shift = torch.repeat_interleave(starts - first_row, sizes, output_size=total)
         positions = (torch.arange(total) + shift).to(torch.int32)
-        per_sequence = sizes.view(lengths.numel(), -1).sum(1)
         return Jagged(lengths_to_offsets(per_sequence), positions)
 
     def shares(self, lengths: Tensor) -> Tensor:

@@ -1,0 +1,49 @@
+"""Where each embedding table lives. `auto` is TorchRec's planner."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.types import ParameterSharding, ShardingType
+from torchrec.modules.embedding_modules import EmbeddingCollection
+
+from parallel.embedding.lookup import SEGMENTS
+from parallel.mesh import Mesh
+
+
+def embedding_plan(
+    plan: str,
+    module: EmbeddingCollection,
+    sharder: EmbeddingCollectionSharder,
+    mesh: Mesh,
+    tokens_per_rank: int,
+) -> dict[str, ParameterSharding]:
+    """Table name -> placement, the same on every rank. Collective."""
+    if plan != "auto":
+        raise ValueError(f"embedding.plan={plan!r}: only 'auto' is supported")
+    # Whole rows only: the row-wise optimizer keeps one number a row, so cutting columns would
+    # change the result. Never replicated: a replica has no fused optimizer.
+    constraint = ParameterConstraints(
+        sharding_types=[ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value],
+        compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+        pooling_factors=[max(1.0, tokens_per_rank / SEGMENTS)],
+    )
+    device = mesh.device.type
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(
+            world_size=mesh.size,
+            local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", mesh.size)),
+            compute_device=device,
+            hbm_cap=torch.cuda.mem_get_info(mesh.device)[1] if device == "cuda" else None,
+        ),
+        batch_size=SEGMENTS,
+        constraints={config.name: constraint for config in module.embedding_configs()},
+        debug=False,
+    )
+    sharding = planner.collective_plan(module, [sharder], mesh.world)
+    return sharding.get_plan_for_module("")

@@ -1,0 +1,33 @@
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.world import World
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def _worlds() -> Iterator[dict[int, World]]:
+    worlds: dict[int, World] = {}
+    yield worlds
+    for world in worlds.values():
+        world.close()
+
+
+@pytest.fixture
+def run_in_world(_worlds: dict[int, World]) -> Callable[..., list[Any]]:
+    """run_in_world(size, function, *args): function in `size` processes; results by rank."""
+
+    def run(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        if size not in _worlds or not _worlds[size].alive:
+            _worlds[size] = World(size)
+        return _worlds[size].run(function, *args)
+
+    return run

@@ -1,0 +1,89 @@
+"""Context-parallel attention, every exchange, against the naive reference of one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.attention import hstu_attention
+from kernels.jagged import Jagged
+from parallel.attention import EXCHANGES, context_parallel_attention
+from parallel.batch import JaggedBatch
+from parallel.layout import LAYOUTS
+from parallel.mesh import build_mesh
+from parallel.shard import shard_batch
+from tests.kernels.cases import Case
+
+CPU = torch.device("cpu")
+CASES = {
+    "causal": Case(torch.tensor([0, 1, 2, 3, 700, 5, 8]), torch.zeros(7, dtype=torch.int32), 0),
+    "targets": Case(
+        torch.tensor([9, 0, 4, 90, 33]), torch.tensor([4, 0, 1, 9, 30], dtype=torch.int32), 3
+    ),
+    "window": Case(
+        torch.tensor([150, 3, 64]),
+        torch.tensor([5, 0, 1], dtype=torch.int32),
+        2,
+        window=7,
+        full_suffix=9,
+    ),
+    "semi_local": Case(
+        torch.tensor([150, 3, 64]), torch.tensor([5, 0, 1], dtype=torch.int32), 2, local=9, prefix=4
+    ),
+    "nothing": Case(torch.tensor([0, 0]), torch.zeros(2, dtype=torch.int32), 0),
+    "one_token": Case(torch.tensor([1]), torch.zeros(1, dtype=torch.int32), 0),
+}
+CASES = {
+    name: Case(**{**vars(case), "lengths": case.lengths.int()}) for name, case in CASES.items()
+}
+SCALES = dict(alpha=0.6, scale=0.2)
+
+
+def qkvd(rows: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    return [torch.randn(rows, 2, d, generator=generator, dtype=torch.float64) for d in (4, 4, 3, 3)]
+
+
+def attend(cp: int, layout: str, exchange: str, name: str):
+    """This rank's rows of out, dq, dk, dv, and where they lie in the whole."""
+    case = CASES[name]
+    mesh = build_mesh(dp=1, cp=cp, device=CPU)
+    mine = slice(mesh.rank, None, cp)  # samples are read by different ranks, in another order
+    batch = JaggedBatch(case.lengths[mine], case.num_targets[mine], {"id": torch.zeros(
+        int(case.lengths[mine].sum()), dtype=torch.int64)})
+    shard = shard_batch(batch, LAYOUTS[layout](cp), mesh.cp_group, CPU)
+    case = Case(**{**vars(case), "lengths": shard.lengths, "num_targets": shard.num_targets})
+    *qkv, dout = (x[shard.whole_rows[shard.rank]] for x in qkvd(int(shard.lengths.sum())))
+    qkv = [x.requires_grad_() for x in qkv]
+    out = context_parallel_attention(
+        *qkv, shard=shard, intervals=case.intervals(shard.rows), exchange=exchange, **SCALES
+    )
+    gradients = torch.autograd.grad(out, qkv, dout)
+    return shard.lengths, shard.num_targets, shard.whole_rows[shard.rank], [out.detach(), *gradients]
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cp", [2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_one_process(run_in_world, name: str, cp: int, layout: str, exchange: str) -> None:
+    results = run_in_world(cp, attend, cp, layout, exchange, name)
+    lengths, num_targets = results[0][:2]
+    case = Case(**{**vars(CASES[name]), "lengths": lengths, "num_targets": num_targets})
+    whole = Jagged.whole(lengths)
+    *qkv, dout = qkvd(whole.num_rows)
+    qkv = [x.requires_grad_() for x in qkv]
+    out = hstu_attention(
+        *qkv,
+        queries=whole,
+        keys=whole,
+        intervals=case.intervals(whole),
+        backend="naive",
+        **SCALES,
+    )
+    want = [out, *torch.autograd.grad(out, qkv, dout)]
+    for i, expected in enumerate(want):
+        got = torch.full_like(expected, torch.nan)
+        for *_, index, tensors in results:
+            got[index] = tensors[i]
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)

@@ -1,0 +1,68 @@
+"""shard_batch against a slice of the concatenated batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parallel.batch import JaggedBatch
+from parallel.layout import LAYOUTS
+from parallel.mesh import build_mesh
+from parallel.shard import shard_batch
+
+CPU = torch.device("cpu")
+
+
+def make_batch(lengths: list[int], first: int) -> JaggedBatch:
+    total = sum(lengths)
+    ids = torch.arange(total) + 1000 * first
+    targets = [min(n, 2) for n in lengths]
+    return JaggedBatch(
+        lengths=torch.tensor(lengths, dtype=torch.int32),
+        num_targets=torch.tensor(targets, dtype=torch.int32),
+        tokens={"id": ids, "time": ids * 2**33 - 5},
+    )
+
+
+def shard_and_report(dp: int, cp: int, layout: str, lengths_by_rank: list[list[int]]):
+    mesh = build_mesh(dp=dp, cp=cp, device=CPU)
+    batch = make_batch(lengths_by_rank[mesh.rank], mesh.rank)
+    shard = shard_batch(batch, LAYOUTS[layout](cp), mesh.cp_group, CPU)
+    return shard.lengths, shard.num_targets, shard.rows, shard.tokens, shard.whole_rows[shard.rank]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("dp", "cp"), [(1, 2), (1, 3), (2, 2)])
+def test_slices_of_all_samples_of_the_group(run_in_world, dp: int, cp: int, layout: str) -> None:
+    by_rank = [[5, 0, 301, 2], [], [1, 1, 17], [4]][: dp * cp]
+    results = run_in_world(dp * cp, shard_and_report, dp, cp, layout, by_rank)
+    for group in range(dp):
+        ranks = range(group * cp, (group + 1) * cp)
+        lengths = [n for r in ranks for n in by_rank[r]]
+        whole = {
+            name: torch.cat([make_batch(by_rank[r], r).tokens[name] for r in ranks])
+            for name in ("id", "time")
+        }
+        for r in ranks:
+            got_lengths, targets, rows, tokens, index = results[r]
+            assert got_lengths.tolist() == lengths
+            assert targets.tolist() == [min(n, 2) for n in lengths]
+            assert rows.lengths().sum() == index.numel()
+            for name, x in tokens.items():
+                assert torch.equal(x, whole[name][index])
+
+
+def test_one_process_needs_no_group() -> None:
+    batch = make_batch([3, 0, 4], 0)
+    shard = shard_batch(batch, LAYOUTS["zigzag"](1), None, CPU)
+    assert torch.equal(shard.tokens["time"], batch.tokens["time"])
+    assert shard.rows.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="tokens\\['id'\\]"):
+        JaggedBatch(torch.tensor([2]), torch.tensor([0]), {"id": torch.zeros(3, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="num_targets"):
+        JaggedBatch(torch.tensor([2]), torch.tensor([3]), {})
+    with pytest.raises(ValueError, match="cp_size=2"):
+        shard_batch(make_batch([1], 0), LAYOUTS["zigzag"](2), None, CPU)

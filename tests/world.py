@@ -1,0 +1,88 @@
+"""Worlds of processes that stay up between tests, so that each test pays no start-up."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+
+SECONDS = 240  # a test that takes longer hangs
+
+
+def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((function(*args), None))
+        except BaseException:
+            pipe.send((None, f"rank {rank} of {size}:\n{traceback.format_exc()}"))
+
+
+class World:
+    """`size` processes with the environment that torchrun gives."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torchrec"])
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, size, port, there), daemon=True
+            )
+            process.start()
+            there.close()
+            self.pipes.append(here)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """function(*args) in every process; the results by rank. Raises what any of them raised."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        results: dict[int, Any] = {}
+        pending = dict(zip(self.pipes, range(len(self.pipes)), strict=True))
+        while pending:
+            ready = wait(list(pending), timeout=SECONDS)
+            if not ready:
+                self.close()
+                raise TimeoutError(f"ranks {sorted(pending.values())} hang in {function.__name__}")
+            for pipe in ready:
+                rank = pending.pop(pipe)  # type: ignore[index]
+                result, error = pipe.recv()  # type: ignore[union-attr]
+                if error is not None:
+                    self.close()  # the others may be waiting for this one in a collective
+                    raise AssertionError(error)
+                results[rank] = result
+        return [results[rank] for rank in range(len(self.pipes))]
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process in self.processes:
+            process.join()
