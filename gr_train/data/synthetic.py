@@ -3,10 +3,11 @@
 Sample i is a pure function of (seed, split, i), so any process can make any sample. What there is
 to learn, and why popularity does not help:
 
-- The next item is usually the current one's successor, a fixed permutation of the items;
-  otherwise the user jumps to an item of their favourite group, mildly by popularity.
+- Items come in series, as episodes do, and series in groups. The next item is usually the next
+  of the series; otherwise the user jumps into a series of their favourite group, mildly by its
+  popularity.
 - The action says (usually) whether the event followed its predecessor or was a jump.
-- A candidate is liked by its item's group relative to the favourite one (see `_candidates`).
+- A candidate is liked by how its group relates to the favourite one (see `_candidates`).
 
 Nothing has the size of the vocabulary: items are computed, never looked up.
 """
@@ -21,9 +22,10 @@ from gr_train.config import SyntheticConfig
 from gr_train.data.sample import DatasetInfo, Ids, Sample
 
 SPLITS = ("train", "valid", "test")
+SERIES = 10  # items i with the same i // SERIES; the last is followed by the first
+GROUPS = 4  # series s belongs to group s % GROUPS
 FOLLOW = 0.75  # chance that an event's item is the successor of the one before
 TRUTHFUL = 0.9  # chance that the action tells followed from jumped
-GROUPS = 4  # item i belongs to group i % GROUPS
 EPOCH_START = 1_600_000_000  # unix seconds; first events lie within a year of it
 
 
@@ -40,8 +42,8 @@ class SyntheticSource:
             raise ValueError(f"train.seed={seed}: want 0 or more")
         self.config = config
         self.seed = seed
-        self.groups = min(GROUPS, config.num_items)
-        self.shift = coprime_near(round(config.num_items * 0.618), config.num_items)
+        self.num_series = -(-config.num_items // SERIES)
+        self.groups = min(GROUPS, self.num_series)
         self.tail = _tail_exponent(config.min_events, config.mean_events, config.max_events)
 
     def sample(self, split: str, index: int) -> Sample:
@@ -54,16 +56,14 @@ class SyntheticSource:
         jumps = np.flatnonzero(~followed)
         last_jump = np.cumsum(~followed) - 1  # which jump each event descends from
         steps = np.arange(num_events) - jumps[last_jump]
-        items = (self._jump(rng, favourite, len(jumps))[last_jump] + steps * self.shift) % (
-            self.config.num_items
-        )
+        items = self.follow(self._jump(rng, favourite, len(jumps))[last_jump], steps)
         told = followed ^ (rng.random(num_events) >= TRUTHFUL)
         actions = ((told + rng.random(num_events)) / 2 * self.config.num_actions).astype(np.int64)
 
         gaps = _time_gaps(rng, num_events + 1)
         gaps[0] += EPOCH_START + rng.integers(365 * 24 * 3600)
         times = np.cumsum(gaps)
-        candidates, labels = self._candidates(rng, favourite, int(items[-1]))
+        candidates, labels = self._candidates(rng, favourite, items[-1:])
         return Sample(
             contextual=self._contextual(rng, favourite),
             items=items,
@@ -82,12 +82,19 @@ class SyntheticSource:
         exponent = u if decay == 0 else math.log1p(u * math.expm1(-decay)) / -decay
         return min(int(low * ((high + 1) / low) ** exponent), high)
 
-    def _jump(self, rng: np.random.Generator, favourite: int, count: int) -> Ids:
-        """Items of the favourite group; u^2 makes popularity fall with the root of the rank."""
-        rank = (self.config.num_items // self.groups * rng.random(count) ** 2).astype(np.int64)
-        return rank * self.groups + favourite
+    def follow(self, items: Ids, steps: Ids | int) -> Ids:
+        """The items so many steps further on in their series."""
+        first = items // SERIES * SERIES
+        size = np.minimum(self.config.num_items - first, SERIES)
+        return first + (items - first + steps) % size
 
-    def _candidates(self, rng: np.random.Generator, favourite: int, last: int) -> tuple[Ids, Ids]:
+    def _jump(self, rng: np.random.Generator, favourite: int, count: int) -> Ids:
+        """Items of the favourite group; u^1.5 makes the popularity of series fall slowly."""
+        rank = (self.num_series // self.groups * rng.random(count) ** 1.5).astype(np.int64)
+        items = (rank * self.groups + favourite) * SERIES + rng.integers(SERIES, size=count)
+        return np.minimum(items, self.config.num_items - 1)
+
+    def _candidates(self, rng: np.random.Generator, favourite: int, last: Ids) -> tuple[Ids, Ids]:
         """Half of them from the favourite group, one of them the last item's successor.
 
         Task 0: the candidate is of the favourite group or is that successor.
@@ -96,9 +103,9 @@ class SyntheticSource:
         count = self.config.num_candidates
         anywhere = rng.integers(self.config.num_items, size=count)
         candidates = np.where(rng.random(count) < 0.5, self._jump(rng, favourite, count), anywhere)
-        successor = (last + self.shift) % self.config.num_items
-        candidates[rng.integers(count)] = successor
-        distance = (candidates - favourite) % self.groups
+        successor = self.follow(last, 1)
+        candidates[rng.integers(count)] = successor[0]
+        distance = (candidates // SERIES - favourite) % self.groups
         labels = ((distance == 0) | (candidates == successor)).astype(np.int64)
         for task in range(1, self.config.num_tasks):
             liked = (distance - task) % self.groups < (self.groups + 1) // 2
@@ -119,13 +126,6 @@ def synthetic_info(config: SyntheticConfig) -> DatasetInfo:
         contextual={f"feature_{k}": size for k, size in enumerate(config.contextual_sizes)},
         tasks=[f"task_{k}" for k in range(config.num_tasks)],
     )
-
-
-def coprime_near(start: int, n: int) -> int:
-    """The first number from `start` on that is coprime to n: adding it mod n visits everything."""
-    while math.gcd(start, n) != 1:
-        start += 1
-    return start
 
 
 def _time_gaps(rng: np.random.Generator, count: int) -> Ids:
