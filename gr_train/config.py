@@ -68,7 +68,6 @@ class ModelConfig:
     dropout: float = 0.0
     time_buckets: int = 128  # log-spaced time gaps; 0: no time encoding
     mask: MaskConfig = field(default_factory=MaskConfig)
-    backend: Literal["auto", "triton", "blockwise", "naive"] = "auto"
     num_negatives: int = 512  # retrieval: shared by the whole batch, drawn anew each step
     temperature: float = 0.05  # retrieval: of the L2-normed inner products
 

@@ -6,10 +6,11 @@ which every process sees the same number of batches, since it runs collectives.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import islice
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
@@ -17,6 +18,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from gr_train.config import Config, DataConfig
 from gr_train.data.collate import collate
+from gr_train.data.parquet import ParquetReader, ParquetSplit
 from gr_train.data.sample import DatasetInfo, Ids, Sample
 from gr_train.data.synthetic import SyntheticSource, synthetic_info
 
@@ -25,7 +27,11 @@ COUNTED_SEQUENCES = 4096  # of the endless synthetic training split, for item_co
 
 
 def dataset_info(data: DataConfig) -> DatasetInfo:
-    return synthetic_info(data.synthetic)
+    return (
+        DatasetInfo.load(_root(data))
+        if data.source == "parquet"
+        else synthetic_info(data.synthetic)
+    )
 
 
 def build_loader(
@@ -33,8 +39,14 @@ def build_loader(
 ) -> StatefulDataLoader:
     """Yields JaggedBatch: this rank's share of data.batch_size (or eval.batch_size) sequences.
 
-    data.num_workers applies to training.
+    data.num_workers applies to training. With Parquet it multiplies the readers, and so changes
+    the order of the samples.
     """
+    if config.model.task == "ranking" and not info.tasks:
+        raise ValueError(
+            "model.task=ranking: the data set has no tasks that candidates are labelled with; "
+            "use model.task=retrieval or prepare it for ranking"
+        )
     dataset: IterableDataset[list[Sample]]
     if split == "train":
         dataset = TrainingSamples(config, info, rank, world_size)
@@ -56,8 +68,11 @@ def build_loader(
 
 def item_counts(config: Config, info: DatasetInfo, *, rank: int, world_size: int) -> Ids:
     """Occurrences of each item in this rank's share of the training split, for popularity."""
-    counts = np.zeros(info.num_items, np.int64)
+    if config.data.source == "parquet":
+        split = ParquetSplit(_root(config.data), "train", info)
+        return split.item_counts(share(split.num_rows, rank, world_size))
     source = SyntheticSource(config.data.synthetic, config.train.seed)
+    counts = np.zeros(info.num_items, np.int64)
     for index in share(COUNTED_SEQUENCES, rank, world_size):
         np.add.at(counts, source.sample("train", index).items, 1)
     return counts
@@ -69,42 +84,80 @@ def share(total: int, index: int, count: int) -> range:
 
 
 class TrainingSamples(IterableDataset[list[Sample]]):
-    """One endless stream per loader worker; the workers take turns, batch by batch."""
+    """This rank's endless stream of batches, one stream per loader worker.
+
+    Workers take turns, batch by batch. Rank and world size only cut batches: with equal readers
+    (and workers), the ranks' batches joined are the same for every world size.
+    """
 
     def __init__(self, config: Config, info: DatasetInfo, rank: int, world_size: int) -> None:
-        self.config, self.info, self.rank, self.world_size = config, info, rank, world_size
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.synthetic: SyntheticSource | None = None
+        self.num_readers = 0
+        if config.data.source == "synthetic":
+            self.synthetic = SyntheticSource(config.data.synthetic, config.train.seed)
+            return
+        self.parquet = ParquetSplit(_root(config.data), "train", info)
+        self.readers_per_worker = config.data.readers or world_size
+        self.num_readers = self.readers_per_worker * max(config.data.num_workers, 1)
+        if self.parquet.num_rows < self.num_readers:
+            raise ValueError(
+                f"data.path={config.data.path!r}: {self.parquet.num_rows} training rows are too "
+                f"few for {self.num_readers} readers ({self.readers_per_worker} times "
+                f"data.num_workers={config.data.num_workers}, if any); use fewer processes, "
+                "data.readers or data.num_workers"
+            )
 
-    def __iter__(self) -> SyntheticStream:
+    def __iter__(self) -> TrainingStream:
         worker = get_worker_info()
         index, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        data = self.config.data
-        source = SyntheticSource(data.synthetic, self.config.train.seed)
-        indices = share(data.batch_size, self.rank, self.world_size)
-        return SyntheticStream(source, indices, data.batch_size, range(index, 1 << 62, count))
+        return TrainingStream(partial(self._batches, index, count), self.num_readers)
+
+    def _batches(self, worker: int, num_workers: int, taken: int) -> Iterator[list[Sample]]:
+        """Of this worker, without the first `taken`."""
+        batch_size = self.config.data.batch_size
+        if self.synthetic is not None:
+            rows = share(batch_size, self.rank, self.world_size)
+            for step in itertools.count(worker + taken * num_workers, num_workers):
+                yield [self.synthetic.sample("train", step * batch_size + row) for row in rows]
+        rows_each = batch_size // self.readers_per_worker
+        streams = [
+            self._reader(reader * num_workers + worker).samples(taken * rows_each)
+            for reader in share(self.readers_per_worker, self.rank, self.world_size)
+        ]
+        while True:
+            yield [sample for stream in streams for sample in itertools.islice(stream, rows_each)]
+
+    def _reader(self, index: int) -> ParquetReader:
+        rows = share(self.parquet.num_rows, index, self.num_readers)
+        return ParquetReader(self.parquet, rows, index=index, seed=self.config.train.seed)
 
 
-class SyntheticStream:
-    """Step s of the whole job is samples [s * batch_size, (s + 1) * batch_size)."""
+class TrainingStream:
+    """An iterator whose whole state is how many batches it has yielded."""
 
-    def __init__(
-        self, source: SyntheticSource, indices: range, batch_size: int, steps: range
-    ) -> None:
-        self.source, self.indices, self.batch_size, self.steps = source, indices, batch_size, steps
-        self.taken = 0
+    def __init__(self, batches: Callable[[int], Iterator[list[Sample]]], num_readers: int) -> None:
+        self.batches, self.num_readers = batches, num_readers
+        self.load_state_dict({"taken": 0, "num_readers": num_readers})
 
-    def __iter__(self) -> SyntheticStream:
+    def __iter__(self) -> TrainingStream:
         return self
 
     def __next__(self) -> list[Sample]:
-        first = self.steps[self.taken] * self.batch_size
         self.taken += 1
-        return [self.source.sample("train", first + i) for i in self.indices]
+        return next(self._remaining)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"taken": self.taken}
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken, "num_readers": self.num_readers}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if state["num_readers"] != self.num_readers:
+            raise ValueError(
+                f"data.readers: the saved position is of {state['num_readers']} readers and this "
+                f"job has {self.num_readers}, which deal other rows; set data.readers to the former"
+            )
         self.taken = state["taken"]
+        self._remaining = self.batches(self.taken)
 
 
 class EvaluationSamples(IterableDataset[list[Sample]]):
@@ -113,17 +166,26 @@ class EvaluationSamples(IterableDataset[list[Sample]]):
     def __init__(
         self, config: Config, info: DatasetInfo, split: str, rank: int, world_size: int
     ) -> None:
-        self.config, self.split, self.rank, self.world_size = config, split, rank, world_size
-        self.source = SyntheticSource(config.data.synthetic, config.train.seed)
-        self.total = config.data.synthetic.num_eval_sequences
+        self.batch_size = config.eval.batch_size // world_size
+        self.samples: Callable[[range], Iterable[Sample]]
+        if config.data.source == "parquet":
+            parquet = ParquetSplit(_root(config.data), split, info)
+            self.samples, total = parquet.samples, parquet.num_rows
+        else:
+            source = SyntheticSource(config.data.synthetic, config.train.seed)
+            self.samples = partial(map, partial(source.sample, split))
+            total = config.data.synthetic.num_eval_sequences
+        self.rows = share(total, rank, world_size)
+        largest_share = max(len(share(total, other, world_size)) for other in range(world_size))
+        self.num_batches = -(-largest_share // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Sample]]:
-        size = self.config.eval.batch_size // self.world_size
-        shares = [share(self.total, rank, self.world_size) for rank in range(self.world_size)]
-        num_batches = max(-(-len(rows) // size) for rows in shares)
-        samples = iter(self._samples(shares[self.rank]))
-        for _ in range(num_batches):
-            yield list(islice(samples, size))
+        samples = iter(self.samples(self.rows))
+        for _ in range(self.num_batches):
+            yield list(itertools.islice(samples, self.batch_size))
 
-    def _samples(self, rows: range) -> Iterable[Sample]:
-        return (self.source.sample(self.split, i) for i in rows)
+
+def _root(data: DataConfig) -> Path:
+    if data.path is None:
+        raise ValueError("data.path=None: data.source=parquet reads a folder; name it")
+    return Path(data.path)

@@ -1,0 +1,91 @@
+"""Command line: gr-train train (one process of a job) and gr-train prepare (data sets)."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line on stderr for what the user can mend."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except ValueError as error:
+        if os.environ.get("GR_TRAIN_TRACEBACK"):
+            raise
+        print(f"gr-train: error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gr-train", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train", help="train; one process of a job when torchrun or torchx starts it"
+    )
+    train.add_argument("--config", required=True, help="YAML file, see configs/")
+    train.add_argument("overrides", nargs="*", help="such as parallel.cp=4 model.num_layers=8")
+    train.set_defaults(run=_train)
+
+    prepare = commands.add_parser("prepare", help="turn a public data set into Parquet")
+    sets = prepare.add_subparsers(required=True, metavar="DATASET")
+    movielens = sets.add_parser("movielens", help="100K u.data, 1M ratings.dat, 20M ratings.csv")
+    movielens.add_argument("file", help="the raw ratings, gzipped or not")
+    movielens.add_argument("--out", required=True, help="folder to write")
+    movielens.add_argument("--task", choices=("retrieval", "ranking"), default="retrieval")
+    movielens.set_defaults(run=_prepare_movielens)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from gr_train.config import load_config  # before torch: a bad config is refused at once
+
+    config = load_config(
+        arguments.config, arguments.overrides, world_size=int(os.environ.get("WORLD_SIZE", 1))
+    )
+    # Without a launcher this is a job of one process.
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    _quiet()
+    import torch.distributed as dist
+
+    from gr_train.trainer import Trainer
+
+    Trainer(config).fit()
+    dist.destroy_process_group()
+    return 0
+
+
+def _prepare_movielens(arguments: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from gr_train.data.movielens import prepare_movielens
+
+    prepare_movielens(Path(arguments.file), Path(arguments.out), task=arguments.task)
+    return 0
+
+
+def _quiet() -> None:
+    """Libraries' notes on their own deprecations are no news to a user."""
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+    for name in ("torchrec.distributed.planner", "torch.fx._symbolic_trace"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""From a shard of ids to the rows a model reads.
+
+Which kind of token sits where follows from (position, length, targets), known on the host for every
+rank; so all index lists are made there and nothing waits for the device. Two input styles:
+
+interleaved  contextual..., item, action, item, action, ..., candidate, candidate, ...
+merged       contextual..., item + action, item + action, ..., candidate, candidate, ...
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from parallel.shard import Shard
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one forward pass looks up and where it goes. Index tensors are int64, on the device."""
+
+    ids: dict[str, Tensor]  # embedding feature -> ids
+    rows: dict[str, Tensor]  # the same features -> rows of this rank they are added to
+    label_rows: Tensor  # rows that predict something
+    labels: Tensor  # what they predict: the next item (retrieval), a bitmask of tasks (ranking)
+
+
+def make_inputs(
+    shard: Shard,
+    *,
+    contextual: Sequence[str],
+    task: str,
+    style: str,
+    last_only: bool,
+) -> Inputs:
+    """Index lists of this rank's rows.
+
+    contextual: names of the contextual features, one token each, in order.
+    last_only: retrieval predicts from the last history token alone (evaluation).
+    """
+    rows = shard.rows
+    sequence, position = rows.sequence_ids(), rows.positions
+    history = (shard.lengths - shard.num_targets)[sequence]
+    event_token = position - len(contextual)
+    is_target = position >= history
+    is_event = (event_token >= 0) & ~is_target
+    if style == "merged":
+        is_action, is_item, predicts = is_event, is_event | is_target, is_event
+    else:
+        is_action = is_event & (event_token % 2 == 1)
+        is_item = (is_event & (event_token % 2 == 0)) | is_target
+        predicts = is_action
+    if task == "ranking":
+        predicts = is_target
+    elif last_only:
+        predicts = predicts & (position == history - 1)
+
+    def on_device(mask: Tensor) -> Tensor:
+        return mask.nonzero()[:, 0].to(shard.device, non_blocking=True)
+
+    where = {"item": on_device(is_item), "action": on_device(is_action)}
+    for index, name in enumerate(contextual):
+        where[name] = on_device((position == index) & ~is_target)
+    source = {"action": shard.tokens["action" if style == "merged" else "id"]}
+    ids = {name: source.get(name, shard.tokens["id"])[index] for name, index in where.items()}
+    label_rows = on_device(predicts)
+    return Inputs(ids, where, label_rows, shard.tokens["label"][label_rows])
+
+
+def position_ids(shard: Shard) -> Tensor:
+    """int64 [rows]: the token's position; all candidates of a sequence share one, the history's end."""
+    history = (shard.device_lengths - shard.device_num_targets)[shard.device_rows.sequence_ids()]
+    return torch.minimum(shard.device_rows.positions, history).long()
+
+
+def time_buckets(gap: Tensor, buckets: int) -> Tensor:
+    """floor(log(max(gap, 1)) / 0.301), as in HSTU (arXiv 2402.17152): seconds int64 -> bucket ids."""
+    return (gap.clamp(min=1).double().log() / 0.301).floor().long().clamp(max=buckets - 1)
+
+
+class InputEncoder(nn.Module):
+    """Sums what each token has: item, action, contextual feature, position, time gap."""
+
+    def __init__(self, width: int, max_length: int, buckets: int, dropout: float) -> None:
+        super().__init__()
+        self.position = nn.Embedding(max_length + 1, width)
+        self.time = nn.Embedding(buckets, width) if buckets else None
+        self.dropout = nn.Dropout(dropout)
+        for module in filter(None, (self.position, self.time)):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, embedded: dict[str, Tensor], inputs: Inputs, shard: Shard) -> Tensor:
+        """[rows, width] from feature -> [n, width]."""
+        x = self.position(position_ids(shard))
+        if self.time is not None:
+            x = x + self.time(time_buckets(shard.tokens["gap"], self.time.num_embeddings))
+        for name, rows in inputs.rows.items():
+            x = x.index_add(0, rows, embedded[name])
+        return self.dropout(x)
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """L2-normed rows."""
+    return nn.functional.normalize(x.float(), dim=-1, eps=1e-6)
+
+
+def init_linear(linear: nn.Linear) -> nn.Linear:
+    """Normal weights of variance 1 / fan-in, zero bias."""
+    nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,48 @@
+"""SASRec's block (arXiv 1808.09781), HSTU's softmax twin under the same trainer: the baseline.
+
+Softmax attention, then a position-wise feed-forward network, each pre-normed with a residual. Not
+split over GPUs: softmax needs running statistics between key blocks, which HSTU does without.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gr_train.config import ModelConfig
+from gr_train.model.inputs import init_linear
+from kernels.naive import visible
+from parallel.shard import Shard
+
+
+class SASRecLayer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.num_heads
+        self.attention_norm = nn.LayerNorm(config.width)
+        self.qkv = init_linear(nn.Linear(config.width, 3 * config.width))
+        self.output = init_linear(nn.Linear(config.width, config.width))
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(config.width),
+            init_linear(nn.Linear(config.width, 4 * config.width)),
+            nn.GELU(),
+            init_linear(nn.Linear(4 * config.width, config.width)),
+            nn.Dropout(config.dropout),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, shard: Shard, intervals: Tensor) -> Tensor:
+        """x: [rows, width] -> [rows, width]."""
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
+        attended = [x.new_zeros(0, x.shape[1])]
+        offsets = shard.rows.offsets.tolist()
+        for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+            if start == end:
+                continue
+            q, k, v = qkv[start:end].permute(1, 2, 0, 3)  # [heads, n, dim] each
+            mask = visible(intervals[start:end], shard.device_rows.positions[start:end])
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            attended.append(out.transpose(0, 1).flatten(1))
+        x = x + self.dropout(self.output(torch.cat(attended)))
+        return x + self.feed_forward(x)

@@ -1,0 +1,230 @@
+"""The training loop: read a batch, cut it into shards, forward, backward, step; log, evaluate, save.
+
+`Trainer` builds what a config describes on every process and runs it.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gr_train.checkpoint import Checkpointer
+from gr_train.config import Config, ConfigError, save_config
+from gr_train.data.loader import build_loader, dataset_info, item_counts
+from gr_train.evaluation import evaluate, popularity_metrics
+from gr_train.model.recommender import DenseModel, Recommender, tables
+from gr_train.optim import build_optimizer, build_schedule
+from gr_train.progress import Progress
+from parallel.batch import JaggedBatch
+from parallel.dense import replicate
+from parallel.embedding.tables import shard_tables
+from parallel.layout import LAYOUTS
+from parallel.mesh import build_mesh, local_device
+from parallel.shard import Shard, shard_batch
+
+
+class Trainer:
+    """One process's part of a run. Constructing it starts the process groups."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.info = dataset_info(config.data)
+        if config.model.task == "ranking" and not self.info.tasks:
+            raise ConfigError("model.task=ranking: the data set has no labelled candidates (tasks)")
+        parallel = config.parallel
+        assert parallel.dp is not None
+        self.device = local_device()
+        self.mesh = build_mesh(
+            dp=parallel.dp, cp=parallel.cp, device=self.device, timeout_s=parallel.timeout_s
+        )
+        self.layout = LAYOUTS[parallel.layout](parallel.cp)
+
+        torch.manual_seed(config.train.seed)
+        dense: nn.Module = replicate(DenseModel(config, self.info).to(self.device), self.mesh)
+        tokens_per_rank = config.data.batch_size * config.data.max_length // self.mesh.size
+        embeddings = shard_tables(
+            tables(config.model, self.info),
+            self.mesh,
+            plan=config.embedding.plan,
+            tokens_per_rank=tokens_per_rank,
+            optimizer=config.embedding.optimizer,
+            lr=config.embedding.lr,
+            eps=config.embedding.eps,
+            seed=config.train.seed,
+        )
+        self.dense = dense
+        self.model = Recommender(config.model, self.info, embeddings, dense, self.mesh.world)
+        self.optimizer = build_optimizer(dense, config.optim)
+        self.schedule = build_schedule(self.optimizer, config.optim, config.train.steps)
+        self.loader = self._loader("train")
+        self.run_dir = Path(config.run_dir)
+        self.checkpointer = Checkpointer(
+            config.checkpoint,
+            self.run_dir / "checkpoints",
+            dense=dense,
+            embeddings=embeddings,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            loader=self.loader,
+            device=self.device,
+        )
+        torch.manual_seed(config.train.seed + 1 + self.mesh.rank)  # dropout differs by rank
+
+    def fit(self) -> dict[str, Any]:
+        """Train to config.train.steps; the summary (on every rank) that is also printed."""
+        config = self.config
+        first = self.checkpointer.resume() if config.checkpoint.resume else 0
+        progress = self._start_progress(first)
+        loss_sum, tokens, loss = torch.zeros((), device=self.device), 0, float("nan")
+        all_tokens, all_seconds, window = 0, 0.0, time.perf_counter()
+        self.dense.train()
+        batches = islice(self.loader, config.train.steps - first)
+        for step, batch in enumerate(batches, start=first + 1):
+            tokens += batch.num_tokens
+            loss_sum += self.step(step, self.shard(batch))
+            if step % config.train.log_every == 0 or step == config.train.steps:
+                # The only point of the loop at which the host waits for the device.
+                stats = torch.stack([loss_sum / self.mesh.size, loss_sum.new_tensor(tokens)])
+                dist.all_reduce(stats)
+                seconds = time.perf_counter() - window
+                loss = float(stats[0]) / ((step - first - 1) % config.train.log_every + 1)
+                if step > first + config.train.log_every:  # the first window warms up
+                    all_tokens, all_seconds = all_tokens + int(stats[1]), all_seconds + seconds
+                if progress:
+                    lr = self.schedule.get_last_lr()[0]
+                    progress.train(step, loss, float(stats[1]) / seconds, lr)
+                loss_sum.zero_()
+                tokens, window = 0, time.perf_counter()
+            last = step == config.train.steps
+            if _due(step, config.eval.every) and not last:
+                metrics = self.evaluate()
+                if progress:
+                    progress.evaluation(step, metrics)
+                window = time.perf_counter()
+            if _due(step, config.checkpoint.every) or last:
+                self.checkpointer.save(step)
+                window = time.perf_counter()
+        return self._finish(progress, loss, all_tokens / max(all_seconds, 1e-9))
+
+    def step(self, step: int, shard: Shard) -> Tensor:
+        """One update. Returns this rank's loss, whose mean over ranks is the global loss."""
+        self.optimizer.zero_grad()
+        with self._autocast():
+            loss = self.model.loss(shard, self._negatives(step))
+        loss.backward()  # updates the tables too: their optimizer is part of their backward pass
+        if self.config.optim.clip_norm:
+            nn.utils.clip_grad_norm_(self.dense.parameters(), self.config.optim.clip_norm)
+        self.optimizer.step()
+        self.schedule.step()
+        return loss.detach()
+
+    def shard(self, batch: JaggedBatch) -> Shard:
+        return shard_batch(batch, self.layout, self.mesh.cp_group, self.device)
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics of the held-out split, over all ranks."""
+        self.dense.eval()
+        with self._autocast():
+            metrics = evaluate(
+                self.model,
+                self._loader(self.config.eval.split),
+                self.shard,
+                self.config,
+                self.mesh.world,
+            )
+        self.dense.train()
+        return metrics
+
+    def popularity(self) -> dict[str, float]:
+        """The baseline on the same split; nothing for ranking."""
+        if self.config.model.task == "ranking":
+            return {}
+        counts = item_counts(
+            self.config, self.info, rank=self.mesh.rank, world_size=self.mesh.size
+        )
+        return popularity_metrics(
+            torch.from_numpy(counts),
+            self._loader(self.config.eval.split),
+            self.config.eval.k,
+            self.mesh.world,
+        )
+
+    def _finish(
+        self, progress: Progress | None, loss: float, tokens_per_s: float
+    ) -> dict[str, Any]:
+        metrics, baseline = self.evaluate(), self.popularity()
+        memory: list[str] = [""] * self.mesh.size
+        dist.all_gather_object(memory, _peak_memory(self.device))
+        parallel = self.config.parallel
+        summary = {
+            "model": self.config.model.kind.upper(),
+            "task": self.config.model.task,
+            "loss": loss,
+            "metrics": metrics,
+            "popularity": baseline,
+            "steps": self.config.train.steps,
+            "processes": f"{self.mesh.size} (dp={parallel.dp}, cp={parallel.cp})",
+            "tokens/s": f"{tokens_per_s:,.0f}",
+            "peak memory per rank": ", ".join(memory),
+            "results": str(self.run_dir),
+        }
+        if progress:
+            progress.write("eval", self.config.train.steps, metrics)
+            progress.finish(summary, baseline)
+        return summary
+
+    def _start_progress(self, first: int) -> Progress | None:
+        if self.mesh.rank != 0:
+            return None
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        save_config(self.config, self.run_dir / "config.yaml")
+        progress = Progress(self.run_dir, self.config.train.steps, first)
+        dense = sum(p.numel() for p in self.dense.parameters())
+        rows = sum(t.num_embeddings for t in tables(self.config.model, self.info))
+        progress.say(
+            f"{self.config.model.kind} on {self.mesh.size} x {self.device.type}: "
+            f"dp={self.mesh.dp}, cp={self.mesh.cp}; {dense:,} dense parameters, "
+            f"{rows:,} embedding rows of width {self.config.model.width}"
+        )
+        if first:
+            progress.say(f"resumed after step {first}")
+        return progress
+
+    def _loader(self, split: Any) -> Any:
+        return build_loader(
+            self.config, self.info, split, rank=self.mesh.rank, world_size=self.mesh.size
+        )
+
+    def _negatives(self, step: int) -> Tensor | None:
+        """Item ids shared by all ranks: the step's own draw, whatever the number of processes."""
+        if self.config.model.task == "ranking":
+            return None
+        generator = torch.Generator().manual_seed(self.config.train.seed * 1_000_003 + step)
+        size = (self.config.model.num_negatives,)
+        drawn = torch.randint(self.info.num_items, size, generator=generator)
+        return drawn.to(self.device, non_blocking=True)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        precision = self.config.train.precision
+        on_gpu = self.device.type == "cuda"
+        if precision == "bf16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported()):
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
