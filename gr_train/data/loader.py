@@ -27,11 +27,9 @@ COUNTED_SEQUENCES = 4096  # of the endless synthetic training split, for item_co
 
 
 def dataset_info(data: DataConfig) -> DatasetInfo:
-    return (
-        DatasetInfo.load(_root(data))
-        if data.source == "parquet"
-        else synthetic_info(data.synthetic)
-    )
+    if data.source == "parquet":
+        return DatasetInfo.load(_root(data))
+    return synthetic_info(data.synthetic)
 
 
 def build_loader(

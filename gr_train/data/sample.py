@@ -49,9 +49,14 @@ class DatasetInfo:
                 f"data.path={str(path)!r}: no dataset.json there; gr-train prepare makes it"
             )
         try:
-            return DatasetInfo(**json.loads(file.read_text()))
+            info = DatasetInfo(**json.loads(file.read_text()))
         except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{file}: {error}") from error
+        sizes = {"num_items": info.num_items, "num_actions": info.num_actions, **info.contextual}
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{file}: {name}={size!r}: want a vocabulary size of at least 1")
+        return info
 
     def save(self, path: Path) -> None:
         (path / "dataset.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
