@@ -1,0 +1,41 @@
+# make train | test | lint. Each makes .venv first, with CUDA builds where there is a GPU.
+PYTHON ?= python3
+CONFIG ?= configs/quickstart.yaml
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+
+ifeq ($(GPUS),0)
+# pip prefers the CPU build of that index (2.13.0+cpu) to the CUDA build of the same release.
+TORCH := torch==2.13.0 fbgemm-gpu-cpu==1.8.0 --extra-index-url https://download.pytorch.org/whl/cpu
+PROCESSES := 2
+else
+TORCH := torch==2.13.0 fbgemm-gpu==1.8.0
+PROCESSES := $(GPUS)
+endif
+# The quickstart splits each sequence over two processes; an odd number of GPUs cannot.
+CP := $(shell expr 2 - $(PROCESSES) % 2)
+
+.PHONY: install train test lint
+install: .venv/installed
+
+# torchrec goes in without its dependencies: it asks for the CUDA build of fbgemm everywhere.
+.venv/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	pip install --quiet --retries 1 --timeout 60 $(TORCH)
+	pip install --quiet --editable '.[dev]'
+	pip install --quiet --no-deps torchrec==1.8.0
+	touch $@
+
+train: install
+	torchx --log_level WARNING run -s local_cwd launch/components.py:train -j 1x$(PROCESSES) \
+	  --config $(CONFIG) parallel.cp=$(CP) $(ARGS)
+
+test: install
+	pytest $(ARGS)
+
+lint: install
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports

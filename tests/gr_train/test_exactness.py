@@ -1,0 +1,168 @@
+"""Any dp x cp against a single process on the same global batch: loss, gradients, table updates.
+
+The reference shares nothing with the distributed path but the modules: plain tables, no process
+group, no DDP, whole sequences. Tables are trained with SGD, whose updates show any constant factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gr_train.config import Config, ModelConfig, ParallelConfig
+from gr_train.data.collate import collate
+from gr_train.model.recommender import DenseModel, Recommender, tables
+from parallel.batch import JaggedBatch
+from parallel.dense import replicate
+from parallel.embedding.tables import embedding_collection, shard_tables
+from parallel.layout import ZigzagLayout
+from parallel.mesh import build_mesh
+from parallel.shard import shard_batch
+from tests.gr_train.samples import INFO, make_samples
+
+CPU = torch.device("cpu")
+LR = 30.0  # updates as large as the weights
+# Tokens are events - 1 for retrieval: none, one, fewer than cp, fewer than 2 cp, one huge.
+EVENTS = {
+    style: [3, 0, 2, 1, 4, 6, 8, huge, *[4] * 24, 2, 0, 9]
+    for style, huge in (("merged", 5001), ("interleaved", 2501))
+}
+CANDIDATES = [2, 0, 1, 1, 0, 3, 5, 20, *[3] * 24, 1, 0, 1]
+NEGATIVES = torch.arange(0, 50, 2)
+
+
+def make_config(task: str, style: str, exchange: str, dp: int, cp: int) -> Config:
+    model = ModelConfig(
+        task=task,
+        input_style=style,
+        num_layers=2,
+        width=12,
+        num_heads=2,
+        qk_dim=4,
+        v_dim=6,
+        time_buckets=16,
+        temperature=0.2,
+    )
+    config = Config(model=model, parallel=ParallelConfig(dp=dp, cp=cp, exchange=exchange))
+    config.data.max_length = 11_000
+    return config
+
+
+def info_for(task: str):
+    return INFO if task == "ranking" else replace(INFO, contextual={})
+
+
+def global_samples(task: str, style: str) -> list:
+    return make_samples(EVENTS[style], CANDIDATES, num_contextual=len(info_for(task).contextual))
+
+
+def make_batch(samples: list, config: Config) -> JaggedBatch:
+    return collate(
+        samples,
+        task=config.model.task,
+        style=config.model.input_style,
+        num_contextual=len(info_for(config.model.task).contextual),
+        max_length=config.data.max_length,
+    )
+
+
+def build_dense(config: Config) -> DenseModel:
+    torch.manual_seed(5)
+    return DenseModel(config, info_for(config.model.task))
+
+
+def distributed_step(task: str, style: str, exchange: str, dp: int, cp: int):
+    config = make_config(task, style, exchange, dp, cp)
+    info = info_for(task)
+    mesh = build_mesh(dp=dp, cp=cp, device=CPU)
+    embeddings = shard_tables(
+        tables(config.model, info),
+        mesh,
+        plan="auto",
+        tokens_per_rank=1000,
+        optimizer="sgd",
+        lr=LR,
+        eps=0.0,
+        seed=0,
+    )
+    before = gather_tables(embeddings)
+    dense = replicate(build_dense(config), mesh)
+    model = Recommender(config.model, info, embeddings, dense, mesh.world)
+    # Uneven on purpose: rank 0 reads one sample of each five, the last rank most of the rest.
+    samples = global_samples(task, style)
+    shares = [samples[r :: mesh.size] for r in range(mesh.size)]
+    if mesh.size > 1:
+        shares[-1], shares[0] = shares[-1] + shares[0][3:], shares[0][:3]
+    batch = make_batch(shares[mesh.rank], config)
+    shard = shard_batch(batch, ZigzagLayout(cp), mesh.cp_group, CPU)
+    loss = model.loss(shard, NEGATIVES)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in dense.module.named_parameters()}
+    mean_loss = loss.detach() / mesh.size
+    dist.all_reduce(mean_loss)
+    return mean_loss.item(), gradients, before, gather_tables(embeddings)
+
+
+def gather_tables(embeddings) -> dict[str, torch.Tensor]:
+    whole = {}
+    for name, weight in embeddings.state_dict().items():
+        out = torch.empty(weight.size()) if dist.get_rank() == 0 else None
+        weight.gather(0, out)
+        whole[name] = out
+    return whole
+
+
+def single_step(task: str, style: str, before: dict[str, torch.Tensor]):
+    config = make_config(task, style, "ring", 1, 1)
+    info = info_for(task)
+    embeddings = embedding_collection(tables(config.model, info), "cpu")
+    embeddings.load_state_dict(before)
+    dense = build_dense(config)
+    model = Recommender(config.model, info, embeddings, dense, None)
+    batch = make_batch(global_samples(task, style), config)
+    shard = shard_batch(batch, ZigzagLayout(1), None, CPU)
+    loss = model.loss(shard, NEGATIVES)
+    loss.backward()
+    gradients = {name: p.grad for name, p in dense.named_parameters()}
+    after = {name: (p - LR * p.grad).detach() for name, p in embeddings.named_parameters()}
+    return loss.item(), gradients, after
+
+
+@pytest.fixture(scope="module")
+def single():
+    """The single process's step per (task, style), computed once."""
+    done: dict[tuple[str, str], tuple] = {}
+
+    def get(task: str, style: str, before: dict[str, torch.Tensor]):
+        if (task, style) not in done:
+            done[task, style] = single_step(task, style, before)
+        return done[task, style]
+
+    return get
+
+
+@pytest.mark.parametrize(("dp", "cp"), [(1, 1), (1, 2), (1, 3), (1, 4), (2, 2)])
+@pytest.mark.parametrize("exchange", ["ring", "all_gather"])
+@pytest.mark.parametrize("style", ["interleaved", "merged"])
+@pytest.mark.parametrize("task", ["retrieval", "ranking"])
+def test_equals_single_process(
+    run_in_world, single, task: str, style: str, exchange: str, dp: int, cp: int
+) -> None:
+    results = run_in_world(dp * cp, distributed_step, task, style, exchange, dp, cp)
+    loss, _, before, after = results[0]
+    want_loss, want_gradients, want_after = single(task, style, before)
+    assert abs(loss - want_loss) <= 1e-5 * abs(want_loss)
+    for _, gradients, _, _ in results:  # every rank holds the same, averaged gradients
+        assert gradients.keys() == want_gradients.keys()
+        for name, want in want_gradients.items():
+            assert want.norm() > 0, f"{name}: a gradient that is zero shows nothing"
+            error = (gradients[name] - want).norm() / want.norm()
+            assert error <= 1e-4, f"{name}: gradient off by {error:.1e}"
+    for name, want in want_after.items():
+        moved = (want - before[name]).norm() / before[name].norm()
+        assert moved > 0.1, f"{name}: an update of {moved:.1e} shows no factor"
+        errors = (after[name] - want).norm(dim=1) / want.norm(dim=1)
+        assert errors.max() <= 1e-4, f"{name}: row {errors.argmax()} off by {errors.max():.1e}"
