@@ -2,10 +2,15 @@
 
 `hstu_attention` is what a model calls. Context parallelism calls the two halves,
 `attention_forward` and `attention_backward`, once per block of keys and adds up the results.
+
+Backends: `triton` on a GPU; `blockwise` where there is no GPU or no Triton, and for float64;
+`naive` to read, and to test the others against.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -15,7 +20,9 @@ from kernels.blockwise import blockwise_backward, blockwise_forward
 from kernels.jagged import Jagged
 from kernels.naive import naive_attention
 
-BACKENDS = ("auto", "naive", "blockwise")
+BACKENDS = ("auto", "naive", "blockwise", "triton")
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TRITON_MAX_DIM = 256
 
 
 def hstu_attention(
@@ -35,15 +42,23 @@ def hstu_attention(
     q: [Tq, H, Dqk]; k: [Tk, H, Dqk]; v: [Tk, H, Dv]; one floating dtype, one device.
     queries, keys: the rows of q, and of k and v; the same B sequences.
     intervals: int32 [Tq, 4], see `kernels.masks`.
+    backend: one of BACKENDS; "auto" takes the fastest that can do it.
     Returns [Tq, H, Dv] in q's dtype; sums are float32 inside (float64 for float64).
-    Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit.
+    Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit. Values
+    (order of positions, ends of intervals) are checked on a CPU only: on a GPU the host would wait.
     """
     _check(q, k, v, queries, keys, intervals, backend)
+    if q.device.type == "cpu":
+        _check_values(queries, keys, intervals)
     if backend == "naive":
         return naive_attention(
             q, k, v, queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale
         )
-    return _Attention.apply(q, k, v, queries, keys, intervals, alpha, scale)
+    if backend == "triton" or (backend == "auto" and _takes_triton(q, v)):
+        _load_triton(q.device)
+        mask = (queries.offsets, queries.positions, keys.offsets, keys.positions, intervals)
+        return torch.ops.gr_kernels.attention(q, k, v, *mask, alpha, scale)
+    return _Blockwise.apply(q, k, v, queries, keys, intervals, alpha, scale)
 
 
 def attention_forward(
@@ -59,9 +74,12 @@ def attention_forward(
     out: Tensor | None = None,
 ) -> Tensor:
     """The forward half, without autograd. Returns float32 [Tq, H, Dv]; adds into `out` if given."""
-    partial = blockwise_forward(
-        q, k, v, queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale
-    )
+    mask = dict(queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale)
+    if _takes_triton(q, v):
+        from kernels.triton import launch
+
+        return launch.forward(q, k, v, **mask, out=out, dtype=torch.float32)
+    partial = blockwise_forward(q, k, v, **mask)
     return partial if out is None else out.add_(partial)
 
 
@@ -78,12 +96,15 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward half: float32 dq, dk, dv of this block of keys alone, from dout [Tq, H, Dv]."""
-    return blockwise_backward(
-        dout, q, k, v, queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale
-    )
+    mask = dict(queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale)
+    if _takes_triton(q, v):
+        from kernels.triton import launch
+
+        return launch.backward(dout, q, k, v, **mask, dtype=torch.float32)
+    return blockwise_backward(dout, q, k, v, **mask)
 
 
-class _Attention(torch.autograd.Function):
+class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -98,13 +119,39 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, intervals)
         ctx.mask = dict(queries=queries, keys=keys, alpha=alpha, scale=scale)
-        return attention_forward(q, k, v, intervals=intervals, **ctx.mask).to(q.dtype)
+        return blockwise_forward(q, k, v, intervals=intervals, **ctx.mask).to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, intervals = ctx.saved_tensors
-        dq, dk, dv = attention_backward(dout, q, k, v, intervals=intervals, **ctx.mask)
+        dq, dk, dv = blockwise_backward(dout, q, k, v, intervals=intervals, **ctx.mask)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+
+
+def _takes_triton(q: Tensor, v: Tensor) -> bool:
+    """Whether "auto" means Triton for these tensors on this machine."""
+    fits = q.dtype in TRITON_DTYPES and max(q.shape[2], v.shape[2]) <= TRITON_MAX_DIM
+    return q.is_cuda and fits and _runs_triton(q.device)
+
+
+@torch.compiler.assume_constant_result
+def _runs_triton(device: torch.device) -> bool:
+    """An NVIDIA GPU from Ampere on, or any device under Triton's interpreter, and Triton itself."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if device.type == "cpu":
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@torch.compiler.assume_constant_result
+def _load_triton(device: torch.device) -> bool:
+    """Register the operators, on first use: a machine without Triton never comes here."""
+    if not _runs_triton(device):
+        raise ValueError(f"backend: 'triton' needs Triton and a recent NVIDIA GPU, not {device}")
+    import kernels.triton.operator  # noqa: F401
+
+    return True
 
 
 def _check(
@@ -116,32 +163,62 @@ def _check(
     intervals: Tensor,
     backend: str,
 ) -> None:
-    def require(ok: bool, message: str) -> None:
-        if not ok:
-            raise ValueError(message)
-
+    """Messages are built only on failure: under torch.compile, printing a size would fix it."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        require(x.dim() == 3, f"{name}: want [rows, heads, dim], got shape {tuple(x.shape)}")
-        require(x.is_floating_point(), f"{name}: want a floating dtype, got {x.dtype}")
-        require(x.dtype == q.dtype, f"{name}: dtype {x.dtype} is not q's {q.dtype}")
-        require(x.device == q.device, f"{name}: on {x.device}, q is on {q.device}")
-        require(x.shape[1] == q.shape[1], f"{name}: {x.shape[1]} heads, q has {q.shape[1]}")
-    require(k.shape[2] == q.shape[2], f"k: head dim {k.shape[2]} is not q's {q.shape[2]}")
-    require(v.shape[0] == k.shape[0], f"v: {v.shape[0]} rows, k has {k.shape[0]}")
+        if x.dim() != 3:
+            raise ValueError(f"{name}: want [rows, heads, dim], got shape {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"{name}: want a floating dtype, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}: dtype {x.dtype} is not q's {q.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name}: on {x.device}, q is on {q.device}")
+        if x.shape[1] != q.shape[1]:
+            raise ValueError(f"{name}: {x.shape[1]} heads, q has {q.shape[1]}")
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"k: head dim {k.shape[2]} is not q's {q.shape[2]}")
+    if v.shape[0] != k.shape[0]:
+        raise ValueError(f"v: {v.shape[0]} rows, k has {k.shape[0]}")
     for name, jagged, rows in (("queries", queries, q.shape[0]), ("keys", keys, k.shape[0])):
         for part in (jagged.offsets, jagged.positions):
-            require(part.dtype == torch.int32, f"{name}: want int32, got {part.dtype}")
-            require(part.device == q.device, f"{name}: on {part.device}, q is on {q.device}")
-        require(
-            jagged.num_rows == rows, f"{name}: {jagged.num_rows} positions for {rows} rows"
+            if part.dtype != torch.int32:
+                raise ValueError(f"{name}: want int32, got {part.dtype}")
+            if part.device != q.device:
+                raise ValueError(f"{name}: on {part.device}, q is on {q.device}")
+        if jagged.num_rows != rows:
+            raise ValueError(f"{name}: {jagged.num_rows} positions for {rows} rows")
+    if queries.num_sequences != keys.num_sequences:
+        raise ValueError(
+            f"keys: {keys.num_sequences} sequences, queries have {queries.num_sequences}"
         )
-    require(
-        queries.num_sequences == keys.num_sequences,
-        f"keys: {keys.num_sequences} sequences, queries have {queries.num_sequences}",
-    )
-    require(
-        intervals.shape == (q.shape[0], 4) and intervals.dtype == torch.int32,
-        f"intervals: want int32 [{q.shape[0]}, 4], got {intervals.dtype} {tuple(intervals.shape)}",
-    )
-    require(intervals.device == q.device, f"intervals: on {intervals.device}, q on {q.device}")
-    require(backend in BACKENDS, f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
+    if intervals.dtype != torch.int32 or intervals.shape != (q.shape[0], 4):
+        raise ValueError(
+            f"intervals: want int32 [{q.shape[0]}, 4], got {intervals.dtype} "
+            f"{tuple(intervals.shape)}"
+        )
+    if intervals.device != q.device:
+        raise ValueError(f"intervals: on {intervals.device}, q on {q.device}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
+    if backend == "triton" and not (
+        q.dtype in TRITON_DTYPES and max(q.shape[2], v.shape[2]) <= TRITON_MAX_DIM
+    ):
+        raise ValueError(
+            f"backend: 'triton' takes 16-bit and float32 inputs with head dims up to "
+            f"{TRITON_MAX_DIM}, got {q.dtype}, {q.shape[2]} and {v.shape[2]}"
+        )
+
+
+@torch.compiler.disable
+def _check_values(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
+    for name, rows in (("queries", queries), ("keys", keys)):
+        ends = rows.offsets.tolist()
+        if not ends or ends[0] != 0 or ends[-1] != rows.num_rows or ends != sorted(ends):
+            raise ValueError(f"{name}: offsets must rise from 0 to the {rows.num_rows} rows")
+        same_sequence = rows.sequence_ids().diff() == 0
+        if not bool((rows.positions.diff() > 0)[same_sequence].all()):
+            raise ValueError(f"{name}: positions must increase within a sequence")
+    a0, a1, b0, b1 = intervals.unbind(-1)
+    disjoint = (a1 <= b0) | (a0 == a1) | (b0 == b1)
+    if not bool(((0 <= a0) & (a0 <= a1) & (0 <= b0) & (b0 <= b1) & disjoint).all()):
+        raise ValueError("intervals: want 0 <= a0 <= a1 <= b0 <= b1, or one of the two empty")

@@ -1,0 +1,8 @@
+"""The fast twins of floor 1, in Triton. Nothing outside `kernels` imports from here.
+
+plan.py       which blocks of keys and queries meet, once per batch
+forward.py    attention forward, one program per query tile and head
+backward.py   attention backward: dk and dv per key tile, dq per query tile; no atomics
+configs.py    block shapes per GPU generation and head dim
+operator.py   all of it as one operator that autograd and torch.compile know
+"""

@@ -1,0 +1,53 @@
+"""Block shapes, shipped instead of tuned at run time: the first step of a job compiles and goes.
+
+Hopper's rows were measured; the others keep within 99 KiB of shared memory and 255 registers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Query rows and key rows per block, and Triton's launch options."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """One shape of problem. `tile`, the plan's, is a multiple of every block."""
+
+    tile: int
+    forward: Blocks
+    key_value: Blocks
+    query: Blocks
+
+
+# By the larger of the two head dims, padded to a power of two.
+HOPPER = {
+    64: Config(128, Blocks(128, 128, 8, 3), Blocks(64, 128, 8, 3), Blocks(128, 64, 8, 3)),
+    128: Config(128, Blocks(128, 128, 8, 3), Blocks(64, 128, 8, 3), Blocks(128, 64, 8, 3)),
+    256: Config(128, Blocks(128, 64, 8, 2), Blocks(32, 128, 8, 2), Blocks(128, 32, 8, 2)),
+}
+CONSERVATIVE = {
+    64: Config(128, Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+    128: Config(128, Blocks(128, 32, 8, 2), Blocks(32, 64, 4, 2), Blocks(64, 32, 4, 2)),
+    256: Config(128, Blocks(64, 32, 8, 1), Blocks(16, 64, 8, 1), Blocks(64, 16, 8, 1)),
+}
+# Float32 without tensor cores: small blocks, correct before fast.
+SINGLE = Config(64, Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1))
+
+
+def config_for(dim: int, dtype: torch.dtype, device: torch.device) -> Config:
+    """The configuration for head dims up to `dim`."""
+    if dtype == torch.float32 or device.type == "cpu":
+        return SINGLE
+    table = HOPPER if torch.cuda.get_device_capability(device)[0] == 9 else CONSERVATIVE
+    return table[max(64, dim)]

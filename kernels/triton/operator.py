@@ -1,0 +1,89 @@
+"""Triton attention as one operator, `gr_kernels::attention`, that autograd and torch.compile know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.jagged import Jagged
+from kernels.triton import launch
+
+
+@torch.library.custom_op("gr_kernels::attention", mutates_args=())
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    q_positions: Tensor,
+    k_offsets: Tensor,
+    k_positions: Tensor,
+    intervals: Tensor,
+    alpha: float,
+    scale: float,
+) -> Tensor:
+    """`kernels.attention.hstu_attention` without its checks, on the tensors of its `Jagged`s."""
+    return launch.forward(
+        q,
+        k,
+        v,
+        queries=Jagged(q_offsets, q_positions),
+        keys=Jagged(k_offsets, k_positions),
+        intervals=intervals,
+        alpha=alpha,
+        scale=scale,
+    )
+
+
+@torch.library.custom_op("gr_kernels::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    q_positions: Tensor,
+    k_offsets: Tensor,
+    k_positions: Tensor,
+    intervals: Tensor,
+    alpha: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `attention` for q, k and v."""
+    return launch.backward(
+        dout,
+        q,
+        k,
+        v,
+        queries=Jagged(q_offsets, q_positions),
+        keys=Jagged(k_offsets, k_positions),
+        intervals=intervals,
+        alpha=alpha,
+        scale=scale,
+    )
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+
+
+@attention_backward.register_fake
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.alpha, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    grads = attention_backward(dout, *ctx.saved_tensors, ctx.alpha, ctx.scale)
+    return *grads, None, None, None, None, None, None, None
+
+
+attention.register_autograd(_differentiate, setup_context=_keep)
