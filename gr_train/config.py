@@ -41,7 +41,7 @@ class DataConfig:
     max_length: int = 512  # tokens a sequence; the oldest events beyond it are dropped
     batch_size: int = 32  # sequences a step, of the whole job
     readers: int | None = None  # parquet: how many ways the rows are dealt; default: one a process
-    num_workers: int = 0  # loader processes per training process
+    num_workers: int = 0  # loader processes per training process; parquet: times the readers
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
