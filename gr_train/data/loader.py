@@ -46,13 +46,15 @@ def build_loader(
             "use model.task=retrieval or prepare it for ranking"
         )
     dataset: IterableDataset[list[Sample]]
-    if split == "train":
-        dataset = TrainingSamples(config, info, rank, world_size)
-    else:
+    if split != "train":
         dataset = EvaluationSamples(config, info, split, rank, world_size)
+    elif config.data.source == "parquet":
+        dataset = TrainingSamples(ParquetDeal(config, info, rank, world_size))
+    else:
+        dataset = TrainingSamples(SyntheticDeal(config, rank, world_size))
     return StatefulDataLoader(
         dataset,
-        batch_size=None,  # the streams below make the batches
+        batch_size=None,  # the dataset makes the batches
         num_workers=config.data.num_workers if split == "train" else 0,
         collate_fn=partial(
             collate,
@@ -81,54 +83,66 @@ def share(total: int, index: int, count: int) -> range:
     return range(index * total // count, (index + 1) * total // count)
 
 
-class TrainingSamples(IterableDataset[list[Sample]]):
-    """This rank's endless stream of batches, one stream per loader worker.
+class SyntheticDeal:
+    """Step s of the whole job is samples [s * batch_size, (s + 1) * batch_size)."""
 
-    Workers take turns, batch by batch. Rank and world size only cut batches: with equal readers
-    (and workers), the ranks' batches joined are the same for every world size.
-    """
+    num_readers = 0
+
+    def __init__(self, config: Config, rank: int, world_size: int) -> None:
+        self.source = SyntheticSource(config.data.synthetic, config.train.seed)
+        self.batch_size = config.data.batch_size
+        self.rows = share(self.batch_size, rank, world_size)
+
+    def batches(self, worker: int, num_workers: int, taken: int) -> Iterator[list[Sample]]:
+        """This rank's, of every num_workers-th step, without the first `taken`."""
+        for step in itertools.count(worker + taken * num_workers, num_workers):
+            first = step * self.batch_size
+            yield [self.source.sample("train", first + row) for row in self.rows]
+
+
+class ParquetDeal:
+    """Readers share the rows, and every step takes equally many from each of a worker's readers."""
 
     def __init__(self, config: Config, info: DatasetInfo, rank: int, world_size: int) -> None:
-        self.config, self.rank, self.world_size = config, rank, world_size
-        self.synthetic: SyntheticSource | None = None
-        self.num_readers = 0
-        if config.data.source == "synthetic":
-            self.synthetic = SyntheticSource(config.data.synthetic, config.train.seed)
-            return
-        self.parquet = ParquetSplit(_root(config.data), "train", info)
-        self.readers_per_worker = config.data.readers or world_size
-        self.num_readers = self.readers_per_worker * max(config.data.num_workers, 1)
-        if self.parquet.num_rows < self.num_readers:
+        data = config.data
+        self.seed = config.train.seed
+        self.split = ParquetSplit(_root(data), "train", info)
+        per_worker = data.readers or world_size
+        self.num_readers = per_worker * max(data.num_workers, 1)
+        if self.split.num_rows < self.num_readers:
             raise ValueError(
-                f"data.path={config.data.path!r}: {self.parquet.num_rows} training rows are too "
-                f"few for {self.num_readers} readers ({self.readers_per_worker} times "
-                f"data.num_workers={config.data.num_workers}, if any); use fewer processes, "
-                "data.readers or data.num_workers"
+                f"data.path={data.path!r}: {self.split.num_rows} training rows are too few for "
+                f"{self.num_readers} readers; use a smaller data.readers (now {data.readers}), "
+                f"fewer processes (now {world_size}) or data.num_workers (now {data.num_workers})"
             )
+        self.rows_each = data.batch_size // per_worker
+        self.mine = share(per_worker, rank, world_size)
+
+    def batches(self, worker: int, num_workers: int, taken: int) -> Iterator[list[Sample]]:
+        """This worker's, without the first `taken`."""
+        skip = taken * self.rows_each
+        streams = [self._reader(k * num_workers + worker).samples(skip) for k in self.mine]
+        while True:
+            yield [sample for s in streams for sample in itertools.islice(s, self.rows_each)]
+
+    def _reader(self, index: int) -> ParquetReader:
+        rows = share(self.split.num_rows, index, self.num_readers)
+        return ParquetReader(self.split, rows, index=index, seed=self.seed)
+
+
+class TrainingSamples(IterableDataset[list[Sample]]):
+    """An endless stream of batches per loader worker; workers take turns, batch by batch.
+
+    The ranks' batches of a step, joined, are the same for every world size, given equal readers.
+    """
+
+    def __init__(self, deal: SyntheticDeal | ParquetDeal) -> None:
+        self.deal = deal
 
     def __iter__(self) -> TrainingStream:
         worker = get_worker_info()
         index, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        return TrainingStream(partial(self._batches, index, count), self.num_readers)
-
-    def _batches(self, worker: int, num_workers: int, taken: int) -> Iterator[list[Sample]]:
-        """Of this worker, without the first `taken`."""
-        batch_size = self.config.data.batch_size
-        if self.synthetic is not None:
-            rows = share(batch_size, self.rank, self.world_size)
-            for step in itertools.count(worker + taken * num_workers, num_workers):
-                yield [self.synthetic.sample("train", step * batch_size + row) for row in rows]
-        rows_each = batch_size // self.readers_per_worker
-        streams = [
-            self._reader(reader * num_workers + worker).samples(taken * rows_each)
-            for reader in share(self.readers_per_worker, self.rank, self.world_size)
-        ]
-        while True:
-            yield [sample for stream in streams for sample in itertools.islice(stream, rows_each)]
-
-    def _reader(self, index: int) -> ParquetReader:
-        rows = share(self.parquet.num_rows, index, self.num_readers)
-        return ParquetReader(self.parquet, rows, index=index, seed=self.config.train.seed)
+        return TrainingStream(partial(self.deal.batches, index, count), self.deal.num_readers)
 
 
 class TrainingStream:
@@ -152,7 +166,8 @@ class TrainingStream:
         if state["num_readers"] != self.num_readers:
             raise ValueError(
                 f"data.readers: the saved position is of {state['num_readers']} readers and this "
-                f"job has {self.num_readers}, which deal other rows; set data.readers to the former"
+                f"job has {self.num_readers}, which deal other rows; use the data.readers (by "
+                "default, the number of processes) and data.num_workers of the saved run"
             )
         self.taken = state["taken"]
         self._remaining = self.batches(self.taken)
