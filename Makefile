@@ -6,11 +6,10 @@ BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 
 ifeq ($(GPUS),0)
-# pip prefers the CPU build of that index (2.13.0+cpu) to the CUDA build of the same release.
-TORCH := torch==2.13.0 fbgemm-gpu-cpu==1.8.0 --extra-index-url https://download.pytorch.org/whl/cpu
+FBGEMM := fbgemm-gpu-cpu==1.8.0
 PROCESSES := 2
 else
-TORCH := torch==2.13.0 fbgemm-gpu==1.8.0
+FBGEMM := fbgemm-gpu==1.8.0
 PROCESSES := $(GPUS)
 endif
 # The quickstart splits each sequence over two processes; an odd number of GPUs cannot.
@@ -19,11 +18,15 @@ CP := $(shell expr 2 - $(PROCESSES) % 2)
 .PHONY: install train test lint
 install: .venv/installed
 
-# torchrec goes in without its dependencies: it asks for the CUDA build of fbgemm everywhere.
+# Without a GPU, torch's CPU build comes first, by itself (pip prefers 2.13.0+cpu of that index to
+# 2.13.0). torchrec comes without its dependencies: it asks for the CUDA build of fbgemm everywhere.
 .venv/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
-	pip install --quiet --retries 1 --timeout 60 $(TORCH)
-	pip install --quiet --editable '.[dev]'
+ifeq ($(GPUS),0)
+	pip install --quiet --retries 0 --no-deps torch==2.13.0 \
+	  --extra-index-url https://download.pytorch.org/whl/cpu
+endif
+	pip install --quiet torch==2.13.0 $(FBGEMM) --editable '.[dev]'
 	pip install --quiet --no-deps torchrec==1.8.0
 	touch $@
 

@@ -1,1 +1,1 @@
-"""Floor 3: what is trained. Config, data, model, loss, metrics, trainer, checkpoint, command line."""
+"""Floor 3: what is trained. Config, data, model, metrics, trainer, checkpoint, CLI."""

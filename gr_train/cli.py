@@ -39,6 +39,15 @@ def _parser() -> argparse.ArgumentParser:
     movielens.add_argument("file", help="the raw ratings, gzipped or not")
     movielens.add_argument("--out", required=True, help="folder to write")
     movielens.add_argument("--task", choices=("retrieval", "ranking"), default="retrieval")
+    movielens.add_argument(
+        "--num-candidates", type=int, default=10, help="ranking: events held out per split"
+    )
+    movielens.add_argument(
+        "--positive-rating",
+        type=float,
+        default=4.0,
+        help="ranking: the least rating that is a like",
+    )
     movielens.set_defaults(run=_prepare_movielens)
     return parser
 
@@ -74,7 +83,17 @@ def _prepare_movielens(arguments: argparse.Namespace) -> int:
 
     from gr_train.data.movielens import prepare_movielens
 
-    prepare_movielens(Path(arguments.file), Path(arguments.out), task=arguments.task)
+    prepared = prepare_movielens(
+        Path(arguments.file),
+        Path(arguments.out),
+        task=arguments.task,
+        num_candidates=arguments.num_candidates,
+        positive_rating=arguments.positive_rating,
+    )
+    print(
+        f"{arguments.out}: {prepared.ratings:,} ratings of {prepared.items:,} items by "
+        f"{prepared.users:,} users; {prepared.skipped_users:,} users with too few were left out"
+    )
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal, cast
 
@@ -25,7 +26,9 @@ class SyntheticConfig:
 
     num_items: int = 1000
     num_actions: int = 4
-    contextual_sizes: list[int] = field(default_factory=list)  # vocabulary of each contextual feature
+    contextual_sizes: list[int] = field(
+        default_factory=list
+    )  # vocabulary of each contextual feature
     num_tasks: int = 2  # binary tasks a candidate is labelled with
     num_candidates: int = 10  # per sequence, for ranking
     min_events: int = 4
@@ -75,7 +78,7 @@ class ModelConfig:
 @dataclass
 class EmbeddingConfig:
     plan: str = "auto"  # TorchRec's planner
-    optimizer: Literal["rowwise_adagrad", "sgd", "adam"] = "rowwise_adagrad"
+    optimizer: Literal["rowwise_adagrad", "sgd"] = "rowwise_adagrad"
     lr: float = 0.05
     eps: float = 1e-8
 
@@ -139,7 +142,9 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, world_size: int) -> Config:
+def load_config(
+    path: str | Path | None, overrides: Sequence[str] = (), *, world_size: int
+) -> Config:
     """YAML file, then `key.sub=value` overrides, over the defaults; validated for `world_size`.
 
     Raises ConfigError for unknown keys, wrong types and combinations that cannot work.
@@ -167,7 +172,11 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = (), *, world
                 f"{name}: {field_name}: {message}. gr_train/config.py lists every field."
             ) from error
     config = cast(Config, OmegaConf.to_object(merged))
-    if config.parallel.dp is None and config.parallel.cp > 0 and world_size % config.parallel.cp == 0:
+    if (
+        config.parallel.dp is None
+        and config.parallel.cp > 0
+        and world_size % config.parallel.cp == 0
+    ):
         config.parallel.dp = world_size // config.parallel.cp
     validate(config, world_size)
     return config
@@ -179,7 +188,7 @@ def save_config(config: Config, path: Path) -> None:
 
 def validate(config: Config, world_size: int) -> None:
     """Refuse what cannot work. Pure: reads no file and no device."""
-    _at_least_one(config)
+    _check_ranges(config)
     parallel, model, data = config.parallel, config.model, config.data
 
     if world_size % parallel.cp:
@@ -196,7 +205,10 @@ def validate(config: Config, world_size: int) -> None:
             f"times parallel.cp={parallel.cp} is not the {world_size} processes of this job; "
             "leave parallel.dp out to have it computed",
         )
-    for name, size in (("data.batch_size", data.batch_size), ("eval.batch_size", config.eval.batch_size)):
+    for name, size in (
+        ("data.batch_size", data.batch_size),
+        ("eval.batch_size", config.eval.batch_size),
+    ):
         if size % world_size:
             _refuse(name, size, f"must be a multiple of the {world_size} processes, which share it")
     if data.readers is not None:
@@ -207,26 +219,45 @@ def validate(config: Config, world_size: int) -> None:
 
     if model.kind == "sasrec":
         if parallel.cp > 1:
-            _refuse("parallel.cp", parallel.cp, "softmax attention is not split; use 1 for model.kind=sasrec")
+            _refuse(
+                "parallel.cp",
+                parallel.cp,
+                "softmax attention is not split; use 1 for model.kind=sasrec",
+            )
         if model.num_heads * model.qk_dim != model.width or model.qk_dim != model.v_dim:
             _refuse(
                 "model.qk_dim",
                 model.qk_dim,
-                f"SASRec wants qk_dim == v_dim == width / num_heads = {model.width / model.num_heads:g}",
+                "SASRec wants qk_dim == v_dim == width / num_heads = "
+                f"{model.width / model.num_heads:g}",
             )
     mask = model.mask
     if mask.local and (mask.window or mask.full_suffix):
-        _refuse("model.mask.local", mask.local, "semi-local and window masks exclude each other; set one to 0")
+        _refuse(
+            "model.mask.local",
+            mask.local,
+            "semi-local and window masks exclude each other; set one to 0",
+        )
     if mask.prefix and not mask.local:
-        _refuse("model.mask.prefix", mask.prefix, "belongs to semi-local masks; set model.mask.local too")
+        _refuse(
+            "model.mask.prefix",
+            mask.prefix,
+            "belongs to semi-local masks; set model.mask.local too",
+        )
     if mask.full_suffix and not mask.window:
-        _refuse("model.mask.full_suffix", mask.full_suffix, "exempts from a window; set model.mask.window too")
+        _refuse(
+            "model.mask.full_suffix",
+            mask.full_suffix,
+            "exempts from a window; set model.mask.window too",
+        )
     if not 0 <= model.dropout < 1:
         _refuse("model.dropout", model.dropout, "want a probability in [0, 1)")
     if model.temperature <= 0:
         _refuse("model.temperature", model.temperature, "want a positive number")
     if config.embedding.plan != "auto":
-        _refuse("embedding.plan", config.embedding.plan, "only 'auto', TorchRec's planner, is supported")
+        _refuse(
+            "embedding.plan", config.embedding.plan, "only 'auto', TorchRec's planner, is supported"
+        )
 
     if data.source == "parquet" and data.path is None:
         _refuse("data.path", data.path, "data.source=parquet reads a folder; name it")
@@ -235,52 +266,67 @@ def validate(config: Config, world_size: int) -> None:
         _refuse(
             "data.synthetic.mean_events",
             synthetic.mean_events,
-            f"want 2 <= min_events={synthetic.min_events} <= mean_events <= max_events={synthetic.max_events}",
+            f"want 2 <= min_events={synthetic.min_events} <= mean_events "
+            f"<= max_events={synthetic.max_events}",
         )
     if not config.eval.k or min(config.eval.k) < 1:
         _refuse("eval.k", config.eval.k, "want at least one positive cutoff, such as [10]")
 
 
-def _at_least_one(config: Config) -> None:
-    positive = {
-        "data.max_length": config.data.max_length,
-        "data.batch_size": config.data.batch_size,
-        "data.synthetic.num_items": config.data.synthetic.num_items,
-        "data.synthetic.num_actions": config.data.synthetic.num_actions,
-        "data.synthetic.num_tasks": config.data.synthetic.num_tasks,
-        "data.synthetic.num_candidates": config.data.synthetic.num_candidates,
-        "model.num_layers": config.model.num_layers,
-        "model.width": config.model.width,
-        "model.num_heads": config.model.num_heads,
-        "model.qk_dim": config.model.qk_dim,
-        "model.v_dim": config.model.v_dim,
-        "model.num_negatives": config.model.num_negatives,
-        "parallel.cp": config.parallel.cp,
-        "parallel.timeout_s": config.parallel.timeout_s,
-        "train.steps": config.train.steps,
-        "train.log_every": config.train.log_every,
-        "eval.batch_size": config.eval.batch_size,
-        "eval.item_chunk": config.eval.item_chunk,
-        "checkpoint.keep": config.checkpoint.keep,
-    }
-    not_negative = {
-        "data.num_workers": config.data.num_workers,
-        "model.time_buckets": config.model.time_buckets,
-        "model.mask.window": config.model.mask.window,
-        "model.mask.full_suffix": config.model.mask.full_suffix,
-        "model.mask.local": config.model.mask.local,
-        "model.mask.prefix": config.model.mask.prefix,
-        "optim.clip_norm": config.optim.clip_norm,
-        "optim.warmup_steps": config.optim.warmup_steps,
-        "eval.every": config.eval.every,
-        "checkpoint.every": config.checkpoint.every,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            _refuse(name, value, "want at least 1")
-    for name, value in not_negative.items():
-        if value < 0:
-            _refuse(name, value, "want 0 (off) or more")
+LEAST = {
+    **dict.fromkeys(
+        (
+            "data.max_length",
+            "data.batch_size",
+            "data.synthetic.num_items",
+            "data.synthetic.num_actions",
+            "data.synthetic.num_tasks",
+            "data.synthetic.num_candidates",
+            "data.synthetic.num_eval_sequences",
+            "model.num_layers",
+            "model.width",
+            "model.num_heads",
+            "model.qk_dim",
+            "model.v_dim",
+            "model.num_negatives",
+            "parallel.cp",
+            "parallel.timeout_s",
+            "train.steps",
+            "train.log_every",
+            "eval.batch_size",
+            "eval.item_chunk",
+            "checkpoint.keep",
+        ),
+        1,
+    ),
+    **dict.fromkeys(
+        (
+            "data.num_workers",
+            "model.time_buckets",
+            "model.mask.window",
+            "model.mask.full_suffix",
+            "model.mask.local",
+            "model.mask.prefix",
+            "embedding.lr",
+            "embedding.eps",
+            "optim.lr",
+            "optim.weight_decay",
+            "optim.clip_norm",
+            "optim.warmup_steps",
+            "eval.every",
+            "checkpoint.every",
+            "train.seed",
+        ),
+        0,
+    ),
+}
+
+
+def _check_ranges(config: Config) -> None:
+    for name, least in LEAST.items():
+        value = attrgetter(name)(config)
+        if value < least:
+            _refuse(name, value, f"want {least} or more")
 
 
 def _refuse(name: str, value: object, way_out: str) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation on held-out data: over the full item set for retrieval, over candidates for ranking."""
+"""Evaluation on held-out data: the full item set for retrieval, candidates for ranking."""
 
 from __future__ import annotations
 

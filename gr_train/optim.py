@@ -21,9 +21,7 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int
-) -> LambdaLR:
+def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> LambdaLR:
     """Linear warm-up, then constant or a cosine to zero at the last step."""
 
     def factor(step: int) -> float:

@@ -1,4 +1,4 @@
-"""The training loop: read a batch, cut it into shards, forward, backward, step; log, evaluate, save.
+"""The training loop: read a batch, cut it into shards, forward, backward, step; log, save.
 
 `Trainer` builds what a config describes on every process and runs it.
 """
@@ -99,7 +99,7 @@ class Trainer:
                 if step > first + config.train.log_every:  # the first window warms up
                     all_tokens, all_seconds = all_tokens + int(stats[1]), all_seconds + seconds
                 if progress:
-                    lr = self.schedule.get_last_lr()[0]
+                    lr = float(self.schedule.get_last_lr()[0])
                     progress.train(step, loss, float(stats[1]) / seconds, lr)
                 loss_sum.zero_()
                 tokens, window = 0, time.perf_counter()
@@ -147,9 +147,7 @@ class Trainer:
         """The baseline on the same split; nothing for ranking."""
         if self.config.model.task == "ranking":
             return {}
-        counts = item_counts(
-            self.config, self.info, rank=self.mesh.rank, world_size=self.mesh.size
-        )
+        counts = item_counts(self.config, self.info, rank=self.mesh.rank, world_size=self.mesh.size)
         return popularity_metrics(
             torch.from_numpy(counts),
             self._loader(self.config.eval.split),
@@ -215,7 +213,9 @@ class Trainer:
     def _autocast(self) -> AbstractContextManager[object]:
         precision = self.config.train.precision
         on_gpu = self.device.type == "cuda"
-        if precision == "bf16" or (precision == "auto" and on_gpu and torch.cuda.is_bf16_supported()):
+        if precision == "bf16" or (
+            precision == "auto" and on_gpu and torch.cuda.is_bf16_supported()
+        ):
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 

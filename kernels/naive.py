@@ -1,4 +1,4 @@
-"""HSTU attention as one reads it in the paper: all scores at once. The oracle of every fast kernel."""
+"""HSTU attention as one reads it in the paper: all scores at once. The fast kernels' oracle."""
 
 from __future__ import annotations
 

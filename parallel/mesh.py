@@ -1,6 +1,6 @@
 """The process mesh: dp groups of cp processes. One object owns the groups and checks the degrees.
 
-Ranks of a cp group are neighbours (cp is the fastest axis), so that they share a node when they can.
+Ranks of a cp group are neighbours (cp is the fastest axis), to share a node when they can.
 """
 
 from __future__ import annotations

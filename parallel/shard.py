@@ -133,7 +133,7 @@ def _trade(
     group: dist.ProcessGroup,
     device: torch.device,
 ) -> Tensor:
-    """Send every rank its rows of my sequences [T, F]; receive my rows of theirs, in batch order."""
+    """Send each rank its rows of my sequences [T, F]; receive my rows of theirs, in batch order."""
     rank = group.rank()
     my_starts = lengths_to_offsets(lengths)[:-1].long()
     indices = []

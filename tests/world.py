@@ -49,9 +49,8 @@ class World:
         self.processes = []
         for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, size, port, there), daemon=True
-            )
+            # Not daemons: those may not start loader workers. They end when their pipe closes.
+            process = context.Process(target=_serve, args=(rank, size, port, there))
             process.start()
             there.close()
             self.pipes.append(here)

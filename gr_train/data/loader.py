@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -56,6 +57,8 @@ def build_loader(
         dataset,
         batch_size=None,  # the dataset makes the batches
         num_workers=config.data.num_workers if split == "train" else 0,
+        # Starting to iterate draws a number; the global generator is dropout's, and is resumed.
+        generator=torch.Generator(),
         collate_fn=partial(
             collate,
             task=config.model.task,

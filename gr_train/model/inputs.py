@@ -72,7 +72,7 @@ def make_inputs(
 
 
 def position_ids(shard: Shard) -> Tensor:
-    """int64 [rows]: the token's position; all candidates of a sequence share one, the history's end."""
+    """int64 [rows]: positions; all candidates of a sequence share one, the end of its history."""
     history = (shard.device_lengths - shard.device_num_targets)[shard.device_rows.sequence_ids()]
     return torch.minimum(shard.device_rows.positions, history).long()
 

@@ -122,7 +122,7 @@ class Recommender:
         return total * size / count.clamp(min=1)
 
     def predict(self, shard: Shard) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Evaluation: what the label rows say, their labels, and the labels' embeddings (retrieval).
+        """What the label rows say, their labels, and the labels' embeddings (retrieval).
 
         Retrieval predicts from each sequence's last history token alone.
         """

@@ -6,6 +6,8 @@ split over GPUs: softmax needs running statistics between key blocks, which HSTU
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,7 +39,7 @@ class SASRecLayer(nn.Module):
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
         attended = [x.new_zeros(0, x.shape[1])]
         offsets = shard.rows.offsets.tolist()
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True):
+        for start, end in pairwise(offsets):
             if start == end:
                 continue
             q, k, v = qkv[start:end].permute(1, 2, 0, 3)  # [heads, n, dim] each

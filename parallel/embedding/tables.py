@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
 from torchrec.distributed.types import ShardingEnv
@@ -14,14 +15,12 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.keyed import KeyedOptimizer
 
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from parallel.embedding.plan import embedding_plan
 from parallel.mesh import Mesh
 
 OPTIMIZERS = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "sgd": EmbOptimType.EXACT_SGD,
-    "adam": EmbOptimType.ADAM,
 }
 INIT_STD = 0.02
 BLOCK_ROWS = 4096  # rows drawn from one random generator

@@ -1,4 +1,4 @@
-"""All-gather exchange: every rank gets all keys and values in one collective. Simplest, most memory.
+"""All-gather exchange: every rank gets all keys and values at once. Simplest, most memory.
 
 Only this rank's own keys and values are kept for the backward pass, which gathers them again.
 """
@@ -45,15 +45,13 @@ class _AllGatherAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, intervals = ctx.saved_tensors
         whole_k, whole_v = _gather(k, v, ctx.shard)
-        dq, dk, dv = attention_backward(
-            dout, q, whole_k, whole_v, intervals=intervals, **ctx.mask
-        )
+        dq, dk, dv = attention_backward(dout, q, whole_k, whole_v, intervals=intervals, **ctx.mask)
         dk, dv = _reduce_scatter(dk, dv, ctx.shard)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 
 
 def _gather(k: Tensor, v: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
-    """Rows of all ranks, in sequence order. Shards differ by a few rows: padded for the collective."""
+    """Rows of all ranks, in sequence order. Padded to the largest shard for the collective."""
     rows = max(part.num_rows for part in shard.parts)
     mine = k.new_zeros(rows, k.shape[1], k.shape[2] + v.shape[2])
     mine[: k.shape[0], :, : k.shape[2]] = k

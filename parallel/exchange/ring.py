@@ -94,7 +94,8 @@ class _RingAttention(torch.autograd.Function):
             gradient_hop = _Hop(shard, gradient, receive)
             if step + 1 < size:
                 block = hop.wait()
-        assert dq is not None and gradient_hop is not None
+        assert dq is not None
+        assert gradient_hop is not None
         dk, dv = _unpack(gradient_hop.wait(), k, v)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 

@@ -49,8 +49,11 @@ def attend(cp: int, layout: str, exchange: str, name: str):
     case = CASES[name]
     mesh = build_mesh(dp=1, cp=cp, device=CPU)
     mine = slice(mesh.rank, None, cp)  # samples are read by different ranks, in another order
-    batch = JaggedBatch(case.lengths[mine], case.num_targets[mine], {"id": torch.zeros(
-        int(case.lengths[mine].sum()), dtype=torch.int64)})
+    batch = JaggedBatch(
+        case.lengths[mine],
+        case.num_targets[mine],
+        {"id": torch.zeros(int(case.lengths[mine].sum()), dtype=torch.int64)},
+    )
     shard = shard_batch(batch, LAYOUTS[layout](cp), mesh.cp_group, CPU)
     case = Case(**{**vars(case), "lengths": shard.lengths, "num_targets": shard.num_targets})
     *qkv, dout = (x[shard.whole_rows[shard.rank]] for x in qkvd(int(shard.lengths.sum())))
@@ -59,7 +62,12 @@ def attend(cp: int, layout: str, exchange: str, name: str):
         *qkv, shard=shard, intervals=case.intervals(shard.rows), exchange=exchange, **SCALES
     )
     gradients = torch.autograd.grad(out, qkv, dout)
-    return shard.lengths, shard.num_targets, shard.whole_rows[shard.rank], [out.detach(), *gradients]
+    return (
+        shard.lengths,
+        shard.num_targets,
+        shard.whole_rows[shard.rank],
+        [out.detach(), *gradients],
+    )
 
 
 @pytest.mark.parametrize("exchange", EXCHANGES)

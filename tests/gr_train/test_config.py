@@ -1,0 +1,71 @@
+"""Configs that cannot work are refused with the field, the value and the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from gr_train.config import ConfigError, load_config, save_config
+
+CONFIGS = sorted(Path("configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    wants = OmegaConf.load(path).parallel.cp
+    config = load_config(path, world_size=wants)
+    assert config.parallel.dp == 1
+
+
+def test_there_are_shipped_configs() -> None:
+    assert {path.stem for path in CONFIGS} >= {"quickstart", "movielens", "long_sequence"}
+
+
+def test_overrides_win_and_dp_is_computed() -> None:
+    config = load_config(
+        "configs/quickstart.yaml", ["parallel.cp=4", "model.num_layers=8"], world_size=8
+    )
+    assert (config.parallel.dp, config.parallel.cp, config.model.num_layers) == (2, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.num_layerz=2", ["num_layerz", "gr_train/config.py"]),
+        ("model.num_layers=two", ["model.num_layers", "two"]),
+        ("model.num_layers=0", ["model.num_layers=0", "1 or more"]),
+        ("model.kind=bert", ["model.kind", "bert", "hstu"]),
+        ("parallel.cp=3", ["parallel.cp=3", "4 processes", "-j"]),
+        ("parallel.dp=3", ["parallel.dp=3", "4 processes"]),
+        ("parallel.cp=0", ["parallel.cp=0"]),
+        ("data.batch_size=6", ["data.batch_size=6", "multiple of the 4"]),
+        ("data.readers=6", ["data.readers=6", "multiple"]),
+        ("data.source=parquet", ["data.path"]),
+        ("model.kind=sasrec", ["parallel.cp=2", "sasrec"]),
+        ("model.mask.prefix=4", ["model.mask.prefix=4", "model.mask.local"]),
+        ("model.mask.full_suffix=4", ["model.mask.full_suffix=4", "model.mask.window"]),
+        ("model.dropout=1.5", ["model.dropout=1.5"]),
+        ("data.synthetic.mean_events=1", ["data.synthetic.mean_events"]),
+        ("eval.k=[]", ["eval.k"]),
+        ("optim.lr=-1", ["optim.lr=-1", "0 or more"]),
+        ("parallel.cp", ["'parallel.cp'", "key=value"]),
+    ],
+)
+def test_refusals(override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("configs/quickstart.yaml", [override], world_size=4)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(ConfigError, match=r"configs/none\.yaml"):
+        load_config("configs/none.yaml", world_size=1)
+
+
+def test_saved_config_loads_back(tmp_path: Path) -> None:
+    config = load_config("configs/movielens.yaml", ["eval.k=[5, 10]"], world_size=2)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml", world_size=2) == config
