@@ -69,7 +69,7 @@ def blockwise_backward(
     alpha: float,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in float32 (float64 for float64 inputs); silu'(s) = sig(s) (1 + s (1 - sig(s)))."""
+    """dq, dk, dv, float32 (float64 for float64 inputs); silu'(s) = sig(s)(1 + s(1 - sig(s)))."""
     compute = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.zeros_like(x, dtype=compute) for x in (q, k, v))
     for q_rows, k_rows, mask in _tiles(queries, keys, intervals):

@@ -42,7 +42,7 @@ def task_labels(labels: Tensor, num_tasks: int) -> Tensor:
 
 
 def binary_tasks_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over rows of the tasks' mean binary cross entropy; logits [n, tasks], labels int64 [n]."""
+    """Sum over rows of the tasks' mean binary cross entropy; logits [n, tasks], labels [n]."""
     targets = task_labels(labels, logits.shape[1])
     loss = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="sum")
     return loss / logits.shape[1]

@@ -78,7 +78,7 @@ def position_ids(shard: Shard) -> Tensor:
 
 
 def time_buckets(gap: Tensor, buckets: int) -> Tensor:
-    """floor(log(max(gap, 1)) / 0.301), as in HSTU (arXiv 2402.17152): seconds int64 -> bucket ids."""
+    """HSTU's floor(log(max(gap, 1)) / 0.301) (arXiv 2402.17152): seconds -> bucket ids, int64."""
     return (gap.clamp(min=1).double().log() / 0.301).floor().long().clamp(max=buckets - 1)
 
 
