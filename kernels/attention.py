@@ -220,5 +220,5 @@ def _check_values(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
             raise ValueError(f"{name}: positions must increase within a sequence")
     a0, a1, b0, b1 = intervals.unbind(-1)
     disjoint = (a1 <= b0) | (a0 == a1) | (b0 == b1)
-    if not bool(((0 <= a0) & (a0 <= a1) & (0 <= b0) & (b0 <= b1) & disjoint).all()):
+    if not bool(((a0 >= 0) & (a0 <= a1) & (b0 >= 0) & (b0 <= b1) & disjoint).all()):
         raise ValueError("intervals: want 0 <= a0 <= a1 <= b0 <= b1, or one of the two empty")

@@ -6,22 +6,15 @@ Both kernels recompute s and dp: seven matrix products where one kernel with uno
 five, but no dq traffic, and the same bits in every run.
 """
 
+# ruff: noqa: N803, N806 (Triton's constants are written in capitals)
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from kernels.triton.forward import load_bounds, store_rows, visible
-from kernels.triton.runs import (
-    FULL_AT,
-    FULL_RUNS,
-    MASKED_AT,
-    MASKED_RUNS,
-    RECORD,
-    find_block,
-    load_runs,
-)
-from kernels.triton.silu import silu_and_twice_slope
+from kernels.triton.forward import sees, store_rows
+from kernels.triton.runs import RECORD, SPLIT_AT, find_block, load_runs
+from kernels.triton.silu import UNSEEN, silu_and_twice_slope
 
 
 @triton.jit(do_not_specialize=["num_rows", "half_alpha", "scale"])
@@ -60,33 +53,25 @@ def key_value_kernel(
     v = v_desc.load([row0, head * V_DIM])
     dk = tl.zeros([BLOCK_N, QK_DIM], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, V_DIM], dtype=tl.float32)
-
-    blocks, runs = load_runs(record, FULL_AT, FULL_RUNS, BLOCK_M)
-    for block in tl.range(0, blocks):
-        row, _ = find_block(runs, block, BLOCK_M)
-        q = q_desc.load([row, head * QK_DIM])
-        scores = tl.dot(k, q.T, input_precision=PRECISION)
-        dout = dout_desc.load([row, head * V_DIM])
-        dweights = tl.dot(v, dout.T, input_precision=PRECISION)
-        weights, slope = silu_and_twice_slope(scores * half_alpha, FAST)
-        dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dk = tl.dot((dweights * slope).to(q.dtype), q, dk, input_precision=PRECISION)
-
     keys = (row0 + tl.arange(0, BLOCK_N))[:, None]
-    blocks, runs = load_runs(record, MASKED_AT, MASKED_RUNS, BLOCK_M)
-    for block in tl.range(0, blocks):
-        row, end = find_block(runs, block, BLOCK_M)
-        q = q_desc.load([row, head * QK_DIM])
-        scores = tl.dot(k, q.T, input_precision=PRECISION)
-        dout = dout_desc.load([row, head * V_DIM])
-        dweights = tl.dot(v, dout.T, input_precision=PRECISION)
-        weights, slope = silu_and_twice_slope(scores * half_alpha, FAST)
-        rows = (row + tl.arange(0, BLOCK_M))[None, :]
-        seen = visible(load_bounds(bounds_ptr, num_rows, rows, end), keys)
-        weights = tl.where(seen, weights, 0.0)
-        dscores = tl.where(seen, dweights * slope, 0.0)
-        dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+    split = tl.load(record + SPLIT_AT)
+
+    blocks, full_blocks, runs = load_runs(record, BLOCK_M)
+    for masked in tl.static_range(2):
+        for block in tl.range(full_blocks * masked, blocks if masked else full_blocks):
+            row = find_block(runs, block, BLOCK_M)
+            q = q_desc.load([row, head * QK_DIM])
+            half_scores = tl.dot(k, q.T, input_precision=PRECISION) * half_alpha
+            dout = dout_desc.load([row, head * V_DIM])
+            dweights = tl.dot(v, dout.T, input_precision=PRECISION)
+            if masked:
+                queries = (row + tl.arange(0, BLOCK_M))[None, :]
+                end = tl.where(row < split, split, num_rows)
+                seen = sees(bounds_ptr, num_rows, queries, end, keys)
+                half_scores = tl.where(seen, half_scores, UNSEEN)
+            weights, slope = silu_and_twice_slope(half_scores, FAST)
+            dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dk = tl.dot((dweights * slope).to(q.dtype), q, dk, input_precision=PRECISION)
 
     store_rows(
         dk_ptr, dk * (scale * half_alpha), row0, row_end, HEADS * QK_DIM, head * QK_DIM, False
@@ -128,30 +113,22 @@ def query_kernel(
     q = q_desc.load([row0, head * QK_DIM])
     dout = dout_desc.load([row0, head * V_DIM])
     dq = tl.zeros([BLOCK_M, QK_DIM], dtype=tl.float32)
+    queries = (row0 + tl.arange(0, BLOCK_M))[:, None]
 
-    blocks, runs = load_runs(record, FULL_AT, FULL_RUNS, BLOCK_N)
-    for block in tl.range(0, blocks):
-        row, _ = find_block(runs, block, BLOCK_N)
-        k = k_desc.load([row, head * QK_DIM])
-        scores = tl.dot(q, k.T, input_precision=PRECISION)
-        v = v_desc.load([row, head * V_DIM])
-        dweights = tl.dot(dout, v.T, input_precision=PRECISION)
-        _, slope = silu_and_twice_slope(scores * half_alpha, FAST)
-        dq = tl.dot((dweights * slope).to(k.dtype), k, dq, input_precision=PRECISION)
-
-    bounds = load_bounds(bounds_ptr, num_rows, (row0 + tl.arange(0, BLOCK_M))[:, None], row_end)
-    blocks, runs = load_runs(record, MASKED_AT, MASKED_RUNS, BLOCK_N)
-    for block in tl.range(0, blocks):
-        row, end = find_block(runs, block, BLOCK_N)
-        k = k_desc.load([row, head * QK_DIM])
-        scores = tl.dot(q, k.T, input_precision=PRECISION)
-        v = v_desc.load([row, head * V_DIM])
-        dweights = tl.dot(dout, v.T, input_precision=PRECISION)
-        _, slope = silu_and_twice_slope(scores * half_alpha, FAST)
-        keys = row + tl.arange(0, BLOCK_N)
-        keys = tl.where(keys < end, keys, -1)[None, :]
-        dscores = tl.where(visible(bounds, keys), dweights * slope, 0.0)
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
+    blocks, full_blocks, runs = load_runs(record, BLOCK_N)
+    for masked in tl.static_range(2):
+        for block in tl.range(full_blocks * masked, blocks if masked else full_blocks):
+            row = find_block(runs, block, BLOCK_N)
+            k = k_desc.load([row, head * QK_DIM])
+            half_scores = tl.dot(q, k.T, input_precision=PRECISION) * half_alpha
+            v = v_desc.load([row, head * V_DIM])
+            dweights = tl.dot(dout, v.T, input_precision=PRECISION)
+            if masked:
+                keys = (row + tl.arange(0, BLOCK_N))[None, :]
+                seen = sees(bounds_ptr, num_rows, queries, row_end, keys)
+                half_scores = tl.where(seen, half_scores, UNSEEN)
+            _, slope = silu_and_twice_slope(half_scores, FAST)
+            dq = tl.dot((dweights * slope).to(k.dtype), k, dq, input_precision=PRECISION)
 
     store_rows(
         dq_ptr, dq * (scale * half_alpha), row0, row_end, HEADS * QK_DIM, head * QK_DIM, False

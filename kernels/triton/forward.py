@@ -1,39 +1,28 @@
 """Attention forward: one program per query tile and head, walking the key blocks it sees."""
 
+# ruff: noqa: N803, N806 (Triton's constants are written in capitals)
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from kernels.triton.runs import (
-    FULL_AT,
-    FULL_RUNS,
-    MASKED_AT,
-    MASKED_RUNS,
-    RECORD,
-    find_block,
-    load_runs,
-)
+from kernels.triton.runs import RECORD, find_block, load_runs
 from kernels.triton.silu import silu
 
 
 @triton.jit
-def load_bounds(bounds_ptr, num_rows, rows, end):
-    """The key rows [a0, a1) and [b0, b1) that query rows see; nothing from row `end` on."""
-    inside = rows < end
-    at = bounds_ptr + rows
-    a0 = tl.load(at, mask=inside, other=0)
-    a1 = tl.load(at + num_rows.to(tl.int64), mask=inside, other=0)
-    b0 = tl.load(at + num_rows.to(tl.int64) * 2, mask=inside, other=0)
-    b1 = tl.load(at + num_rows.to(tl.int64) * 3, mask=inside, other=0)
-    return a0, a1, b0, b1
+def sees(bounds_ptr, num_rows, queries, queries_end, keys):
+    """Which pairs are visible; none of queries_end and beyond. Either may be the columns.
 
-
-@triton.jit
-def visible(bounds, keys):
-    """Which key rows are inside the bounds; shapes broadcast."""
-    a0, a1, b0, b1 = bounds
-    return ((keys >= a0) & (keys < a1)) | ((keys >= b0) & (keys < b1))
+    As the plan wrote them: a query sees the key rows [low, high) but for a hole in between.
+    """
+    inside = queries < queries_end
+    at = bounds_ptr + queries
+    low = tl.load(at, mask=inside, other=0)
+    high = tl.load(at + num_rows.to(tl.int64), mask=inside, other=0)
+    hole_low = tl.load(at + num_rows.to(tl.int64) * 2, mask=inside, other=0)
+    hole_high = tl.load(at + num_rows.to(tl.int64) * 3, mask=inside, other=0)
+    return (keys >= low) & (keys < high) & ((keys < hole_low) | (keys >= hole_high))
 
 
 @triton.jit
@@ -80,27 +69,19 @@ def forward_kernel(
 
     q = q_desc.load([row0, head * QK_DIM])
     acc = tl.zeros([BLOCK_M, V_DIM], dtype=tl.float32)
-
-    blocks, runs = load_runs(record, FULL_AT, FULL_RUNS, BLOCK_N)
-    for block in tl.range(0, blocks):
-        row, _ = find_block(runs, block, BLOCK_N)
-        k = k_desc.load([row, head * QK_DIM])
-        scores = tl.dot(q, k.T, input_precision=PRECISION)
-        weights = silu(scores * half_alpha, FAST)
-        v = v_desc.load([row, head * V_DIM])
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
-
-    bounds = load_bounds(bounds_ptr, num_rows, (row0 + tl.arange(0, BLOCK_M))[:, None], row_end)
-    blocks, runs = load_runs(record, MASKED_AT, MASKED_RUNS, BLOCK_N)
-    for block in tl.range(0, blocks):
-        row, end = find_block(runs, block, BLOCK_N)
-        k = k_desc.load([row, head * QK_DIM])
-        scores = tl.dot(q, k.T, input_precision=PRECISION)
-        weights = silu(scores * half_alpha, FAST)
-        keys = row + tl.arange(0, BLOCK_N)
-        keys = tl.where(keys < end, keys, -1)[None, :]
-        weights = tl.where(visible(bounds, keys), weights, 0.0)
-        v = v_desc.load([row, head * V_DIM])
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+    queries = (row0 + tl.arange(0, BLOCK_M))[:, None]
+    blocks, full_blocks, runs = load_runs(record, BLOCK_N)
+    for masked in tl.static_range(2):  # two loops: the full blocks' never looks at the mask
+        for block in tl.range(full_blocks * masked, blocks if masked else full_blocks):
+            row = find_block(runs, block, BLOCK_N)
+            k = k_desc.load([row, head * QK_DIM])
+            half_scores = tl.dot(q, k.T, input_precision=PRECISION) * half_alpha
+            weights = silu(half_scores, FAST)
+            if masked:
+                keys = (row + tl.arange(0, BLOCK_N))[None, :]
+                seen = sees(bounds_ptr, num_rows, queries, row_end, keys)
+                weights = tl.where(seen, weights, 0.0)
+            v = v_desc.load([row, head * V_DIM])
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
 
     store_rows(out_ptr, acc * scale, row0, row_end, HEADS * V_DIM, head * V_DIM, ADD)

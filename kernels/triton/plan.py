@@ -9,6 +9,7 @@ sequence or a context-parallel shard ends. Tiles come heaviest first. The host l
 number of tiles is bounded by shapes, and surplus tiles are empty.
 """
 
+# ruff: noqa: N803 (Triton's constants are written in capitals)
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kernels.jagged import Jagged
-from kernels.triton.runs import FULL_AT, FULL_RUNS, MASKED_AT, MASKED_RUNS, RECORD
+from kernels.triton.runs import FULL_AT, FULL_RUNS, MASKED_AT, MASKED_RUNS, RECORD, SPLIT_AT
 
 # What a query tile sees, int32 each: for both intervals the hull [low, high) over its rows and the
 # part that all its rows share. Empty ones have low = FAR, high = 0.
@@ -55,7 +56,9 @@ class Plan:
     tile: int
     queries: Jagged
     keys: Jagged
-    bounds: Tensor  # int32 [4, Tq]: the intervals of each query, as absolute key rows
+    bounds: (
+        Tensor  # int32 [4, Tq]: key rows [low, high) each query sees, but for a hole [low, high)
+    )
     query_cut: Tiles
     hulls: Tensor  # int32 [HULLS, query tiles], in the order of the rows
     query_tiles: Tensor  # int32 [query tiles, RECORD], heaviest first
@@ -133,7 +136,9 @@ def _version(tensor: Tensor) -> int:
 
 
 def _heaviest_first(records: Tensor, cost: Tensor) -> Tensor:
-    return records[torch.argsort(cost, descending=True, stable=True)]
+    """By the power of two of their cost, so that a sequence's tiles stay close and share its rows
+    in the cache: running neighbours read the same keys."""
+    return records[torch.argsort(cost.float().frexp().exponent, descending=True, stable=True)]
 
 
 @triton.jit
@@ -236,11 +241,14 @@ def _query_tiles_kernel(
     a1 = _key_row(k_positions_ptr, k_start, k_length, tl.load(at + 1, mask=valid, other=0))
     b0 = _key_row(k_positions_ptr, k_start, k_length, tl.load(at + 2, mask=valid, other=0))
     b1 = _key_row(k_positions_ptr, k_start, k_length, tl.load(at + 3, mask=valid, other=0))
+    # Kernels test one interval and one hole in it: the first's start to the second's end, but for
+    # what lies between.
     at = bounds_ptr + rows
-    tl.store(at, a0, mask=valid)
-    tl.store(at + num_rows.to(tl.int64), a1, mask=valid)
-    tl.store(at + num_rows.to(tl.int64) * 2, b0, mask=valid)
-    tl.store(at + num_rows.to(tl.int64) * 3, b1, mask=valid)
+    one_is_empty = (a0 == a1) | (b0 == b1)
+    tl.store(at, tl.where(a0 == a1, b0, a0), mask=valid)
+    tl.store(at + num_rows.to(tl.int64), tl.where(b0 == b1, a1, b1), mask=valid)
+    tl.store(at + num_rows.to(tl.int64) * 2, tl.where(one_is_empty, 0, a1), mask=valid)
+    tl.store(at + num_rows.to(tl.int64) * 3, tl.where(one_is_empty, 0, b0), mask=valid)
 
     a_low, a_high, a_full_low, a_full_high = _hull(a0, a1, valid)
     b_low, b_high, b_full_low, b_full_high = _hull(b0, b1, valid)
@@ -256,10 +264,14 @@ def _query_tiles_kernel(
     tl.store(at + num_tiles * 6, b_full_low)
     tl.store(at + num_tiles * 7, tl.where(whole, b_full_high, 0))
 
-    # The hull that starts first, then what the other one adds: no key row may be visited twice.
+    # The hull that starts first, then what the other one adds: no key row may be visited twice, so
+    # where the first's last tile reaches into the other hull, the other starts after it.
     a_first = a_low <= b_low
     low = tl.where(a_first, a_low, b_low)
     high = tl.where(a_first, a_high, b_high)
+    other_low = tl.where(a_first, b_low, a_low)
+    reach = low + tl.cdiv(tl.maximum(high - low, 0), TILE) * TILE
+    high = tl.where(other_low < reach, reach, high)
     record = records_ptr + tile.to(tl.int64) * RECORD
     _store_run(record, 0, row0, row_end)
     cost = _store_hull_runs(
@@ -274,7 +286,7 @@ def _query_tiles_kernel(
     cost += _store_hull_runs(
         record,
         1,
-        tl.maximum(tl.where(a_first, b_low, a_low), high),
+        tl.maximum(other_low, high),
         tl.where(a_first, b_high, a_high),
         tl.where(a_first, b_full_low, a_full_low),
         tl.where(a_first, b_full_high, a_full_high),
@@ -324,7 +336,7 @@ def _key_tiles_kernel(
 ):
     """Run-length codes, for each key tile, of how its sequence's query tiles see it.
 
-    Runs beyond a record's room, which no mask of `kernels.masks` has, share the last masked run.
+    Runs beyond a record's room share the last masked run.
     """
     key_tile = tl.program_id(0)
     piece = _count_at_most(tile_offsets_ptr, 0, num_pieces + 1, key_tile, False) - 1
@@ -344,6 +356,7 @@ def _key_tiles_kernel(
     row_first = tl.load(q_pieces_ptr + q_piece)
     row_second = tl.load(q_pieces_ptr + q_piece + 1)
     row_last = tl.load(q_pieces_ptr + q_piece + 2)
+    tl.store(record + SPLIT_AT, row_second)
 
     masked_runs = 0
     full_runs = 0

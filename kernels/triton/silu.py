@@ -3,6 +3,7 @@
 With h = x / 2: sigmoid(x) = (1 + tanh(h)) / 2, so silu(x) = h + h tanh(h).
 """
 
+# ruff: noqa: N803 (Triton's constants are written in capitals)
 from __future__ import annotations
 
 import triton
@@ -17,6 +18,10 @@ def tanh(x, FAST: tl.constexpr):
             "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     return 2 / (1 + tl.exp(-2 * x)) - 1
+
+
+# For h at masked pairs: tanh is exactly -1 there, so silu and its derivative are exactly 0.
+UNSEEN = tl.constexpr(-40.0)
 
 
 @triton.jit
