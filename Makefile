@@ -12,8 +12,8 @@ else
 FBGEMM := fbgemm-gpu==1.8.0
 PROCESSES := $(GPUS)
 endif
-# The quickstart splits each sequence over two processes; an odd number of GPUs cannot.
-CP := $(shell expr 2 - $(PROCESSES) % 2)
+# The configs split each sequence over two processes; an odd number of GPUs cannot.
+ODD := $(filter 1,$(shell expr $(PROCESSES) % 2))
 
 .PHONY: install train test lint
 install: .venv/installed
@@ -32,7 +32,7 @@ endif
 
 train: install
 	torchx --log_level WARNING run -s local_cwd launch/components.py:train -j 1x$(PROCESSES) \
-	  --config $(CONFIG) parallel.cp=$(CP) $(ARGS)
+	  --config $(CONFIG) $(if $(ODD),parallel.cp=1) $(ARGS)
 
 test: install
 	pytest $(ARGS)

@@ -26,6 +26,8 @@ from parallel.shard import Shard
 def tables(config: ModelConfig, info: DatasetInfo) -> list[Table]:
     """The embedding tables a model needs. Labels and negatives are items too."""
     items = ("item", "label", "negative") if config.task == "retrieval" else ("item",)
+    for name in {"item", "action", "label", "negative"} & info.contextual.keys():
+        raise ValueError(f"dataset.json: contextual feature {name!r} has a reserved name; rename it")
     return [
         Table("item", info.num_items, config.width, items),
         Table("action", info.num_actions, config.width, ("action",)),

@@ -11,12 +11,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from gr_train.config import Config, ModelConfig, ParallelConfig
 from gr_train.data.collate import collate
+from gr_train.model.inputs import make_inputs
 from gr_train.model.recommender import DenseModel, Recommender, tables
 from parallel.batch import JaggedBatch
 from parallel.dense import replicate
+from parallel.embedding.lookup import lookup
 from parallel.embedding.tables import embedding_collection, shard_tables
 from parallel.layout import ZigzagLayout
 from parallel.mesh import build_mesh
@@ -121,10 +124,26 @@ def single_step(task: str, style: str, before: dict[str, torch.Tensor]):
     embeddings = embedding_collection(tables(config.model, info), "cpu")
     embeddings.load_state_dict(before)
     dense = build_dense(config)
-    model = Recommender(config.model, info, embeddings, dense, None)
     batch = make_batch(global_samples(task, style), config)
     shard = shard_batch(batch, ZigzagLayout(1), None, CPU)
-    loss = model.loss(shard, NEGATIVES)
+    inputs = make_inputs(
+        shard, contextual=list(info.contextual), task=task, style=style, last_only=False
+    )
+    labels, ids = inputs.labels, dict(inputs.ids)
+    if task == "retrieval":
+        ids |= {"label": labels, "negative": NEGATIVES}
+    found = lookup(embeddings, ids)
+    out = dense(found, inputs, shard)
+    if task == "retrieval":
+        unit = {name: F.normalize(found[name], dim=-1) for name in ("label", "negative")}
+        out = F.normalize(out, dim=-1)
+        hits = labels[:, None] == NEGATIVES
+        negative = (out @ unit["negative"].T).masked_fill(hits, -torch.inf)
+        logits = torch.cat([(out * unit["label"]).sum(1, keepdim=True), negative], 1)
+        loss = -(logits / config.model.temperature).log_softmax(1)[:, 0].mean()
+    else:
+        targets = torch.stack([labels & 1, labels >> 1], 1).float()
+        loss = F.binary_cross_entropy_with_logits(out, targets)
     loss.backward()
     gradients = {name: p.grad for name, p in dense.named_parameters()}
     after = {name: (p - LR * p.grad).detach() for name, p in embeddings.named_parameters()}
