@@ -74,7 +74,9 @@ def attention_forward(
     out: Tensor | None = None,
 ) -> Tensor:
     """The forward half, without autograd. Returns float32 [Tq, H, Dv]; adds into `out` if given."""
-    mask = dict(queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale)
+    mask: dict[str, Any] = dict(
+        queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale
+    )
     if _takes_triton(q, v):
         from kernels.triton import launch
 
@@ -96,7 +98,9 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward half: float32 dq, dk, dv of this block of keys alone, from dout [Tq, H, Dv]."""
-    mask = dict(queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale)
+    mask: dict[str, Any] = dict(
+        queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale
+    )
     if _takes_triton(q, v):
         from kernels.triton import launch
 

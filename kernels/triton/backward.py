@@ -2,11 +2,12 @@
 
 With s = alpha q . k, p = silu(s) and dp = dout . v, all sums over the visible pairs:
 dv = scale sum p dout, dk = scale alpha sum silu'(s) dp q, dq = scale alpha sum silu'(s) dp k.
-Both kernels recompute s and dp: seven matrix products where one kernel with unordered sums does
-five, but no dq traffic, and the same bits in every run.
+Both recompute s and dp: seven matrix products where one kernel with unordered sums into dq does
+five, but the same bits in every run.
 """
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton
@@ -38,8 +39,14 @@ def key_value_kernel(
     BLOCK_N: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE: tl.constexpr,
 ):
-    """dk and dv. Scores are transposed, [keys, queries]. Grid: key tiles x (TILE / BLOCK_N) x HEADS."""
+    """dk if KEY, dv if VALUE. Scores are transposed: [keys, queries].
+
+    Both at once share the scores; for large head dims their sums do not fit in the registers, and
+    two launches are faster. Grid: key tiles x (TILE / BLOCK_N) x HEADS.
+    """
     PARTS: tl.constexpr = TILE // BLOCK_N
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS % PARTS
@@ -63,20 +70,25 @@ def key_value_kernel(
             q = q_desc.load([row, head * QK_DIM])
             half_scores = tl.dot(k, q.T, input_precision=PRECISION) * half_alpha
             dout = dout_desc.load([row, head * V_DIM])
-            dweights = tl.dot(v, dout.T, input_precision=PRECISION)
+            if KEY:
+                dweights = tl.dot(v, dout.T, input_precision=PRECISION)
             if masked:
                 queries = (row + tl.arange(0, BLOCK_M))[None, :]
                 end = tl.where(row < split, split, num_rows)
                 seen = sees(bounds_ptr, num_rows, queries, end, keys)
                 half_scores = tl.where(seen, half_scores, UNSEEN)
             weights, slope = silu_and_twice_slope(half_scores, FAST)
-            dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
-            dk = tl.dot((dweights * slope).to(q.dtype), q, dk, input_precision=PRECISION)
+            if VALUE:
+                dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            if KEY:
+                dk = tl.dot((dweights * slope).to(q.dtype), q, dk, input_precision=PRECISION)
 
-    store_rows(
-        dk_ptr, dk * (scale * half_alpha), row0, row_end, HEADS * QK_DIM, head * QK_DIM, False
-    )
-    store_rows(dv_ptr, dv * scale, row0, row_end, HEADS * V_DIM, head * V_DIM, False)
+    if KEY:
+        dk *= scale * half_alpha
+        store_rows(dk_ptr, dk, row0, row_end, HEADS * QK_DIM, head * QK_DIM, False)
+    if VALUE:
+        dv *= scale
+        store_rows(dv_ptr, dv, row0, row_end, HEADS * V_DIM, head * V_DIM, False)
 
 
 @triton.jit(do_not_specialize=["num_rows", "half_alpha", "scale"])
@@ -130,6 +142,5 @@ def query_kernel(
             _, slope = silu_and_twice_slope(half_scores, FAST)
             dq = tl.dot((dweights * slope).to(k.dtype), k, dq, input_precision=PRECISION)
 
-    store_rows(
-        dq_ptr, dq * (scale * half_alpha), row0, row_end, HEADS * QK_DIM, head * QK_DIM, False
-    )
+    dq *= scale * half_alpha
+    store_rows(dq_ptr, dq, row0, row_end, HEADS * QK_DIM, head * QK_DIM, False)

@@ -26,23 +26,31 @@ class Config:
 
     tile: int
     forward: Blocks
-    key_value: Blocks
     query: Blocks
+    key: Blocks
+    value: Blocks | None = None  # dv's own launch, if it does not share dk's
 
 
-# By the larger of the two head dims, padded to a power of two.
+# By the larger of the two head dims, padded to a power of two. On Hopper two blocks of 4 warps
+# share a multiprocessor where they fit: one computes SiLU while the other's products run.
 HOPPER = {
-    64: Config(128, Blocks(128, 128, 8, 3), Blocks(64, 128, 8, 3), Blocks(128, 64, 8, 3)),
-    128: Config(128, Blocks(128, 128, 8, 3), Blocks(64, 128, 8, 3), Blocks(128, 64, 8, 3)),
-    256: Config(128, Blocks(128, 64, 8, 2), Blocks(32, 128, 8, 2), Blocks(128, 32, 8, 2)),
+    64: Config(128, Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
+    128: Config(128, Blocks(128, 64, 4, 2), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2)),
+    256: Config(
+        128,
+        Blocks(128, 64, 8, 2),
+        Blocks(64, 64, 4, 2),
+        Blocks(64, 64, 4, 2),
+        Blocks(64, 128, 8, 2),
+    ),
 }
 CONSERVATIVE = {
     64: Config(128, Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
-    128: Config(128, Blocks(128, 32, 8, 2), Blocks(32, 64, 4, 2), Blocks(64, 32, 4, 2)),
-    256: Config(128, Blocks(64, 32, 8, 1), Blocks(16, 64, 8, 1), Blocks(64, 16, 8, 1)),
+    128: Config(128, Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2)),
+    256: Config(128, Blocks(64, 32, 8, 1), Blocks(64, 16, 8, 1), Blocks(16, 64, 8, 1)),
 }
 # Float32, as three tf32 products each: correct before fast.
-SINGLE = Config(64, Blocks(64, 32, 4, 1), Blocks(32, 64, 4, 1), Blocks(64, 32, 4, 1))
+SINGLE = Config(64, Blocks(64, 32, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 64, 4, 1))
 
 
 def config_for(dim: int, dtype: torch.dtype, device: torch.device) -> Config:

@@ -33,28 +33,27 @@ def forward(
     if rows == 0 or k.shape[0] == 0:
         return q.new_zeros(rows, heads, v_dim, dtype=dtype) if out is None else out
     q, k, v = _padded(q), _padded(k), _padded(v)
-    in_place = out is not None and out.is_contiguous() and v.shape[2] == v_dim
-    result = out if in_place else q.new_empty(rows, heads, v.shape[2], dtype=dtype)
+    add = out is not None and out.is_contiguous() and v.shape[2] == v_dim
+    result = q.new_empty(rows, heads, v.shape[2], dtype=dtype) if out is None or not add else out
     config = config_for(max(q.shape[2], v.shape[2]), q.dtype, q.device)
     plan = plan_for(queries, keys, intervals, config.tile)
-    blocks = config.forward
-    forward_kernel[(plan.query_cut.bound * (config.tile // blocks.m) * heads,)](
+    blocks, tiles = config.forward, plan.query_tiles
+    forward_kernel[(len(tiles) * (config.tile // blocks.m) * heads,)](
         _descriptor(q, blocks.m),
         _descriptor(k, blocks.n),
         _descriptor(v, blocks.n),
         result,
-        plan.query_tiles,
+        tiles,
         plan.bounds,
         rows,
         alpha / 2,
         scale,
-        ADD=in_place,
+        ADD=add,
         **_constants(q, v, config.tile, blocks),
     )
-    if in_place:
-        return result
-    result = result[..., :v_dim]
-    return result.contiguous() if out is None else out.add_(result)
+    if out is None:
+        return result[..., :v_dim].contiguous()
+    return out if add else out.add_(result[..., :v_dim])
 
 
 def backward(
@@ -71,32 +70,36 @@ def backward(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in `dtype` (q's if None)."""
-    shapes = [x.shape for x in (q, k, v)]
+    qk_dim, v_dim = q.shape[2], v.shape[2]
     if q.shape[0] == 0 or k.shape[0] == 0:
-        return tuple(x.new_zeros(x.shape, dtype=dtype) for x in (q, k, v))
+        dq, dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in (q, k, v))
+        return dq, dk, dv
     dout, q, k, v = _padded(dout.to(q.dtype)), _padded(q), _padded(k), _padded(v)
     dq, dk, dv = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
     config = config_for(max(q.shape[2], v.shape[2]), q.dtype, q.device)
     plan = plan_for(queries, keys, intervals, config.tile)
 
-    blocks = config.key_value
+    mask_and_scale = (plan.bounds, len(q), alpha / 2, scale)
+
     tiles = plan.key_tiles
-    key_value_kernel[(len(tiles) * (config.tile // blocks.n) * q.shape[1],)](
-        _descriptor(dout, blocks.m),
-        _descriptor(q, blocks.m),
-        _descriptor(k, blocks.n),
-        _descriptor(v, blocks.n),
-        dk,
-        dv,
-        tiles,
-        plan.bounds,
-        len(q),
-        alpha / 2,
-        scale,
-        **_constants(q, v, config.tile, blocks),
-    )
-    blocks = config.query
-    tiles = plan.query_tiles
+    launches = [(config.key, True, config.value is None)]
+    if config.value is not None:
+        launches.append((config.value, False, True))
+    for blocks, key, value in launches:
+        key_value_kernel[(len(tiles) * (config.tile // blocks.n) * q.shape[1],)](
+            _descriptor(dout, blocks.m),
+            _descriptor(q, blocks.m),
+            _descriptor(k, blocks.n),
+            _descriptor(v, blocks.n),
+            dk,
+            dv,
+            tiles,
+            *mask_and_scale,
+            KEY=key,
+            VALUE=value,
+            **_constants(q, v, config.tile, blocks),
+        )
+    blocks, tiles = config.query, plan.query_tiles
     query_kernel[(len(tiles) * (config.tile // blocks.m) * q.shape[1],)](
         _descriptor(dout, blocks.m),
         _descriptor(q, blocks.m),
@@ -104,14 +107,11 @@ def backward(
         _descriptor(v, blocks.n),
         dq,
         tiles,
-        plan.bounds,
-        len(q),
-        alpha / 2,
-        scale,
+        *mask_and_scale,
         **_constants(q, v, config.tile, blocks),
     )
-    grads = (dq, dk, dv)
-    return tuple(x[..., : s[2]].contiguous() for x, s in zip(grads, shapes, strict=True))
+    dq, dk = dq[..., :qk_dim].contiguous(), dk[..., :qk_dim].contiguous()
+    return dq, dk, dv[..., :v_dim].contiguous()
 
 
 def _padded(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Triton attention as one operator, `gr_kernels::attention`, that autograd and torch.compile know."""
+"""Triton attention as one operator, `gr_kernels::attention`, for autograd and torch.compile."""
 
 from __future__ import annotations
 

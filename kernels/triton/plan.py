@@ -10,6 +10,7 @@ number of tiles is bounded by shapes, and surplus tiles are empty.
 """
 
 # ruff: noqa: N803 (Triton's constants are written in capitals)
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from kernels.triton.runs import FULL_AT, FULL_RUNS, MASKED_AT, MASKED_RUNS, RECO
 # part that all its rows share. Empty ones have low = FAR, high = 0.
 HULLS = 8
 FAR = tl.constexpr(1 << 30)
+LIGHT = 3  # tiles that meet fewer than 2 ** LIGHT others need no order: none of them makes a tail
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,10 @@ def _version(tensor: Tensor) -> int:
 
 
 def _heaviest_first(records: Tensor, cost: Tensor) -> Tensor:
-    """By the power of two of their cost, so that a sequence's tiles stay close and share its rows
-    in the cache: running neighbours read the same keys."""
-    return records[torch.argsort(cost.float().frexp().exponent, descending=True, stable=True)]
+    """By the power of two of the cost only, and all of the lightest alike: tiles of one sequence
+    then run side by side and find their shared rows in the cache."""
+    octave = cost.float().frexp().exponent.clamp(min=LIGHT)
+    return records[torch.argsort(octave, descending=True, stable=True)]
 
 
 @triton.jit

@@ -9,6 +9,7 @@ begin that no block may overrun: at `split`. Unused runs are empty.
 from __future__ import annotations
 
 # ruff: noqa: N803 (Triton's constants are written in capitals)
+# mypy: disallow-untyped-defs=False
 import triton
 import triton.language as tl
 
@@ -29,7 +30,7 @@ def load_runs(record, BLOCK: tl.constexpr):
     for run in tl.static_range(FULL_RUNS + MASKED_RUNS):
         start = tl.load(record + FULL_AT + 2 * run)
         end = tl.load(record + FULL_AT + 2 * run + 1)
-        runs = runs + ((blocks, start - blocks * BLOCK),)  # noqa: RUF005
+        runs = runs + ((blocks, start - blocks * BLOCK),)  # type: ignore[assignment] # noqa: RUF005
         blocks += tl.cdiv(tl.maximum(end - start, 0), BLOCK)
         if run < FULL_RUNS:
             full_blocks = blocks

@@ -4,6 +4,7 @@ With h = x / 2: sigmoid(x) = (1 + tanh(h)) / 2, so silu(x) = h + h tanh(h).
 """
 
 # ruff: noqa: N803 (Triton's constants are written in capitals)
+# mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
 import triton

@@ -1,0 +1,226 @@
+"""Triton attention against the readable twins: on a GPU if there is one, else interpreted."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+pytest.importorskip("triton")
+
+from kernels.attention import hstu_attention
+from kernels.blockwise import blockwise_backward, blockwise_forward
+from kernels.jagged import Jagged
+from kernels.masks import hstu_intervals, semi_local_intervals
+from kernels.triton import configs, launch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LENGTHS = (70, 0, 1, 33, 5)
+TARGETS = (6, 0, 1, 0, 2)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tiles, and tiles of several blocks, in a short sequence. dv has its own launch."""
+    block = configs.Blocks(16, 16, 4, 1)
+    monkeypatch.setattr(configs, "SINGLE", configs.Config(32, block, block, block, block))
+
+
+@dataclass
+class Problem:
+    """q, k, v, dout and the keyword arguments of attention."""
+
+    tensors: list[Tensor]
+    mask: dict
+
+    def check(self, rtol: float = 1e-5) -> None:
+        """Forward, adding forward and backward against float64 on the same inputs."""
+        *qkv, dout = self.tensors
+        wide = [x.double() for x in self.tensors]
+        want = blockwise_forward(*wide[:3], **self.mask)
+        close(launch.forward(*qkv, **self.mask, dtype=torch.float32), want, rtol)
+        onto = torch.full_like(want, 0.5, dtype=torch.float32)
+        assert launch.forward(*qkv, **self.mask, out=onto) is onto
+        close(onto - 0.5, want, max(rtol, 1e-4))
+        grads = launch.backward(dout, *qkv, **self.mask, dtype=torch.float32)
+        for got, want in zip(
+            grads, blockwise_backward(wide[3], *wide[:3], **self.mask), strict=True
+        ):
+            close(got, want, rtol)
+
+
+def close(got: Tensor, want: Tensor, rtol: float) -> None:
+    assert got.shape == want.shape
+    error = (got.double() - want).norm()
+    assert error <= rtol * want.norm(), f"relative error {error / want.norm():.1e}"
+
+
+def tokens() -> tuple[Jagged, Tensor, Tensor]:
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE)
+    targets = torch.tensor(TARGETS, dtype=torch.int32, device=DEVICE)
+    return Jagged.whole(lengths), lengths, targets
+
+
+def masks() -> dict[str, Tensor]:
+    whole, lengths, targets = tokens()
+    return {
+        "causal": hstu_intervals(whole, lengths, torch.zeros_like(targets)),
+        "contextual": hstu_intervals(whole, lengths, targets, num_contextual=3),
+        "window": hstu_intervals(
+            whole, lengths, targets, num_contextual=2, window=9, full_suffix=4
+        ),
+        "semi-local": semi_local_intervals(
+            whole, lengths, targets, num_contextual=2, local=20, prefix=7
+        ),
+    }
+
+
+def problem(
+    queries: Jagged,
+    keys: Jagged,
+    intervals: Tensor,
+    *,
+    heads: int = 1,
+    dims: tuple[int, int] = (32, 32),
+    dtype: torch.dtype = torch.float32,
+) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [
+        (queries.num_rows, heads, dims[0]),
+        (keys.num_rows, heads, dims[0]),
+        (keys.num_rows, heads, dims[1]),
+        (queries.num_rows, heads, dims[1]),
+    ]
+    tensors = [torch.randn(s, generator=generator).to(DEVICE, dtype) for s in shapes]
+    mask = dict(queries=queries, keys=keys, intervals=intervals, alpha=0.3, scale=0.1)
+    return Problem(tensors, mask)
+
+
+def rows_where(whole: Jagged, keep: Tensor) -> Jagged:
+    counts = torch.zeros(whole.num_sequences, dtype=torch.int32, device=DEVICE)
+    counts.index_add_(0, whole.sequence_ids(), keep.to(torch.int32))
+    return Jagged(Jagged.whole(counts).offsets, whole.positions[keep])
+
+
+@pytest.mark.parametrize("mask", ["causal", "contextual", "window", "semi-local"])
+def test_masks(mask: str) -> None:
+    whole, _, _ = tokens()
+    problem(whole, whole, masks()[mask]).check()
+
+
+@pytest.mark.parametrize("mask", ["contextual", "window", "semi-local"])
+def test_zigzag_shards(mask: str) -> None:
+    """Queries hold two ranges of each sequence; keys the other shard's, then two rows in three."""
+    whole, lengths, _ = tokens()
+    chunk = whole.positions * 4 // lengths[whole.sequence_ids()].clamp(min=1)
+    outer = (chunk == 0) | (chunk == 3)
+    intervals = masks()[mask]
+    queries = rows_where(whole, outer)
+    problem(queries, rows_where(whole, ~outer), intervals[outer]).check()
+    problem(queries, rows_where(whole, whole.positions % 3 > 0), intervals[outer]).check()
+
+
+def test_any_intervals() -> None:
+    """What our masks never have: random ends, rows that see nothing, runs beyond a record."""
+    whole, lengths, _ = tokens()
+    generator = torch.Generator().manual_seed(1)
+    ends = torch.rand(whole.num_rows, 4, generator=generator).sort(-1).values.to(DEVICE)
+    intervals = (ends * (lengths[whole.sequence_ids()][:, None] + 1)).to(torch.int32)
+    intervals[whole.positions % 5 == 2] = 0
+    blocks = whole.positions // 16 % 2 == 0  # tiles that see the start of the sequence or do not
+    intervals[blocks, 0], intervals[blocks, 1] = 0, intervals[blocks, 2]
+    problem(whole, whole, intervals).check()
+
+
+@pytest.mark.parametrize(
+    ("dims", "heads", "dtype", "rtol"),
+    [
+        ((64, 32), 2, torch.float32, 1e-5),
+        ((24, 40), 1, torch.float32, 1e-5),
+        ((32, 32), 2, torch.float16, 3e-3),
+        ((32, 32), 1, torch.bfloat16, 3e-3),
+    ],
+)
+def test_dims_and_dtypes(
+    dims: tuple[int, int], heads: int, dtype: torch.dtype, rtol: float
+) -> None:
+    if dtype == torch.bfloat16 and DEVICE.type == "cpu":
+        pytest.skip("the interpreter multiplies bfloat16 as if it were integers")
+    whole, _, _ = tokens()
+    problem(whole, whole, masks()["contextual"], heads=heads, dims=dims, dtype=dtype).check(rtol)
+
+
+def test_rows_of_a_wider_buffer() -> None:
+    """q, k and v as slices of one projection: strided rows, no copy needed."""
+    whole, _, _ = tokens()
+    case = problem(whole, whole, masks()["causal"])
+    wide = torch.cat(case.tensors[:3], -1)
+    case.tensors[:3] = wide.split(32, -1)
+    case.check()
+
+
+def test_no_rows() -> None:
+    whole, _, _ = tokens()
+    none = rows_where(whole, whole.positions < 0)
+    intervals = masks()["causal"]
+    problem(whole, none, intervals).check()
+    problem(none, whole, intervals[:0]).check()
+
+
+def test_autograd_compile_and_fake_tensors() -> None:
+    whole, _, _ = tokens()
+    case = problem(whole, whole, masks()["contextual"])
+    *qkv, dout = (x.requires_grad_() for x in case.tensors)
+    results = {}
+    for backend in ("blockwise", "triton"):
+        out = hstu_attention(*qkv, **case.mask, backend=backend)
+        results[backend] = [out, *torch.autograd.grad(out, qkv, dout)]
+    for got, want in zip(results["triton"], results["blockwise"], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+    jagged = (whole.offsets, whole.positions, whole.offsets, whole.positions)
+    arguments = (*qkv, *jagged, case.mask["intervals"], 0.3, 0.1)
+    torch.library.opcheck(
+        torch.ops.gr_kernels.attention.default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )
+    compiled = torch.compile(torch.ops.gr_kernels.attention, backend="aot_eager", fullgraph=True)
+    out = compiled(*arguments)
+    for got, want in zip(
+        [out, *torch.autograd.grad(out, qkv, dout)], results["triton"], strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+def test_a_changed_mask_is_planned_anew() -> None:
+    whole, _, _ = tokens()
+    case = problem(whole, whole, masks()["causal"].clone())
+    case.check()
+    case.mask["intervals"].copy_(masks()["window"])
+    case.check()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda a: a.update(q=a["q"].double(), k=a["k"].double(), v=a["v"].double()), "backend"),
+        (lambda a: a.update(v=a["v"].repeat(1, 1, 9)), "backend"),
+        (lambda a: a["queries"].positions.mul_(-1), "queries"),
+        (lambda a: a["intervals"].add_(-1), "intervals"),
+    ],
+)
+def test_errors_name_the_argument(change, name: str) -> None:
+    if DEVICE.type == "cuda" and name != "backend":
+        pytest.skip("values are not looked at on a GPU")
+    whole, _, _ = tokens()
+    case = problem(whole, whole, masks()["causal"])
+    arguments = dict(zip("qkv", case.tensors, strict=False), **case.mask, backend="triton")
+    change(arguments)
+    with pytest.raises(ValueError, match=name):
+        hstu_attention(**arguments)
