@@ -127,7 +127,7 @@ class Trainer:
         return loss.detach()
 
     def shard(self, batch: JaggedBatch) -> Shard:
-        return shard_batch(batch, self.layout, self.mesh.cp_group, self.device)
+        return shard_batch(batch, self.layout, self.mesh)
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the held-out split, over all ranks."""

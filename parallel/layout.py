@@ -28,9 +28,14 @@ class Layout(ABC):
     def chunks(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Starts and sizes, int64 [cp, chunks a rank, B], of each rank's chunks in rising order."""
 
-    def positions(self, lengths: Tensor, rank: int) -> Jagged:
-        """The rows `rank` holds of sequences of the given lengths [B], as a Jagged on the host."""
+    def positions(self, lengths: Tensor, rank: int, only: Tensor | None = None) -> Jagged:
+        """The rows `rank` holds of sequences of the given lengths [B], as a Jagged on the host.
+
+        only: int64 [b], of which of the sequences, if not of all.
+        """
         starts, sizes = (x[rank].T for x in self.chunks(lengths))  # [B, chunks]
+        if only is not None:
+            starts, sizes = starts[only], sizes[only]
         per_sequence, total = sizes.sum(1), int(sizes.sum())
         starts, sizes = starts.flatten(), sizes.flatten()
         first_row = lengths_to_offsets(sizes)[:-1]

@@ -39,6 +39,11 @@ class Mesh:
         return self.device_mesh.size(1)
 
     @property
+    def dp_rank(self) -> int:
+        """Which dp group, of all, this process is in."""
+        return self.rank // self.cp
+
+    @property
     def cp_group(self) -> dist.ProcessGroup:
         return self.device_mesh.get_group("cp")
 

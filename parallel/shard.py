@@ -1,8 +1,9 @@
 """Cut a batch along its sequences while it is still integers.
 
-The ranks of one cp group read different samples; `shard_batch` trades slices (a jagged all-to-all)
-so that each ends up with its layout's positions of every sequence of the group. Nobody reads data
-twice, and everything computed from the tokens afterwards is 1/cp in size.
+All ranks read different samples; `shard_batch` trades slices (a jagged all-to-all) so that each
+ends up with its layout's positions of every sequence of its cp group. Nobody reads data twice, and
+everything computed from the tokens afterwards is 1/cp in size. Sequences may be dealt anew to the
+dp groups on the way, for equal work.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.jagged import Jagged, lengths_to_offsets
+from parallel.balance import deal
 from parallel.batch import JaggedBatch
 from parallel.layout import Layout
+from parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -76,75 +79,97 @@ class Shard:
 
 
 def shard_batch(
-    batch: JaggedBatch,
-    layout: Layout,
-    group: dist.ProcessGroup | None,
-    device: torch.device,
+    batch: JaggedBatch, layout: Layout, mesh: Mesh | None, costs: Tensor | None = None
 ) -> Shard:
-    """This rank's own samples in, this rank's slices of all the group's samples out.
+    """This rank's own samples in, this rank's slices of its cp group's samples out. Collective.
 
-    batch: whole sequences that no other rank of the group reads; ranks may hold different numbers
-    of sequences, also none. All must hold the same token features.
-    group: the cp group, of layout.cp_size ranks; None only if that is 1.
+    batch: whole sequences that no other rank reads; ranks may hold different numbers of sequences,
+    also none. All must hold the same token features.
+    mesh: None for a single process without process groups.
+    costs: float64 [B], the work in each sequence. If given, the sequences of *all* ranks are dealt
+    to the dp groups so that these have equal work; if not, they stay in the group that read them.
     """
-    size, rank = (1, 0) if group is None else (group.size(), group.rank())
+    size = 1 if mesh is None else mesh.cp
     if size != layout.cp_size:
-        raise ValueError(f"group: {size} ranks for a layout over cp_size={layout.cp_size}")
+        raise ValueError(f"layout: over cp_size={layout.cp_size} for a mesh with cp={size}")
     names = sorted(batch.tokens)
     payload = torch.stack([batch.tokens[name] for name in names], 1)  # [T, features]
-
-    counts, lengths, num_targets = _gather_lengths(batch, group)
-    parts = tuple(layout.positions(lengths, r) for r in range(size))
-    if group is not None and size > 1:
-        firsts = [0, *torch.tensor(counts).cumsum(0).tolist()]  # first sequence of every rank
-        payload = _trade(payload, batch.lengths, parts, firsts, group, device)
-    else:
+    if mesh is None or (size == 1 and costs is None):
+        parts = (layout.positions(batch.lengths, 0),)
+        lengths, num_targets = batch.lengths, batch.num_targets
+        device = torch.device("cpu") if mesh is None else mesh.device
         payload = payload.to(device, non_blocking=True)
+    else:
+        device = mesh.device
+        trade = _Trade.plan(batch, layout, mesh, costs)
+        lengths, num_targets, parts = trade.lengths, trade.num_targets, trade.parts
+        payload = trade.run(payload, device)
     tokens = {name: payload[:, i].contiguous() for i, name in enumerate(names)}
+    group, rank = (None, 0) if mesh is None else (mesh.cp_group, mesh.cp_group.rank())
     return Shard(lengths, num_targets, parts, tokens, group, rank, device)
 
 
-def _gather_lengths(
-    batch: JaggedBatch, group: dist.ProcessGroup | None
-) -> tuple[list[int], Tensor, Tensor]:
-    """Sequences per rank, then lengths and num_targets of the whole group, all on the host."""
-    if group is None or group.size() == 1:
-        return [batch.lengths.numel()], batch.lengths, batch.num_targets
-    size = group.size()
+@dataclass(frozen=True)
+class _Trade:
+    """Which of my rows go to which rank, and which rows I get; all known on the host."""
+
+    lengths: Tensor  # of my cp group's sequences, in order of (rank that read them, place there)
+    num_targets: Tensor
+    parts: tuple[Jagged, ...]  # of my cp group
+    sends: list[Tensor]  # per rank: indices of my rows
+    receives: list[int]  # per rank: how many rows come
+    group: dist.ProcessGroup
+
+    @staticmethod
+    def plan(batch: JaggedBatch, layout: Layout, mesh: Mesh, costs: Tensor | None) -> _Trade:
+        balanced = costs is not None
+        group = mesh.world if balanced else mesh.cp_group
+        reader, facts = _gather_facts(batch, costs, group)
+        lengths, num_targets = facts[0].int(), facts[1].int()
+        num_groups, mine = (mesh.dp, mesh.dp_rank) if balanced else (1, 0)
+        dealt = deal(facts[2], num_groups) if balanced else torch.zeros_like(reader)
+
+        my_starts = lengths_to_offsets(batch.lengths)[:-1].long()
+        first_of_mine = int((reader < group.rank()).sum())
+        sends = []
+        for g in range(num_groups):
+            sequences = (dealt == g).nonzero()[:, 0]
+            of_mine = (reader[sequences] == group.rank()).nonzero()[:, 0]
+            starts = my_starts[sequences[of_mine] - first_of_mine]
+            for r in range(mesh.cp):
+                rows = layout.positions(lengths[sequences], r, of_mine)
+                sends.append(starts[rows.sequence_ids()] + rows.positions)
+
+        own = (dealt == mine).nonzero()[:, 0]
+        parts = tuple(layout.positions(lengths[own], r) for r in range(mesh.cp))
+        rows_each = parts[mesh.cp_group.rank()].lengths().long()
+        receives = torch.zeros(group.size(), dtype=torch.int64)
+        receives.index_add_(0, reader[own], rows_each)
+        return _Trade(lengths[own], num_targets[own], parts, sends, receives.tolist(), group)
+
+    def run(self, payload: Tensor, device: torch.device) -> Tensor:
+        """[my tokens, F] -> [my rows of the group's sequences, F], in the order of the batch."""
+        send = payload[torch.cat(self.sends)].to(device, non_blocking=True)
+        received = torch.empty(sum(self.receives), send.shape[1], dtype=send.dtype, device=device)
+        splits = [rows.numel() for rows in self.sends]
+        dist.all_to_all_single(received, send, self.receives, splits, group=self.group)
+        return received
+
+
+def _gather_facts(
+    batch: JaggedBatch, costs: Tensor | None, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """Of all sequences of the group: the rank that read each, int64 [N], and float64 [3, N]:
+    lengths, num_targets and costs. On the host."""
+    size, count = group.size(), batch.lengths.numel()
     counts = torch.empty(size, dtype=torch.int64)
-    dist.all_gather_into_tensor(counts, torch.tensor([batch.lengths.numel()]), group=group)
-    padded = torch.zeros(2, int(counts.max()), dtype=torch.int32)
-    padded[0, : batch.lengths.numel()] = batch.lengths
-    padded[1, : batch.lengths.numel()] = batch.num_targets
-    gathered = torch.empty(size, *padded.shape, dtype=torch.int32)
-    dist.all_gather_into_tensor(gathered.view(-1), padded.view(-1), group=group)
-    per_rank = counts.tolist()
-    lengths, num_targets = (
-        torch.cat([gathered[r, row, :n] for r, n in enumerate(per_rank)]) for row in (0, 1)
-    )
-    return per_rank, lengths, num_targets
-
-
-def _trade(
-    payload: Tensor,
-    lengths: Tensor,
-    parts: tuple[Jagged, ...],
-    firsts: list[int],
-    group: dist.ProcessGroup,
-    device: torch.device,
-) -> Tensor:
-    """Send each rank its rows of my sequences [T, F]; receive my rows of theirs, in batch order."""
-    rank = group.rank()
-    my_starts = lengths_to_offsets(lengths)[:-1].long()
-    indices = []
-    for part in parts:
-        first, last = part.offsets[firsts[rank]], part.offsets[firsts[rank + 1]]
-        sequence = part.sequence_ids()[first:last] - firsts[rank]
-        indices.append(my_starts[sequence] + part.positions[first:last])
-    send = payload[torch.cat(indices)].to(device, non_blocking=True)
-    receive_splits = parts[rank].offsets[torch.tensor(firsts)].diff().tolist()
-    received = torch.empty(sum(receive_splits), send.shape[1], dtype=send.dtype, device=device)
-    dist.all_to_all_single(
-        received, send, receive_splits, [index.numel() for index in indices], group=group
-    )
-    return received
+    dist.all_gather_into_tensor(counts, torch.tensor([count]), group=group)
+    padded = torch.zeros(3, int(counts.max()), dtype=torch.float64)
+    padded[0, :count], padded[1, :count] = batch.lengths, batch.num_targets
+    if costs is not None:
+        padded[2, :count] = costs
+    gathered = torch.empty(size * padded.numel(), dtype=torch.float64)
+    dist.all_gather_into_tensor(gathered, padded.view(-1), group=group)
+    by_rank = gathered.view(size, 3, -1)
+    facts = torch.cat([by_rank[r, :, :n] for r, n in enumerate(counts.tolist())], 1)
+    return torch.repeat_interleave(torch.arange(size), counts), facts

@@ -100,7 +100,7 @@ def distributed_step(task: str, style: str, exchange: str, dp: int, cp: int):
     if mesh.size > 1:
         shares[-1], shares[0] = shares[-1] + shares[0][3:], shares[0][:3]
     batch = make_batch(shares[mesh.rank], config)
-    shard = shard_batch(batch, ZigzagLayout(cp), mesh.cp_group, CPU)
+    shard = shard_batch(batch, ZigzagLayout(cp), mesh)
     loss = model.loss(shard, NEGATIVES)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in dense.module.named_parameters()}
@@ -125,7 +125,7 @@ def single_step(task: str, style: str, before: dict[str, torch.Tensor]):
     embeddings.load_state_dict(before)
     dense = build_dense(config)
     batch = make_batch(global_samples(task, style), config)
-    shard = shard_batch(batch, ZigzagLayout(1), None, CPU)
+    shard = shard_batch(batch, ZigzagLayout(1), None)
     inputs = make_inputs(
         shard, contextual=list(info.contextual), task=task, style=style, last_only=False
     )

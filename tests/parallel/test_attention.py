@@ -54,7 +54,7 @@ def attend(cp: int, layout: str, exchange: str, name: str):
         case.num_targets[mine],
         {"id": torch.zeros(int(case.lengths[mine].sum()), dtype=torch.int64)},
     )
-    shard = shard_batch(batch, LAYOUTS[layout](cp), mesh.cp_group, CPU)
+    shard = shard_batch(batch, LAYOUTS[layout](cp), mesh)
     case = Case(**{**vars(case), "lengths": shard.lengths, "num_targets": shard.num_targets})
     *qkv, dout = (x[shard.whole_rows[shard.rank]] for x in qkvd(int(shard.lengths.sum())))
     qkv = [x.requires_grad_() for x in qkv]

@@ -27,7 +27,7 @@ def make_batch(lengths: list[int], first: int) -> JaggedBatch:
 def shard_and_report(dp: int, cp: int, layout: str, lengths_by_rank: list[list[int]]):
     mesh = build_mesh(dp=dp, cp=cp, device=CPU)
     batch = make_batch(lengths_by_rank[mesh.rank], mesh.rank)
-    shard = shard_batch(batch, LAYOUTS[layout](cp), mesh.cp_group, CPU)
+    shard = shard_batch(batch, LAYOUTS[layout](cp), mesh)
     return shard.lengths, shard.num_targets, shard.rows, shard.tokens, shard.whole_rows[shard.rank]
 
 
@@ -52,9 +52,35 @@ def test_slices_of_all_samples_of_the_group(run_in_world, dp: int, cp: int, layo
                 assert torch.equal(x, whole[name][index])
 
 
+def shard_balanced(dp: int, cp: int, lengths_by_rank: list[list[int]]):
+    mesh = build_mesh(dp=dp, cp=cp, device=CPU)
+    batch = make_batch(lengths_by_rank[mesh.rank], mesh.rank)
+    shard = shard_batch(batch, LAYOUTS["zigzag"](cp), mesh, batch.lengths.double() ** 2)
+    return shard.lengths, shard.rows, shard.tokens
+
+
+@pytest.mark.parametrize(("dp", "cp"), [(1, 1), (2, 1), (3, 1), (2, 2), (1, 3)])
+def test_balanced_groups_hold_every_token_once(run_in_world, dp: int, cp: int) -> None:
+    by_rank = [[40, 0, 30, 2], [], [1, 1, 17], [4]][: dp * cp]
+    results = run_in_world(dp * cp, shard_balanced, dp, cp, by_rank)
+    want = torch.cat([make_batch(lengths, r).tokens["id"] for r, lengths in enumerate(by_rank)])
+    got = torch.cat([tokens["id"] for _, _, tokens in results])
+    assert torch.equal(got.sort().values, want.sort().values)
+    for lengths, rows, tokens in results:
+        # Ids count up within a sequence, so id - position names the sequence a row is from.
+        origin = tokens["id"] - rows.positions
+        assert len(origin.unique()) == int((rows.lengths() > 0).sum())
+        assert bool((rows.positions < lengths[rows.sequence_ids()]).all())
+        assert bool((tokens["time"] == tokens["id"] * 2**33 - 5).all())
+    if dp > 1:
+        groups = [results[g * cp][0].double().square().sum() for g in range(dp)]
+        total = sum(n * n for lengths in by_rank for n in lengths)
+        assert max(groups) <= max(total / dp, 40**2) + 17**2
+
+
 def test_one_process_needs_no_group() -> None:
     batch = make_batch([3, 0, 4], 0)
-    shard = shard_batch(batch, LAYOUTS["zigzag"](1), None, CPU)
+    shard = shard_batch(batch, LAYOUTS["zigzag"](1), None)
     assert torch.equal(shard.tokens["time"], batch.tokens["time"])
     assert shard.rows.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]
 
@@ -65,4 +91,4 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="num_targets"):
         JaggedBatch(torch.tensor([2]), torch.tensor([3]), {})
     with pytest.raises(ValueError, match="cp_size=2"):
-        shard_batch(make_batch([1], 0), LAYOUTS["zigzag"](2), None, CPU)
+        shard_batch(make_batch([1], 0), LAYOUTS["zigzag"](2), None)
