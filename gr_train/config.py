@@ -69,6 +69,10 @@ class ModelConfig:
     qk_dim: int = 32  # per head
     v_dim: int = 32  # per head
     dropout: float = 0.0
+    # HSTU: what a layer computes again in the backward pass instead of keeping it. none: all is kept.
+    # projections: the normed input, U, V, Q, K and the gated output; about a quarter of the
+    # activations stays, for one more matrix product. Attention never runs twice.
+    recompute: Literal["none", "projections"] = "none"
     time_buckets: int = 128  # log-spaced time gaps; 0: no time encoding
     mask: MaskConfig = field(default_factory=MaskConfig)
     num_negatives: int = 512  # retrieval: shared by the whole batch, drawn anew each step
@@ -89,6 +93,7 @@ class ParallelConfig:
     dp: int | None = None  # groups of them; default: world size / cp
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     exchange: Literal["ring", "all_gather"] = "ring"
+    balance: bool = True  # deal each step's sequences to the dp groups by their work
     timeout_s: int = 600  # a collective that waits longer ends the job
 
 

@@ -15,11 +15,14 @@ class JaggedBatch:
     lengths: int32 [B], tokens per sequence: contextual, then history, then targets.
     num_targets: int32 [B], how many of them are targets.
     tokens: name -> int64 [T] with T = lengths.sum(), rows of the sequences concatenated.
+    costs: float64 [B], the work in each sequence. If given, the sequences of all processes are
+        dealt to the dp groups so that these have equal work; if not, they stay where they are read.
     """
 
     lengths: Tensor
     num_targets: Tensor
     tokens: dict[str, Tensor]
+    costs: Tensor | None = None
 
     def __post_init__(self) -> None:
         total = int(self.lengths.sum())

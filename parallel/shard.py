@@ -78,30 +78,26 @@ class Shard:
         )
 
 
-def shard_batch(
-    batch: JaggedBatch, layout: Layout, mesh: Mesh | None, costs: Tensor | None = None
-) -> Shard:
+def shard_batch(batch: JaggedBatch, layout: Layout, mesh: Mesh | None) -> Shard:
     """This rank's own samples in, this rank's slices of its cp group's samples out. Collective.
 
     batch: whole sequences that no other rank reads; ranks may hold different numbers of sequences,
-    also none. All must hold the same token features.
+    also none. All must hold the same token features, and all or none costs.
     mesh: None for a single process without process groups.
-    costs: float64 [B], the work in each sequence. If given, the sequences of *all* ranks are dealt
-    to the dp groups so that these have equal work; if not, they stay in the group that read them.
     """
     size = 1 if mesh is None else mesh.cp
     if size != layout.cp_size:
         raise ValueError(f"layout: over cp_size={layout.cp_size} for a mesh with cp={size}")
     names = sorted(batch.tokens)
     payload = torch.stack([batch.tokens[name] for name in names], 1)  # [T, features]
-    if mesh is None or (size == 1 and costs is None):
-        parts = (layout.positions(batch.lengths, 0),)
+    if mesh is None or (size == 1 and batch.costs is None):
+        parts: tuple[Jagged, ...] = (layout.positions(batch.lengths, 0),)
         lengths, num_targets = batch.lengths, batch.num_targets
         device = torch.device("cpu") if mesh is None else mesh.device
         payload = payload.to(device, non_blocking=True)
     else:
         device = mesh.device
-        trade = _Trade.plan(batch, layout, mesh, costs)
+        trade = _Trade.plan(batch, layout, mesh)
         lengths, num_targets, parts = trade.lengths, trade.num_targets, trade.parts
         payload = trade.run(payload, device)
     tokens = {name: payload[:, i].contiguous() for i, name in enumerate(names)}
@@ -121,10 +117,10 @@ class _Trade:
     group: dist.ProcessGroup
 
     @staticmethod
-    def plan(batch: JaggedBatch, layout: Layout, mesh: Mesh, costs: Tensor | None) -> _Trade:
-        balanced = costs is not None
+    def plan(batch: JaggedBatch, layout: Layout, mesh: Mesh) -> _Trade:
+        balanced = batch.costs is not None
         group = mesh.world if balanced else mesh.cp_group
-        reader, facts = _gather_facts(batch, costs, group)
+        reader, facts = _gather_facts(batch, group)
         lengths, num_targets = facts[0].int(), facts[1].int()
         num_groups, mine = (mesh.dp, mesh.dp_rank) if balanced else (1, 0)
         dealt = deal(facts[2], num_groups) if balanced else torch.zeros_like(reader)
@@ -156,9 +152,7 @@ class _Trade:
         return received
 
 
-def _gather_facts(
-    batch: JaggedBatch, costs: Tensor | None, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
+def _gather_facts(batch: JaggedBatch, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """Of all sequences of the group: the rank that read each, int64 [N], and float64 [3, N]:
     lengths, num_targets and costs. On the host."""
     size, count = group.size(), batch.lengths.numel()
@@ -166,8 +160,8 @@ def _gather_facts(
     dist.all_gather_into_tensor(counts, torch.tensor([count]), group=group)
     padded = torch.zeros(3, int(counts.max()), dtype=torch.float64)
     padded[0, :count], padded[1, :count] = batch.lengths, batch.num_targets
-    if costs is not None:
-        padded[2, :count] = costs
+    if batch.costs is not None:
+        padded[2, :count] = batch.costs
     gathered = torch.empty(size * padded.numel(), dtype=torch.float64)
     dist.all_gather_into_tensor(gathered, padded.view(-1), group=group)
     by_rank = gathered.view(size, 3, -1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,8 @@ from gr_train.data.collate import collate
 from gr_train.data.parquet import ParquetReader, ParquetSplit
 from gr_train.data.sample import DatasetInfo, Ids, Sample
 from gr_train.data.synthetic import SyntheticSource, synthetic_info
+from gr_train.model.mask import sequence_flops
+from parallel.batch import JaggedBatch
 
 Split = Literal["train", "valid", "test"]
 COUNTED_SEQUENCES = 4096  # of the endless synthetic training split, for item_counts
@@ -60,13 +63,28 @@ def build_loader(
         # Starting to iterate draws a number; the global generator is dropout's, and is resumed.
         generator=torch.Generator(),
         collate_fn=partial(
-            collate,
-            task=config.model.task,
-            style=config.model.input_style,
-            num_contextual=len(info.contextual),
-            max_length=config.data.max_length,
+            _make_batch, config, len(info.contextual), split == "train" and _balances(config)
         ),
     )
+
+
+def _make_batch(
+    config: Config, num_contextual: int, balance: bool, samples: list[Sample]
+) -> JaggedBatch:
+    batch = collate(
+        samples,
+        task=config.model.task,
+        style=config.model.input_style,
+        num_contextual=num_contextual,
+        max_length=config.data.max_length,
+    )
+    if not balance:
+        return batch
+    return replace(batch, costs=sequence_flops(config.model, num_contextual, batch))
+
+
+def _balances(config: Config) -> bool:
+    return config.parallel.balance and config.parallel.dp != 1
 
 
 def item_counts(config: Config, info: DatasetInfo, *, rank: int, world_size: int) -> Ids:

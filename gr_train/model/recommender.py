@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gr_train.config import Config, MaskConfig, ModelConfig
+from gr_train.config import Config, ModelConfig
 from gr_train.data.sample import DatasetInfo
 from gr_train.model.heads import binary_tasks_loss, sampled_softmax_loss
 from gr_train.model.hstu import HSTULayer
 from gr_train.model.inputs import InputEncoder, Inputs, init_linear, make_inputs
+from gr_train.model.mask import mask_intervals
 from gr_train.model.sasrec import SASRecLayer
-from kernels.masks import hstu_intervals, semi_local_intervals
 from parallel.embedding.lookup import lookup
 from parallel.embedding.tables import Table
 from parallel.shard import Shard
@@ -27,24 +27,14 @@ def tables(config: ModelConfig, info: DatasetInfo) -> list[Table]:
     """The embedding tables a model needs. Labels and negatives are items too."""
     items = ("item", "label", "negative") if config.task == "retrieval" else ("item",)
     for name in {"item", "action", "label", "negative"} & info.contextual.keys():
-        raise ValueError(f"dataset.json: contextual feature {name!r} has a reserved name; rename it")
+        raise ValueError(
+            f"dataset.json: contextual feature {name!r} has a reserved name; rename it"
+        )
     return [
         Table("item", info.num_items, config.width, items),
         Table("action", info.num_actions, config.width, ("action",)),
         *(Table(name, size, config.width, (name,)) for name, size in info.contextual.items()),
     ]
-
-
-def attention_intervals(mask: MaskConfig, num_contextual: int, shard: Shard) -> Tensor:
-    """int32 [rows, 4]: which keys each of this rank's rows sees."""
-    of = (shard.device_rows, shard.device_lengths, shard.device_num_targets)
-    if mask.local:
-        return semi_local_intervals(
-            *of, num_contextual=num_contextual, local=mask.local, prefix=mask.prefix
-        )
-    return hstu_intervals(
-        *of, num_contextual=num_contextual, window=mask.window, full_suffix=mask.full_suffix
-    )
 
 
 class DenseModel(nn.Module):
@@ -70,7 +60,13 @@ class DenseModel(nn.Module):
 
     def forward(self, embedded: dict[str, Tensor], inputs: Inputs, shard: Shard) -> Tensor:
         """[label rows, width] for retrieval, logits [label rows, tasks] for ranking."""
-        intervals = attention_intervals(self.mask, self.num_contextual, shard)
+        intervals = mask_intervals(
+            self.mask,
+            self.num_contextual,
+            shard.device_rows,
+            shard.device_lengths,
+            shard.device_num_targets,
+        )
         x = self.encoder(embedded, inputs, shard)
         for layer in self.layers:
             x = layer(x, shard, intervals)

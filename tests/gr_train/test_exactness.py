@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from gr_train.config import Config, ModelConfig, ParallelConfig
 from gr_train.data.collate import collate
 from gr_train.model.inputs import make_inputs
+from gr_train.model.mask import sequence_flops
 from gr_train.model.recommender import DenseModel, Recommender, tables
 from parallel.batch import JaggedBatch
 from parallel.dense import replicate
@@ -77,7 +78,7 @@ def build_dense(config: Config) -> DenseModel:
     return DenseModel(config, info_for(config.model.task))
 
 
-def distributed_step(task: str, style: str, exchange: str, dp: int, cp: int):
+def distributed_step(task: str, style: str, exchange: str, dp: int, cp: int, balance: bool = False):
     config = make_config(task, style, exchange, dp, cp)
     info = info_for(task)
     mesh = build_mesh(dp=dp, cp=cp, device=CPU)
@@ -100,6 +101,8 @@ def distributed_step(task: str, style: str, exchange: str, dp: int, cp: int):
     if mesh.size > 1:
         shares[-1], shares[0] = shares[-1] + shares[0][3:], shares[0][:3]
     batch = make_batch(shares[mesh.rank], config)
+    if balance:
+        batch = replace(batch, costs=sequence_flops(config.model, len(info.contextual), batch))
     shard = shard_batch(batch, ZigzagLayout(cp), mesh)
     loss = model.loss(shard, NEGATIVES)
     loss.backward()
@@ -171,6 +174,17 @@ def test_equals_single_process(
     run_in_world, single, task: str, style: str, exchange: str, dp: int, cp: int
 ) -> None:
     results = run_in_world(dp * cp, distributed_step, task, style, exchange, dp, cp)
+    check(results, single, task, style)
+
+
+@pytest.mark.parametrize(("dp", "cp"), [(2, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize("task", ["retrieval", "ranking"])
+def test_dealing_by_work_changes_nothing(run_in_world, single, task: str, dp: int, cp: int) -> None:
+    results = run_in_world(dp * cp, distributed_step, task, "merged", "ring", dp, cp, True)
+    check(results, single, task, "merged")
+
+
+def check(results: list, single, task: str, style: str) -> None:
     loss, _, before, after = results[0]
     want_loss, want_gradients, want_after = single(task, style, before)
     assert abs(loss - want_loss) <= 1e-5 * abs(want_loss)

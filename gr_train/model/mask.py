@@ -1,0 +1,43 @@
+"""The mask a config names, and the work it makes of each sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gr_train.config import MaskConfig, ModelConfig
+from kernels.jagged import Jagged
+from kernels.masks import hstu_intervals, interval_lengths, semi_local_intervals
+from parallel.batch import JaggedBatch
+
+
+def mask_intervals(
+    mask: MaskConfig, num_contextual: int, queries: Jagged, lengths: Tensor, num_targets: Tensor
+) -> Tensor:
+    """int32 [rows, 4]: which keys each query row sees; see `kernels.masks`."""
+    whole = (queries, lengths, num_targets)
+    if mask.local:
+        return semi_local_intervals(
+            *whole, num_contextual=num_contextual, local=mask.local, prefix=mask.prefix
+        )
+    return hstu_intervals(
+        *whole, num_contextual=num_contextual, window=mask.window, full_suffix=mask.full_suffix
+    )
+
+
+def sequence_flops(config: ModelConfig, num_contextual: int, batch: JaggedBatch) -> Tensor:
+    """Floating point operations of one HSTU layer's forward, float64 [B], per sequence.
+
+    Attention: 2 (Dqk + Dv) per head and visible pair. Projections: 2 per weight and token. This is
+    what balances dp groups; a backward takes a constant multiple of it.
+    """
+    queries = Jagged.whole(batch.lengths)
+    intervals = mask_intervals(
+        config.mask, num_contextual, queries, batch.lengths, batch.num_targets
+    )
+    pairs = torch.zeros(batch.lengths.numel(), dtype=torch.float64)
+    pairs.index_add_(0, queries.sequence_ids(), interval_lengths(intervals).double())
+    heads, width = config.num_heads, config.width
+    per_pair = 2 * heads * (config.qk_dim + config.v_dim)
+    per_token = 2 * width * heads * (2 * config.qk_dim + 3 * config.v_dim)
+    return per_pair * pairs + per_token * batch.lengths.double()
