@@ -44,6 +44,9 @@ HOPPER = {
         Blocks(64, 128, 8, 2),
     ),
 }
+# Sequences of a few hundred tokens are a few blocks each: latency and memory rule, not products.
+HOPPER_SHORT = Config(64, Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
+SHORT = 512
 CONSERVATIVE = {
     64: Config(128, Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
     128: Config(128, Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2)),
@@ -53,9 +56,10 @@ CONSERVATIVE = {
 SINGLE = Config(64, Blocks(64, 32, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 64, 4, 1))
 
 
-def config_for(dim: int, dtype: torch.dtype, device: torch.device) -> Config:
+def config_for(dim: int, mean_length: int, dtype: torch.dtype, device: torch.device) -> Config:
     """The configuration for head dims up to `dim`."""
     if dtype == torch.float32 or device.type == "cpu":
         return SINGLE
-    table = HOPPER if torch.cuda.get_device_capability(device)[0] == 9 else CONSERVATIVE
-    return table[max(64, dim)]
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return CONSERVATIVE[max(64, dim)]
+    return HOPPER_SHORT if mean_length < SHORT and dim <= 128 else HOPPER[max(64, dim)]

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.runs import RECORD, find_block, load_runs
-from kernels.triton.silu import silu
+from kernels.triton.silu import UNSEEN, silu
 
 
 @triton.jit
@@ -77,11 +77,11 @@ def forward_kernel(
             row = find_block(runs, block, BLOCK_N)
             k = k_desc.load([row, head * QK_DIM])
             half_scores = tl.dot(q, k.T, input_precision=PRECISION) * half_alpha
-            weights = silu(half_scores, FAST)
             if masked:
                 keys = (row + tl.arange(0, BLOCK_N))[None, :]
                 seen = sees(bounds_ptr, num_rows, queries, row_end, keys)
-                weights = tl.where(seen, weights, 0.0)
+                half_scores = tl.where(seen, half_scores, UNSEEN)
+            weights = silu(half_scores, FAST)
             v = v_desc.load([row, head * V_DIM])
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
 

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.jagged import Jagged
 from kernels.triton.backward import key_value_kernel, query_kernel
-from kernels.triton.configs import Blocks, config_for
+from kernels.triton.configs import Blocks, Config, config_for
 from kernels.triton.forward import forward_kernel
 from kernels.triton.plan import plan_for
 
@@ -35,7 +35,7 @@ def forward(
     q, k, v = _padded(q), _padded(k), _padded(v)
     add = out is not None and out.is_contiguous() and v.shape[2] == v_dim
     result = q.new_empty(rows, heads, v.shape[2], dtype=dtype) if out is None or not add else out
-    config = config_for(max(q.shape[2], v.shape[2]), q.dtype, q.device)
+    config = _config(q, v, queries)
     plan = plan_for(queries, keys, intervals, config.tile)
     blocks, tiles = config.forward, plan.query_tiles
     forward_kernel[(len(tiles) * (config.tile // blocks.m) * heads,)](
@@ -76,7 +76,7 @@ def backward(
         return dq, dk, dv
     dout, q, k, v = _padded(dout.to(q.dtype)), _padded(q), _padded(k), _padded(v)
     dq, dk, dv = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
-    config = config_for(max(q.shape[2], v.shape[2]), q.dtype, q.device)
+    config = _config(q, v, queries)
     plan = plan_for(queries, keys, intervals, config.tile)
 
     mask_and_scale = (plan.bounds, len(q), alpha / 2, scale)
@@ -112,6 +112,11 @@ def backward(
     )
     dq, dk = dq[..., :qk_dim].contiguous(), dk[..., :qk_dim].contiguous()
     return dq, dk, dv[..., :v_dim].contiguous()
+
+
+def _config(q: Tensor, v: Tensor, queries: Jagged) -> Config:
+    mean_length = len(q) // queries.num_sequences
+    return config_for(max(q.shape[2], v.shape[2]), mean_length, q.dtype, q.device)
 
 
 def _padded(x: Tensor) -> Tensor:
