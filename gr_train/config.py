@@ -99,7 +99,7 @@ class ParallelConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW for the dense parameters."""
+    """AdamW for the dense parameters. The schedule scales the tables' learning rate as well."""
 
     lr: float = 1e-3
     beta1: float = 0.9

@@ -1,4 +1,4 @@
-"""The dense optimizer and its schedule. Tables have theirs fused into their backward pass."""
+"""The dense optimizer and the schedule, which the tables' fused optimizer follows."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torchrec.optim.keyed import KeyedOptimizer
 
 from gr_train.config import OptimConfig
 
@@ -33,3 +34,14 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: OptimConfig, steps:
         return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
     return LambdaLR(optimizer, factor)
+
+
+def follow_schedule(tables: KeyedOptimizer, lr: float, schedule: LambdaLR) -> None:
+    """Set the tables' learning rate to lr times the schedule's factor of this step.
+
+    Before the step's backward pass, which is where the tables are updated.
+    """
+    factor = schedule.lr_lambdas[0](schedule.last_epoch)
+    for group in tables.param_groups:
+        group["lr"] = lr * factor
+    tables.step()  # hands the rate to the kernels; updates nothing itself

@@ -21,11 +21,11 @@ from gr_train.config import Config, ConfigError, save_config
 from gr_train.data.loader import build_loader, dataset_info, item_counts
 from gr_train.evaluation import evaluate, popularity_metrics
 from gr_train.model.recommender import DenseModel, Recommender, tables
-from gr_train.optim import build_optimizer, build_schedule
+from gr_train.optim import build_optimizer, build_schedule, follow_schedule
 from gr_train.progress import Progress
 from parallel.batch import JaggedBatch
 from parallel.dense import replicate
-from parallel.embedding.tables import shard_tables
+from parallel.embedding.tables import fused_optimizer, shard_tables
 from parallel.layout import LAYOUTS
 from parallel.mesh import build_mesh, local_device
 from parallel.shard import Shard, shard_batch
@@ -64,6 +64,7 @@ class Trainer:
         self.model = Recommender(config.model, self.info, embeddings, dense, self.mesh.world)
         self.optimizer = build_optimizer(dense, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, config.train.steps)
+        self.table_optimizer = fused_optimizer(embeddings)
         self.loader = self._loader("train")
         self.run_dir = Path(config.run_dir)
         self.checkpointer = Checkpointer(
@@ -116,6 +117,7 @@ class Trainer:
 
     def step(self, step: int, shard: Shard) -> Tensor:
         """One update. Returns this rank's loss, whose mean over ranks is the global loss."""
+        follow_schedule(self.table_optimizer, self.config.embedding.lr, self.schedule)
         self.optimizer.zero_grad()
         with self._autocast():
             loss = self.model.loss(shard, self._negatives(step))
