@@ -7,15 +7,20 @@
 
 The paper's bias by relative position and time is replaced by encodings added to the input
 (`gr_train.model.inputs`), as its authors' later models do; attention then needs q, k, v alone.
+U's SiLU is computed where U is used, in the gate. What a layer keeps for its backward pass is
+ModelConfig.recompute's choice.
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gr_train.config import ModelConfig
 from gr_train.model.inputs import init_linear
+from gr_train.model.recompute import Recomputation
+from kernels.gated_norm import draw_seed, gated_norm
+from kernels.norm import branch_norm
+from kernels.projection import residual_linear, silu_linear
 from parallel.attention import context_parallel_attention
 from parallel.shard import Shard
 
@@ -27,17 +32,34 @@ class HSTULayer(nn.Module):
         super().__init__()
         self.heads, self.qk_dim, self.v_dim = config.num_heads, config.qk_dim, config.v_dim
         self.alpha, self.scale = config.qk_dim**-0.5, 1 / max_length
-        self.exchange = exchange
+        self.exchange, self.dropout, self.recompute = exchange, config.dropout, config.recompute
         self.splits = [self.heads * d for d in (self.v_dim, self.v_dim, self.qk_dim, self.qk_dim)]
         self.input_norm = nn.LayerNorm(config.width, eps=EPS)
         self.uvqk = init_linear(nn.Linear(config.width, sum(self.splits)))
         self.output_norm = nn.LayerNorm(self.heads * self.v_dim, eps=EPS)
         self.output = init_linear(nn.Linear(self.heads * self.v_dim, config.width))
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, shard: Shard, intervals: Tensor) -> Tensor:
         """x: [rows, width] -> [rows, width]."""
-        u, v, q, k = F.silu(self.uvqk(self.input_norm(x))).split(self.splits, dim=-1)
+        seed = draw_seed(x.device) if self.training and self.dropout else None
+        if self.recompute == "none":
+            return self._forward(x, shard, intervals, seed)[0]
+        with Recomputation(x) as kept:
+            out, attended, *forgotten = self._forward(x, shard, intervals, seed)
+        x, attended = x.detach(), attended.detach()
+
+        def rebuild() -> list[Tensor]:
+            normed, _, u, v, _, _ = self._project(x)
+            return [normed, u, v, self._gate(attended, u, seed)]
+
+        kept.forget(forgotten, rebuild)
+        return out
+
+    def _forward(
+        self, x: Tensor, shard: Shard, intervals: Tensor, seed: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """The result, attention's, and one tensor of each buffer that is cheap to compute again."""
+        normed, x, u, v, q, k = self._project(x)
         attended = context_parallel_attention(
             q.unflatten(-1, (self.heads, self.qk_dim)),
             k.unflatten(-1, (self.heads, self.qk_dim)),
@@ -47,6 +69,21 @@ class HSTULayer(nn.Module):
             alpha=self.alpha,
             scale=self.scale,
             exchange=self.exchange,
+        ).flatten(1)
+        gated = self._gate(attended, u, seed)
+        out = residual_linear(x, gated, self.output.weight, self.output.bias)
+        return out, attended, normed, u, v, gated
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """norm(x), x, U before its SiLU, V, Q, K."""
+        norm, linear = self.input_norm, self.uvqk
+        normed, x = branch_norm(x, norm.weight, norm.bias, eps=norm.eps)
+        return normed, x, *silu_linear(normed, linear.weight, linear.bias, self.splits)
+
+    def _gate(self, attended: Tensor, u: Tensor, seed: Tensor | None) -> Tensor:
+        """dropout(norm(A V) * silu(U))."""
+        norm = self.output_norm
+        dropout = 0.0 if seed is None else self.dropout
+        return gated_norm(
+            attended, u, norm.weight, norm.bias, eps=norm.eps, dropout=dropout, seed=seed
         )
-        gated = self.output_norm(attended.flatten(1)) * u
-        return x + self.output(self.dropout(gated))

@@ -1,0 +1,198 @@
+"""Times one HSTU layer, forward and backward, and weighs what it keeps. For whoever touches it.
+
+    python -m benchmarks.layer                                    # width 1024, 4 heads of 256
+    python -m benchmarks.layer --lengths 410-4096 --width 512 --dim 128 --dropout 0.1
+    python -m benchmarks.layer --policy projections --kernels --json out.json
+
+Random data under bf16 autocast with, as in training, a float32 residual stream. Times of the whole
+are CUDA events, the median; its split into attention, matrix products and the rest is the sum of
+the kernels' own times in a profile. `plain` is the same layer in PyTorch's operations around the
+same attention. Attention's plan, made once per batch for all layers, is not in the times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from triton.runtime.jit import JITFunction
+
+import kernels.triton.backward
+import kernels.triton.forward
+from benchmarks.attention import Work, milliseconds
+from gr_train.config import ModelConfig
+from gr_train.model.hstu import HSTULayer
+from kernels.jagged import Jagged
+from kernels.masks import hstu_intervals
+from parallel.attention import context_parallel_attention
+from parallel.shard import Shard
+
+POLICIES = ("plain", "none", "projections")
+MATMUL = re.compile("gemm|nvjet|cutlass|xmma|splitk", re.IGNORECASE)
+ATTENTION = {
+    name
+    for module in (kernels.triton.forward, kernels.triton.backward)
+    for name, value in vars(module).items()
+    if isinstance(value, JITFunction)
+}
+
+
+class PlainLayer(HSTULayer):
+    """The same layer, one PyTorch operation after the other."""
+
+    def forward(self, x: Tensor, shard: Shard, intervals: Tensor) -> Tensor:
+        u, v, q, k = F.silu(self.uvqk(self.input_norm(x))).split(self.splits, dim=-1)
+        attended = context_parallel_attention(
+            q.unflatten(-1, (self.heads, self.qk_dim)),
+            k.unflatten(-1, (self.heads, self.qk_dim)),
+            v.unflatten(-1, (self.heads, self.v_dim)),
+            shard=shard,
+            intervals=intervals,
+            alpha=self.alpha,
+            scale=self.scale,
+        )
+        gated = self.output_norm(attended.flatten(1)) * u
+        return x + self.output(F.dropout(gated, self.dropout))
+
+
+def build(policy: str, args: argparse.Namespace, lengths: list[int]) -> nn.Module:
+    config = ModelConfig(
+        width=args.width,
+        num_heads=args.heads,
+        qk_dim=args.dim,
+        v_dim=args.dim,
+        dropout=args.dropout,
+        recompute="none" if policy == "plain" else policy,  # type: ignore[arg-type]
+    )
+    torch.manual_seed(0)
+    layer = PlainLayer if policy == "plain" else HSTULayer
+    return layer(config, max(lengths), "ring").cuda()
+
+
+def make_shard(lengths: list[int]) -> tuple[Shard, Tensor]:
+    """A whole batch on one GPU, and the causal mask's intervals."""
+    host = torch.tensor(lengths, dtype=torch.int32)
+    none = torch.zeros_like(host)
+    shard = Shard(host, none, (Jagged.whole(host),), {}, None, 0, torch.device("cuda"))
+    of = (shard.device_rows, shard.device_lengths, shard.device_num_targets)
+    return shard, hstu_intervals(*of)
+
+
+def profile(call: Callable[[], object], steps: int = 3) -> Counter[str]:
+    """Milliseconds a step of each CUDA kernel."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(steps):
+            call()
+        torch.cuda.synchronize()
+    times: Counter[str] = Counter()
+    for event in profiler.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[event.name] += event.device_time / 1000 / steps  # type: ignore[assignment]
+    return times
+
+
+def kind(kernel: str) -> str:
+    if kernel in ATTENTION:
+        return "attention"
+    return "matmul" if MATMUL.search(kernel) else "rest"
+
+
+def measure(policy: str, args: argparse.Namespace, lengths: list[int]) -> dict:
+    layer = build(policy, args, lengths)
+    shard, intervals = make_shard(lengths)
+    tokens = sum(lengths)
+    dtype = getattr(torch, args.residual)
+    x = torch.randn(tokens, args.width, device="cuda", dtype=dtype, requires_grad=True)
+    dout = torch.randn_like(x)
+    wanted = [x, *layer.parameters()]
+
+    def forward() -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            return layer(x, shard, intervals)
+
+    def step() -> None:
+        torch.autograd.grad(forward(), wanted, dout)
+
+    step()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = forward()
+    saved = torch.cuda.memory_allocated() - before
+    torch.autograd.grad(out, wanted, dout)
+    peak = torch.cuda.max_memory_allocated() - before
+    del out
+    milliseconds(step, 3)
+    total = statistics.median(milliseconds(step, args.repeats))
+    alone = statistics.median(milliseconds(forward, args.repeats))
+
+    kernels_ms = profile(step)
+    split: Counter[str] = Counter()
+    for name, ms in kernels_ms.items():
+        split[kind(name)] += ms  # type: ignore[assignment]
+    return dict(
+        policy=policy,
+        tokens=tokens,
+        total_ms=total,
+        forward_ms=alone,
+        **{f"{part}_ms": split[part] for part in ("attention", "matmul", "rest")},
+        rest_share=split["rest"] / split.total(),
+        saved_bytes_per_token=saved / tokens,
+        peak_bytes_per_token=peak / tokens,
+        kernels=dict(kernels_ms.most_common()),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--policy", nargs="*", choices=POLICIES, default=POLICIES)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--dim", type=int, default=256, help="of a head")
+    parser.add_argument("--lengths", default="4096", help="4096, or 410-4096 for uniform")
+    parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--residual", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--kernels", action="store_true", help="every kernel's time too")
+    parser.add_argument("--json", help="file for all numbers")
+    args = parser.parse_args()
+
+    lengths = Work("layer", args.lengths, args.tokens).draw_lengths()
+    gpu, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}"
+    print(
+        f"{gpu}, {versions}: width {args.width}, {args.heads} heads of {args.dim}, lengths "
+        f"{args.lengths}, {sum(lengths)} tokens, {args.residual} residual stream, "
+        f"dropout {args.dropout:g}\n"
+        f"{'policy':12} {'ms':>8} {'forward':>8} {'attention':>10} {'matmul':>8} {'rest':>8}"
+        f" {'rest %':>7} {'saved B/token':>14} {'peak B/token':>13}"
+    )
+    rows = []
+    for policy in args.policy:
+        rows.append(row := measure(policy, args, lengths))
+        print(
+            f"{policy:12} {row['total_ms']:8.3f} {row['forward_ms']:8.3f}"
+            f" {row['attention_ms']:10.3f} {row['matmul_ms']:8.3f} {row['rest_ms']:8.3f}"
+            f" {100 * row['rest_share']:7.1f} {row['saved_bytes_per_token']:14.0f}"
+            f" {row['peak_bytes_per_token']:13.0f}",
+            flush=True,
+        )
+        if args.kernels:
+            for name, ms in row["kernels"].items():
+                print(f"    {ms:8.3f} ms  {kind(name):9}  {name[:100]}")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(dict(gpu=gpu, versions=versions, args=vars(args), rows=rows), file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""y = dropout(norm(a) * silu(u)): what HSTU puts between attention and its output projection.
+
+For layers of a model (arXiv 2402.17152, eq. 3, with the SiLU of eq. 1 for U). One pass over a and u
+each way. The mask of the dropout is a function of a seed: it is never stored.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.backend import takes_triton
+from kernels.differentiate import vector_jacobian
+from kernels.norm import naive_layer_norm
+
+
+def naive_gated_norm(
+    a: Tensor, u: Tensor, weight: Tensor, bias: Tensor, eps: float, mask: Tensor | None = None
+) -> Tensor:
+    """norm(a) * silu(u) * mask in float32 at least, to a's dtype. mask: [rows, width] or None."""
+    compute = torch.promote_types(a.dtype, torch.float32)
+    out = naive_layer_norm(a, weight, bias, eps, compute) * F.silu(u.to(compute))
+    return (out if mask is None else out * mask).to(a.dtype)
+
+
+def naive_dropout_mask(seed: Tensor, shape: torch.Size, dropout: float) -> Tensor:
+    """0 with probability `dropout`, else 1 / (1 - dropout). Other draws than Triton's."""
+    generator = torch.Generator(seed.device).manual_seed(int(seed))
+    kept = torch.rand(shape, generator=generator, device=seed.device) >= dropout
+    return kept / (1 - dropout)
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed for one call: int64 [1] on the device, by PyTorch's generator there; no waiting."""
+    return torch.randint(2**62, (1,), device=device)
+
+
+def gated_norm(
+    a: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """dropout(norm(a) * silu(u)), [rows, width] in a's dtype; norm has affine weight and bias.
+
+    a, u: [rows, width] of one dtype, rows contiguous in themselves; u may be columns of a wider
+    buffer. weight, bias: [width].
+    dropout: probability of a zero, in [0, 1); wants seed, int64 [1] (`draw_seed`). The same seed
+    drops the same elements, in the forward, the backward and when computed again.
+    Kept for the backward: a, u and two float32 numbers a row. backend: see `kernels.backend`.
+    Raises ValueError, naming the argument, for what does not fit.
+    """
+    if a.dim() != 2:
+        raise ValueError(f"a: want [rows, width], got shape {tuple(a.shape)}")
+    if u.shape != a.shape or u.dtype != a.dtype:
+        raise ValueError(
+            f"u: {u.dtype} {tuple(u.shape)} does not match a's {a.dtype} {tuple(a.shape)}"
+        )
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector.shape != a.shape[1:]:
+            raise ValueError(f"{name}: shape {tuple(vector.shape)} for rows of width {a.shape[1]}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: want a probability in [0, 1), got {dropout}")
+    if dropout and seed is None:
+        raise ValueError("seed: dropout needs one")
+    triton = takes_triton(backend, a)
+    return _GatedNorm.apply(a, u, weight, bias, seed if dropout else None, eps, dropout, triton)
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        u: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        seed: Tensor | None,
+        eps: float,
+        dropout: float,
+        triton: bool,
+    ) -> Tensor:
+        ctx.eps, ctx.dropout, ctx.triton = eps, dropout, triton
+        if triton:
+            from kernels.triton import gated_norm
+
+            out, mean, rstd = gated_norm.forward(a, u, weight, bias, seed, eps, dropout)
+            ctx.save_for_backward(a, u, weight, bias, seed, mean, rstd)
+            return out
+        ctx.save_for_backward(a, u, weight, bias, seed)
+        mask = None if seed is None else naive_dropout_mask(seed, a.shape, dropout)
+        return naive_gated_norm(a, u, weight, bias, eps, mask)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if ctx.triton:
+            from kernels.triton import gated_norm
+
+            grads = gated_norm.backward(dout, ctx.saved_tensors, ctx.dropout)
+            return *grads, None, None, None, None
+        *inputs, seed = ctx.saved_tensors
+        mask = None if seed is None else naive_dropout_mask(seed, dout.shape, ctx.dropout)
+        function = partial(naive_gated_norm, eps=ctx.eps, mask=mask)
+        return *vector_jacobian(function, inputs, dout), None, None, None, None

@@ -1,0 +1,92 @@
+"""Blocks of whole rows in registers: their sizes, and the layer norm of each row.
+
+For the kernels between the matrix products, which move bytes and compute little: a program takes
+about 2048 elements at a time. Sums over rows (gradients of weights and biases) are kept per
+program and added up afterwards in a fixed order, so they are the same bits in every run.
+"""
+
+# ruff: noqa: N803 (Triton's constants are written in capitals)
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Measured on a Hopper GPU at width 1024: 85 to 99 % of a plain copy's bandwidth.
+ELEMENTS = 2048  # of a program's block
+WARPS = 4
+STAGES = 2  # of loops over blocks: while one is in hand, the next is under way
+PROGRAMS_PER_PROCESSOR = 8  # of kernels that sum over rows
+
+
+def block_shape(width: int) -> tuple[int, int]:
+    """Rows and columns of a block that holds whole rows of this width."""
+    columns = triton.next_power_of_2(width)
+    return max(1, ELEMENTS // columns), columns
+
+
+@cache
+def summing_programs(device: torch.device) -> int:
+    """How many programs share the rows in kernels that sum over them."""
+    if device.type == "cpu":
+        return 2
+    return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def add_up(sums: Tensor) -> Tensor:
+    """What the programs of `store_sums` found: float32 [n, programs, width] -> [n, width]."""
+    count, programs, width = sums.shape
+    total = torch.empty(count, width, dtype=torch.float32, device=sums.device)
+    if total.numel():
+        grid = (count, triton.cdiv(width, 32))
+        add_up_kernel[grid](sums, total, programs, WIDTH=width, ROWS=256, COLUMNS=32, num_warps=8)
+    return total
+
+
+@triton.jit(do_not_specialize=["programs"])
+def add_up_kernel(
+    sums_ptr,
+    total_ptr,
+    programs,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.program_id(0).to(tl.int64) * programs
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for block in tl.range(0, programs, ROWS):
+        rows = block + tl.arange(0, ROWS)
+        inside = (rows < programs)[:, None] & (columns < WIDTH)[None, :]
+        at = sums_ptr + (first + rows)[:, None] * WIDTH + columns[None, :]
+        total += tl.load(at, mask=inside, other=0)
+    at = total_ptr + tl.program_id(0) * WIDTH + columns
+    tl.store(at, tl.sum(total, 0), mask=columns < WIDTH)
+
+
+@triton.jit
+def normalize(x, inside, eps, WIDTH: tl.constexpr):
+    """(x - mean) / sqrt(var + eps) of each row of x, float32; mean; 1 / sqrt(var + eps)."""
+    mean = tl.sum(x, 1) / WIDTH
+    centered = tl.where(inside, x - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt_rn(tl.sum(centered * centered, 1) / WIDTH + eps)
+    return centered * rstd[:, None], mean, rstd
+
+
+@triton.jit
+def normalize_backward(dnormed, normed, rstd, WIDTH: tl.constexpr):
+    """The gradient for x, from those of its normed rows; both 0 outside the row."""
+    along_one = tl.sum(dnormed, 1) / WIDTH
+    along_normed = tl.sum(dnormed * normed, 1) / WIDTH
+    return (dnormed - along_one[:, None] - normed * along_normed[:, None]) * rstd[:, None]
+
+
+@triton.jit
+def store_sums(sums_ptr, index, total, columns, WIDTH: tl.constexpr):
+    """The sum over a block's rows into row (index, program) of sums [:, programs, WIDTH]."""
+    row = (index * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    tl.store(sums_ptr + row * WIDTH + columns, tl.sum(total, 0), mask=columns < WIDTH)

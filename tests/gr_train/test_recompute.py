@@ -1,0 +1,147 @@
+"""A layer that computes activations again gives what a layer that keeps them gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from gr_train.config import ModelConfig
+from gr_train.model.hstu import HSTULayer
+from gr_train.model.recompute import Recomputation
+from kernels.masks import hstu_intervals
+from parallel.attention import EXCHANGES
+from parallel.batch import JaggedBatch
+from parallel.layout import ZigzagLayout
+from parallel.mesh import build_mesh
+from parallel.shard import Shard, shard_batch
+
+CPU = torch.device("cpu")
+WIDTH = 16
+POLICIES = ("none", "projections")
+
+
+def make_shard(cp: int, lengths: list[int]) -> Shard:
+    mesh = build_mesh(dp=1, cp=cp, device=CPU) if cp > 1 else None
+    mine = torch.tensor(lengths, dtype=torch.int32)
+    if mesh is not None:
+        mine = mine[mesh.rank :: cp]
+    batch = JaggedBatch(
+        mine, torch.zeros_like(mine), {"id": torch.zeros(int(mine.sum()), dtype=torch.int64)}
+    )
+    return shard_batch(batch, ZigzagLayout(cp), mesh)
+
+
+def make_layer(recompute: str, exchange: str = "ring", dropout: float = 0.0) -> HSTULayer:
+    torch.manual_seed(3)
+    config = ModelConfig(
+        width=WIDTH, num_heads=2, qk_dim=4, v_dim=8, dropout=dropout, recompute=recompute
+    )
+    return HSTULayer(config, max_length=700, exchange=exchange)
+
+
+class Allocations(TorchDispatchMode):
+    """Watches the memory that operations allocate; views of what was there before do not count."""
+
+    def __init__(self, before: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.before = {x.untyped_storage().data_ptr() for x in before}
+        self.seen: list[tuple[StorageWeakRef, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                if storage.data_ptr() not in self.before:
+                    self.seen.append((StorageWeakRef(storage), storage.nbytes()))
+        return out
+
+    def alive(self) -> int:
+        """Bytes not freed yet, whoever holds them."""
+        return sum({ref.cdata: size for ref, size in self.seen if not ref.expired()}.values())
+
+
+def step(
+    shard: Shard, recompute: str, exchange: str, dropout: float, autocast: bool
+) -> tuple[list[Tensor], int, int]:
+    """Two layers' output and all gradients; bytes alive after forward and backward."""
+    layers = [make_layer(recompute, exchange, dropout) for _ in range(2)]
+    parameters = [p for layer in layers for p in layer.parameters()]
+    intervals = hstu_intervals(shard.device_rows, shard.device_lengths, shard.device_num_targets)
+    torch.manual_seed(4)
+    x = torch.randn(shard.rows.num_rows, WIDTH, requires_grad=True)
+    torch.manual_seed(5)  # of the dropout
+    with Allocations([x, intervals, *parameters]) as allocations:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = layers[1](layers[0](x, shard, intervals), shard, intervals)
+        kept = allocations.alive()
+        out.backward(torch.sin(torch.arange(out.numel()).view_as(out)))
+    results = [out.detach(), x.grad, *(p.grad for p in parameters)]
+    return results, kept, allocations.alive()
+
+
+def check(shard: Shard, exchange: str, dropout: float, autocast: bool) -> None:
+    want, kept, left = step(shard, "none", exchange, dropout, autocast)
+    got, kept_less, left_less = step(shard, "projections", exchange, dropout, autocast)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)  # the same operations on the same values
+    assert kept_less < 0.5 * kept
+    assert left_less <= left  # the first step also fills what a shard caches
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_one_process(dropout: float, autocast: bool) -> None:
+    check(make_shard(1, [400, 0, 1, 170]), "ring", dropout, autocast)
+
+
+def in_group(exchange: str, autocast: bool) -> None:
+    check(make_shard(2, [700, 0, 1, 170, 3]), exchange, 0.2, autocast)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_context_parallel(run_in_world, exchange: str, autocast: bool) -> None:
+    run_in_world(2, in_group, exchange, autocast)
+
+
+def test_no_tokens() -> None:
+    shard = make_shard(1, [0, 0])
+    for policy in POLICIES:
+        results, _, _ = step(shard, policy, "ring", 0.5, False)
+        assert all(not x.any() for x in results)
+
+
+def test_rebuilds_once_a_pass() -> None:
+    """However many operations want it, also in a second pass over the same graph."""
+    calls = 0
+    x = torch.randn(5, requires_grad=True)
+    with Recomputation(x) as kept:
+        hidden = x * 2
+        out = (hidden.exp() * hidden[1:].sum()).sum() + hidden.square().sum()
+    values = x.detach()
+
+    def rebuild() -> list[Tensor]:
+        nonlocal calls
+        calls += 1
+        assert not torch.is_grad_enabled()
+        return [values * 2]
+
+    kept.forget([hidden], rebuild)
+    del hidden
+    (first,) = torch.autograd.grad(out, x, retain_graph=True)
+    assert calls == 1
+    (second,) = torch.autograd.grad(out, x)
+    assert calls == 2
+    want = torch.func.grad(
+        lambda x: ((2 * x).exp() * (2 * x)[1:].sum()).sum() + (2 * x).square().sum()
+    )(values)
+    torch.testing.assert_close(first, want)
+    torch.testing.assert_close(second, want)

@@ -1,0 +1,149 @@
+"""The fused kernels of a layer against their naive twins, under Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from kernels.gated_norm import draw_seed, gated_norm, naive_gated_norm
+from kernels.norm import branch_norm
+from kernels.projection import residual_linear, silu_linear
+from kernels.triton import rows as row_blocks
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+EPS = 1e-6
+ROWS = st.one_of(st.just(0), st.integers(1, 70))
+WIDTHS = st.sampled_from([2, 5, 8, 31, 64, 100])
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of rows a program, and several programs, already at 20 rows."""
+    monkeypatch.setattr(row_blocks, "ELEMENTS", 256)
+
+
+def random(*shape: int, padding: int = 0) -> Tensor:
+    """Rows that are columns of a wider buffer, if padding is given. float32."""
+    wide = torch.randn(*shape[:-1], shape[-1] + padding, device=DEVICE)
+    return wide[..., padding:].requires_grad_()
+
+
+def check_twins(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: list[Tensor]) -> None:
+    """function(*inputs, backend=...) gives the same results and gradients with both twins."""
+    results = {}
+    for backend in ("naive", "triton"):
+        outs = function(*inputs, backend=backend)
+        outs = (outs,) if isinstance(outs, Tensor) else outs
+        torch.manual_seed(1)
+        douts = [random(*out.shape, padding=i % 2).detach() for i, out in enumerate(outs)]
+        results[backend] = [*outs, *torch.autograd.grad(outs, inputs, douts)]
+    for got, want in zip(results["triton"], results["naive"], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@given(rows=ROWS, width=WIDTHS, padding=st.integers(0, 3))
+@settings(max_examples=12, deadline=None)
+def test_branch_norm(rows: int, width: int, padding: int) -> None:
+    inputs = [random(rows, width, padding=padding), random(width), random(width)]
+    check_twins(lambda *a, backend: branch_norm(*a, eps=EPS, backend=backend), inputs)
+
+
+@given(rows=ROWS, width=WIDTHS, padding=st.integers(0, 3))
+@settings(max_examples=12, deadline=None)
+def test_gated_norm(rows: int, width: int, padding: int) -> None:
+    a, u = random(rows, width), random(rows, width, padding=padding)
+    inputs = [a, u, random(width), random(width)]
+    check_twins(lambda *a, backend: gated_norm(*a, eps=EPS, backend=backend), inputs)
+
+
+@given(rows=ROWS, width=WIDTHS, splits=st.lists(st.integers(1, 40), min_size=2, max_size=4))
+@settings(max_examples=10, deadline=None)
+def test_silu_linear(rows: int, width: int, splits: list[int]) -> None:
+    inputs = [random(rows, width), random(sum(splits), width), random(sum(splits))]
+    check_twins(lambda *a, backend: silu_linear(*a, splits, backend=backend), inputs)
+
+
+@given(rows=ROWS, width=WIDTHS, padding=st.integers(0, 3))
+@settings(max_examples=8, deadline=None)
+def test_residual_linear(rows: int, width: int, padding: int) -> None:
+    inputs = [random(rows, 6), random(rows, width), random(6, width), random(6)]
+    inputs[0] = random(rows, 6, padding=padding)
+    check_twins(lambda *a, backend: residual_linear(*a, backend=backend), inputs)
+
+
+@pytest.mark.parametrize("backend", ["naive", "triton"])
+def test_dropout(backend: str) -> None:
+    """One mask forward and backward, a function of the seed, with the right rate and scale."""
+    a, u = random(200, 50), random(200, 50)
+    weight, bias = random(50), random(50)
+
+    def gate(seed: Tensor) -> Tensor:
+        return gated_norm(a, u, weight, bias, eps=EPS, dropout=0.3, seed=seed, backend=backend)
+
+    torch.manual_seed(0)
+    seed, other = draw_seed(DEVICE), draw_seed(DEVICE)
+    out = gate(seed)
+    assert torch.equal(out, gate(seed))
+    kept = out != 0
+    assert not torch.equal(kept, gate(other) != 0)
+    assert abs(float(kept.float().mean()) - 0.7) < 0.02  # 4 standard deviations
+    assert kept.float().mean(0).min() > 0.5  # no column, no row
+    assert kept.float().mean(1).min() > 0.4
+    want = naive_gated_norm(a, u, weight, bias, EPS, kept / 0.7)
+    dout = torch.randn_like(out)
+    inputs = [a, u, weight, bias]
+    grads = torch.autograd.grad(out, inputs, dout)
+    for got, expected in zip(
+        [out, *grads], [want, *torch.autograd.grad(want, inputs, dout)], strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["naive", "triton"])
+def test_under_autocast(backend: str) -> None:
+    """float32 rows in, bf16 to the matrix products, a float32 residual sum; grads as parameters."""
+    x, weight, bias = random(20, 16), random(16), random(16)
+    w1, b1, w2, b2 = random(32, 16), random(32), random(16, 8), random(16)
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        normed, past = branch_norm(x, weight, bias, eps=EPS, backend=backend)
+        u, v, _, _ = silu_linear(normed, w1, b1, [8] * 4, backend=backend)
+        gated = gated_norm(v, u, weight[:8], bias[:8], eps=EPS, backend=backend)
+        out = residual_linear(past, gated, w2, b2, backend=backend)
+    assert [y.dtype for y in (normed, u, v, gated)] == [torch.bfloat16] * 4
+    assert out.dtype == torch.float32
+    parameters = [x, weight, bias, w1, b1, w2, b2]
+    for grad in torch.autograd.grad(out.sum(), parameters):
+        assert grad.dtype == torch.float32
+        assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda: branch_norm(random(3), random(3), random(3), eps=EPS), "x:"),
+        (lambda: branch_norm(random(2, 3), random(3), random(2), eps=EPS), "bias:"),
+        (lambda: branch_norm(random(2, 3), random(3), random(3), eps=EPS, backend="no"), "backend"),
+        (lambda: gated_norm(random(2, 3), random(2, 2), random(3), random(3), eps=EPS), "u:"),
+        (lambda: gated_norm(*[random(2, 2)] * 2, random(3), random(2), eps=EPS), "weight:"),
+        (lambda: gated_norm(*[random(2, 2)] * 2, *[random(2)] * 2, eps=EPS, dropout=1), "dropout"),
+        (lambda: gated_norm(*[random(2, 2)] * 2, *[random(2)] * 2, eps=EPS, dropout=0.5), "seed"),
+        (lambda: silu_linear(random(2, 3), random(4, 3), random(4), [2, 3]), "weight"),
+        (lambda: residual_linear(random(2, 3), random(2, 3), random(4, 3), random(4)), "weight"),
+    ],
+)
+def test_errors_name_the_argument(call: Callable[[], object], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        call()
+
+
+def test_triton_refuses_what_it_cannot_do() -> None:
+    x = random(2, 3).double()
+    with pytest.raises(ValueError, match="backend"):
+        branch_norm(x, random(3), random(3), eps=EPS, backend="triton")
