@@ -133,7 +133,7 @@ def sdpa(problem: Problem, backend: str) -> Candidate | None:
         return None
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend[backend]):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     return attend, [q, k, v], dout
@@ -212,8 +212,9 @@ def measure(problem: Problem, peer_path: str | None, rounds: int, repeats: int) 
         )
         row = dict(work=problem.work.name, kernel=name, tokens=problem.rows.num_rows)
         if not name.startswith("SDPA"):
-            reference = out.detach().float() if reference is None else reference
-            row["difference"] = float((out.float() - reference).norm() / reference.norm())
+            answer = out.detach().float()
+            reference = answer if reference is None else reference
+            row["difference"] = float((answer - reference).norm() / reference.norm())
         rows.append(row)
 
     times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}

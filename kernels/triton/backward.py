@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.forward import sees, store_rows
-from kernels.triton.runs import RECORD, SPLIT_AT, find_block, load_runs
+from kernels.triton.runs import RECORD, SPLITS_AT, find_block, load_runs
 from kernels.triton.silu import UNSEEN, silu_and_twice_slope
 
 
@@ -61,7 +61,8 @@ def key_value_kernel(
     dk = tl.zeros([BLOCK_N, QK_DIM], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, V_DIM], dtype=tl.float32)
     keys = (row0 + tl.arange(0, BLOCK_N))[:, None]
-    split = tl.load(record + SPLIT_AT)
+    first_split = tl.load(record + SPLITS_AT)
+    second_split = tl.load(record + SPLITS_AT + 1)
 
     blocks, full_blocks, runs = load_runs(record, BLOCK_M)
     for masked in tl.static_range(2):
@@ -74,7 +75,8 @@ def key_value_kernel(
                 dweights = tl.dot(v, dout.T, input_precision=PRECISION)
             if masked:
                 queries = (row + tl.arange(0, BLOCK_M))[None, :]
-                end = tl.where(row < split, split, num_rows)
+                end = tl.where(row < second_split, second_split, num_rows)
+                end = tl.where(row < first_split, first_split, end)
                 seen = sees(bounds_ptr, num_rows, queries, end, keys)
                 half_scores = tl.where(seen, half_scores, UNSEEN)
             weights, slope = silu_and_twice_slope(half_scores, FAST)

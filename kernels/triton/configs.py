@@ -48,8 +48,8 @@ HOPPER = {
 HOPPER_SHORT = Config(64, Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
 SHORT = 512
 CONSERVATIVE = {
-    64: Config(128, Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
-    128: Config(128, Blocks(128, 32, 8, 2), Blocks(64, 32, 4, 2), Blocks(32, 64, 4, 2)),
+    64: Config(128, Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    128: Config(128, Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2)),
     256: Config(128, Blocks(64, 32, 8, 1), Blocks(64, 16, 8, 1), Blocks(16, 64, 8, 1)),
 }
 # Float32, as three tf32 products each: correct before fast.

@@ -23,12 +23,13 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kernels.jagged import Jagged
-from kernels.triton.runs import FULL_AT, FULL_RUNS, MASKED_AT, MASKED_RUNS, RECORD, SPLIT_AT
+from kernels.triton.runs import FULL_AT, FULL_RUNS, MASKED_AT, MASKED_RUNS, RECORD, SPLITS_AT
 
 # What a query tile sees, int32 each: for both intervals the hull [low, high) over its rows and the
 # part that all its rows share. Empty ones have low = FAR, high = 0.
 HULLS = 8
 FAR = tl.constexpr(1 << 30)
+PIECES = tl.constexpr(3)  # a sequence is cut into so many pieces, empty ones included
 LIGHT = 3  # tiles that meet fewer than 2 ** LIGHT others need no order: none of them makes a tail
 
 
@@ -36,19 +37,22 @@ LIGHT = 3  # tiles that meet fewer than 2 ** LIGHT others need no order: none of
 class Tiles:
     """Rows of a jagged buffer cut into tiles."""
 
-    pieces: Tensor  # int32 [2B + 1]: row offsets of the pieces, two per sequence
-    offsets: Tensor  # int32 [2B + 1]: tile offsets of the pieces
+    pieces: Tensor  # int32 [PIECES * B + 1]: row offsets of the pieces of the sequences
+    offsets: Tensor  # int32 [PIECES * B + 1]: tile offsets of the pieces
     bound: int  # at most this many tiles, known to the host
 
     @staticmethod
-    def cut(rows: Jagged, tile: int) -> Tiles:
-        num_sequences = rows.num_sequences
-        pieces = torch.empty(2 * num_sequences + 1, dtype=torch.int32, device=rows.offsets.device)
-        _cut_kernel[(num_sequences,)](rows.offsets, rows.positions, pieces, num_sequences)
+    def cut(rows: Jagged, intervals: Tensor | None, tile: int) -> Tiles:
+        """intervals: of these rows, if they are queries."""
+        num_pieces = PIECES.value * rows.num_sequences
+        pieces = torch.empty(num_pieces + 1, dtype=torch.int32, device=rows.offsets.device)
+        _cut_kernel[(rows.num_sequences,)](
+            rows.offsets, rows.positions, intervals, pieces, rows.num_sequences, TILE=tile
+        )
         offsets = torch.zeros_like(pieces)
         counts = (pieces.diff() + (tile - 1)) // tile
         torch.cumsum(counts, 0, dtype=torch.int32, out=offsets[1:])
-        return Tiles(pieces, offsets, rows.num_rows // tile + 2 * num_sequences)
+        return Tiles(pieces, offsets, rows.num_rows // tile + num_pieces)
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class Plan:
     @staticmethod
     def build(queries: Jagged, keys: Jagged, intervals: Tensor, tile: int) -> Plan:
         device = intervals.device
-        cut = Tiles.cut(queries, tile)
+        intervals = intervals.contiguous()
+        cut = Tiles.cut(queries, intervals, tile)
         bounds = torch.empty(4, queries.num_rows, dtype=torch.int32, device=device)
         hulls = torch.empty(HULLS, cut.bound, dtype=torch.int32, device=device)
         records = torch.zeros(cut.bound, RECORD.value, dtype=torch.int32, device=device)
@@ -78,12 +83,12 @@ class Plan:
             cut.offsets,
             keys.offsets,
             keys.positions,
-            intervals.contiguous(),
+            intervals,
             bounds,
             hulls,
             records,
             cost,
-            2 * queries.num_sequences,
+            PIECES.value * queries.num_sequences,
             queries.num_rows,
             cut.bound,
             TILE=tile,
@@ -94,7 +99,7 @@ class Plan:
     @cached_property
     def key_tiles(self) -> Tensor:
         """int32 [key tiles, RECORD], heaviest first. Only the backward needs it."""
-        cut = Tiles.cut(self.keys, self.tile)
+        cut = Tiles.cut(self.keys, None, self.tile)
         records = torch.zeros(cut.bound, RECORD.value, dtype=torch.int32, device=cut.offsets.device)
         cost = torch.zeros(cut.bound, dtype=torch.int32, device=cut.offsets.device)
         _key_tiles_kernel[(cut.bound,)](
@@ -105,7 +110,7 @@ class Plan:
             self.hulls,
             records,
             cost,
-            2 * self.keys.num_sequences,
+            PIECES.value * self.keys.num_sequences,
             self.query_cut.bound,
             TILE=self.tile,
             CHUNK=256,
@@ -164,22 +169,39 @@ def _count_at_most(sorted_ptr, start, length, value, minus_row: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
-def _cut_kernel(offsets_ptr, positions_ptr, pieces_ptr, num_sequences):
-    """Cut each sequence in two where its positions first jump, so that no tile spans the jump.
+def _cut_kernel(
+    offsets_ptr, positions_ptr, intervals_ptr, pieces_ptr, num_sequences, TILE: tl.constexpr
+):
+    """Cut each sequence where neighbours see too different keys to share a tile.
 
-    A zigzag shard has one jump. positions - row never falls and rises at a jump, hence the search.
+    Once where positions first jump, as in a zigzag shard: positions - row never falls and rises at
+    a jump, hence the search. And, of queries, once within the first tile where the next sees less
+    far than the last: there contextual tokens end.
     """
     sequence = tl.program_id(0)
     start = tl.load(offsets_ptr + sequence)
     end = tl.load(offsets_ptr + sequence + 1)
+    drop = start
     jump = start
     if end > start:
         first = tl.load(positions_ptr + start) - start
         jump = _count_at_most(positions_ptr, start, end - start, first, True)
-    tl.store(pieces_ptr + 2 * sequence, start)
-    tl.store(pieces_ptr + 2 * sequence + 1, jump)
+        if intervals_ptr is not None:
+            rows = start + 1 + tl.arange(0, TILE)
+            inside = rows < jump
+            at = intervals_ptr + rows.to(tl.int64) * 4
+            a1 = tl.load(at + 1, mask=inside, other=FAR)
+            b1 = tl.load(at + 3, mask=inside, other=FAR)
+            a1_before = tl.load(at - 3, mask=inside, other=0)
+            b1_before = tl.load(at - 1, mask=inside, other=0)
+            drops = tl.maximum(a1, b1) < tl.maximum(a1_before, b1_before)
+            row = tl.min(tl.where(drops, rows, FAR))
+            drop = tl.where(row < FAR, row, start)
+    tl.store(pieces_ptr + PIECES * sequence, start)
+    tl.store(pieces_ptr + PIECES * sequence + 1, drop)
+    tl.store(pieces_ptr + PIECES * sequence + 2, jump)
     if sequence == num_sequences - 1:
-        tl.store(pieces_ptr + 2 * num_sequences, end)
+        tl.store(pieces_ptr + PIECES * num_sequences, end)
 
 
 @triton.jit
@@ -234,8 +256,8 @@ def _query_tiles_kernel(
         return
     row0 = tl.load(pieces_ptr + piece) + (tile - tl.load(tile_offsets_ptr + piece)) * TILE
     row_end = tl.load(pieces_ptr + piece + 1)
-    k_start = tl.load(k_offsets_ptr + piece // 2)
-    k_length = tl.load(k_offsets_ptr + piece // 2 + 1) - k_start
+    k_start = tl.load(k_offsets_ptr + piece // PIECES)
+    k_length = tl.load(k_offsets_ptr + piece // PIECES + 1) - k_start
 
     rows = row0 + tl.arange(0, TILE)
     valid = rows < row_end
@@ -351,15 +373,17 @@ def _key_tiles_kernel(
     record = records_ptr + key_tile.to(tl.int64) * RECORD
     _store_run(record, 0, key0, piece_end)
 
-    # The query tiles of this sequence: those of its first piece, then those of its second.
-    q_piece = piece // 2 * 2
+    # The query tiles of this sequence, piece by piece.
+    q_piece = piece // PIECES * PIECES
     first = tl.load(q_tile_offsets_ptr + q_piece)
     second = tl.load(q_tile_offsets_ptr + q_piece + 1)
-    last = tl.load(q_tile_offsets_ptr + q_piece + 2)
+    third = tl.load(q_tile_offsets_ptr + q_piece + 2)
+    last = tl.load(q_tile_offsets_ptr + q_piece + 3)
     row_first = tl.load(q_pieces_ptr + q_piece)
     row_second = tl.load(q_pieces_ptr + q_piece + 1)
-    row_last = tl.load(q_pieces_ptr + q_piece + 2)
-    tl.store(record + SPLIT_AT, row_second)
+    row_third = tl.load(q_pieces_ptr + q_piece + 2)
+    row_last = tl.load(q_pieces_ptr + q_piece + 3)
+    _store_run(record, SPLITS_AT, row_second, row_third)
 
     masked_runs = 0
     full_runs = 0
@@ -371,14 +395,14 @@ def _key_tiles_kernel(
         meets = _meets(hulls_ptr, num_query_tiles, tile, first, last, key0, key_end)
         before = _meets(hulls_ptr, num_query_tiles, tile - 1, first, last, key0, key_end)
         after = _meets(hulls_ptr, num_query_tiles, tile + 1, first, last, key0, key_end)
-        in_second = tile >= second
-        row = tl.where(
-            in_second, row_second + (tile - second) * TILE, row_first + (tile - first) * TILE
-        )
-        row_end = tl.minimum(row + TILE, tl.where(in_second, row_last, row_second))
+        row = row_first + (tile - first) * TILE
+        row = tl.where(tile >= second, row_second + (tile - second) * TILE, row)
+        row = tl.where(tile >= third, row_third + (tile - third) * TILE, row)
+        row_end = tl.where(tile >= second, row_third, row_second)
+        row_end = tl.minimum(row + TILE, tl.where(tile >= third, row_last, row_end))
         # A new piece starts a new run: its first row need not follow a whole tile.
-        starts = (meets != before) | (tile == second)
-        ends = (meets != after) | (tile + 1 == second)
+        starts = (meets != before) | (tile == second) | (tile == third)
+        ends = (meets != after) | (tile + 1 == second) | (tile + 1 == third)
 
         masked = meets == 1
         masked_index = masked_runs + tl.cumsum((masked & starts).to(tl.int32)) - 1

@@ -3,7 +3,7 @@
 A record is int32: the tile's first row, the row after its last one (of its sequence, so it may lie
 beyond the tile), then the runs of rows to visit as (start, end), the full ones before the masked.
 Runs that are not the last of their kind are whole multiples of the plan's tile, or end where rows
-begin that no block may overrun: at `split`. Unused runs are empty.
+begin that no block may overrun: at the two splits, of key tiles. Unused runs are empty.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ FULL_RUNS = tl.constexpr(2)
 MASKED_RUNS = tl.constexpr(4)
 FULL_AT = tl.constexpr(2)
 MASKED_AT = tl.constexpr(6)
-SPLIT_AT = tl.constexpr(14)
+SPLITS_AT = tl.constexpr(14)
 RECORD = tl.constexpr(16)
 
 
