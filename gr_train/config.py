@@ -69,10 +69,11 @@ class ModelConfig:
     qk_dim: int = 32  # per head
     v_dim: int = 32  # per head
     dropout: float = 0.0
-    # HSTU: what a layer computes again in the backward pass instead of keeping it. none: all is kept.
-    # projections: the normed input, U, V, Q, K and the gated output; about a quarter of the
-    # activations stays, for one more matrix product. Attention never runs twice.
+    # What an HSTU layer computes again in the backward pass, to keep less. none: nothing.
+    # projections: its normed input, U, V, Q, K and gated output; a quarter of the activations
+    # stays, for one more matrix product. Attention never runs twice.
     recompute: Literal["none", "projections"] = "none"
+    recompute_layers: int | None = None  # only the first so many; default: all
     time_buckets: int = 128  # log-spaced time gaps; 0: no time encoding
     mask: MaskConfig = field(default_factory=MaskConfig)
     num_negatives: int = 512  # retrieval: shared by the whole batch, drawn anew each step
@@ -254,6 +255,14 @@ def validate(config: Config, world_size: int) -> None:
             "model.mask.full_suffix",
             mask.full_suffix,
             "exempts from a window; set model.mask.window too",
+        )
+    if model.recompute != "none" and model.kind != "hstu":
+        _refuse("model.recompute", model.recompute, "only HSTU's layers can; use none")
+    if model.recompute_layers is not None and not 0 <= model.recompute_layers <= model.num_layers:
+        _refuse(
+            "model.recompute_layers",
+            model.recompute_layers,
+            f"want 0 to model.num_layers={model.num_layers}",
         )
     if not 0 <= model.dropout < 1:
         _refuse("model.dropout", model.dropout, "want a probability in [0, 1)")

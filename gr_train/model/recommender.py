@@ -7,6 +7,8 @@ ordinary single-process module, which is how the tests check the distributed one
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -45,11 +47,14 @@ class DenseModel(nn.Module):
         model, max_length = config.model, config.data.max_length
         self.mask, self.num_contextual = model.mask, len(info.contextual)
         self.encoder = InputEncoder(model.width, max_length, model.time_buckets, model.dropout)
+        count = model.num_layers
+        recomputing = count if model.recompute_layers is None else model.recompute_layers
+        configs = [model] * recomputing + [replace(model, recompute="none")] * (count - recomputing)
         self.layers = nn.ModuleList(
-            HSTULayer(model, max_length, config.parallel.exchange)
+            HSTULayer(layer, max_length, config.parallel.exchange)
             if model.kind == "hstu"
-            else SASRecLayer(model)
-            for _ in range(model.num_layers)
+            else SASRecLayer(layer)
+            for layer in configs
         )
         self.norm = nn.LayerNorm(model.width)
         self.head = (

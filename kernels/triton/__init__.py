@@ -5,4 +5,7 @@ forward.py    attention forward, one program per query tile and head
 backward.py   attention backward: dk and dv per key tile, dq per query tile; no atomics
 configs.py    block shapes per GPU generation and head dim
 operator.py   all of it as one operator that autograd and torch.compile know
+
+layer_norm.py, gated_norm.py, pointwise.py   what lies between a layer's matrix products
+rows.py                                      what those share
 """

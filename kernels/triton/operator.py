@@ -77,12 +77,12 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.alpha, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+    q, k, v, *ctx.mask, ctx.alpha, ctx.scale = inputs  # the mask's very tensors: plans know them
+    ctx.save_for_backward(q, k, v)
 
 
 def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    grads = attention_backward(dout, *ctx.saved_tensors, ctx.alpha, ctx.scale)
+    grads = attention_backward(dout, *ctx.saved_tensors, *ctx.mask, ctx.alpha, ctx.scale)
     return *grads, None, None, None, None, None, None, None
 
 

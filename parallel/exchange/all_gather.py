@@ -34,18 +34,24 @@ class _AllGatherAttention(torch.autograd.Function):
         alpha: float,
         scale: float,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, intervals)
+        ctx.save_for_backward(q, k, v)
         ctx.shard = shard
-        ctx.mask = dict(queries=shard.device_rows, keys=shard.whole, alpha=alpha, scale=scale)
+        ctx.mask = dict(
+            queries=shard.device_rows,
+            keys=shard.whole,
+            intervals=intervals,
+            alpha=alpha,
+            scale=scale,
+        )
         whole_k, whole_v = _gather(k, v, shard)
-        out = attention_forward(q, whole_k, whole_v, intervals=intervals, **ctx.mask)
+        out = attention_forward(q, whole_k, whole_v, **ctx.mask)
         return out.to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, intervals = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         whole_k, whole_v = _gather(k, v, ctx.shard)
-        dq, dk, dv = attention_backward(dout, q, whole_k, whole_v, intervals=intervals, **ctx.mask)
+        dq, dk, dv = attention_backward(dout, q, whole_k, whole_v, **ctx.mask)
         dk, dv = _reduce_scatter(dk, dv, ctx.shard)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 

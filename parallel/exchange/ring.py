@@ -36,8 +36,8 @@ class _RingAttention(torch.autograd.Function):
         alpha: float,
         scale: float,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, intervals)
-        ctx.shard, ctx.alpha, ctx.scale = shard, alpha, scale
+        ctx.save_for_backward(q, k, v)
+        ctx.shard, ctx.intervals, ctx.alpha, ctx.scale = shard, intervals, alpha, scale
         parts, rank, size = shard.device_parts, shard.rank, shard.cp_size
         out = None
         block = _pack(k, v)
@@ -64,7 +64,7 @@ class _RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, intervals = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         shard: Shard = ctx.shard
         parts, rank, size = shard.device_parts, shard.rank, shard.cp_size
         dq = None
@@ -82,7 +82,7 @@ class _RingAttention(torch.autograd.Function):
                 block_v,
                 queries=parts[rank],
                 keys=parts[owner],
-                intervals=intervals,
+                intervals=ctx.intervals,
                 alpha=ctx.alpha,
                 scale=ctx.scale,
             )

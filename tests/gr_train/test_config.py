@@ -43,6 +43,8 @@ def test_overrides_win_and_dp_is_computed() -> None:
         ("data.batch_size=6", ["data.batch_size=6", "multiple of the 4"]),
         ("data.readers=6", ["data.readers=6", "multiple"]),
         ("data.source=parquet", ["data.path"]),
+        ("model.recompute=all", ["model.recompute", "projections"]),
+        ("model.recompute_layers=3", ["model.recompute_layers=3", "num_layers=2"]),
         ("model.kind=sasrec", ["parallel.cp=2", "sasrec"]),
         ("model.mask.prefix=4", ["model.mask.prefix=4", "model.mask.local"]),
         ("model.mask.full_suffix=4", ["model.mask.full_suffix=4", "model.mask.window"]),
