@@ -17,7 +17,6 @@ from torch import Tensor
 
 from kernels.triton.rows import (
     STAGES,
-    WARPS,
     add_up,
     block_shape,
     normalize,
@@ -42,7 +41,7 @@ def forward(
     out = torch.empty(rows, width, dtype=a.dtype, device=a.device)
     mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=a.device)
     if rows:
-        block_rows, block = block_shape(max(width, 4))
+        block_rows, block, warps = block_shape(max(width, 4))
         gated_norm_forward_kernel[(triton.cdiv(rows, block_rows),)](
             a,
             u,
@@ -61,7 +60,7 @@ def forward(
             ROWS=block_rows,
             COLUMNS=block,
             DROPOUT=seed is not None,
-            num_warps=WARPS,
+            num_warps=warps,
         )
     return out, mean, rstd
 
@@ -77,7 +76,7 @@ def backward(
     rows, width = a.shape
     dout, a, u = (t if t.stride(1) == 1 else t.contiguous() for t in (dout, a, u))
     da, du = (torch.empty(rows, width, dtype=a.dtype, device=a.device) for _ in range(2))
-    block_rows, block = block_shape(max(width, 4))
+    block_rows, block, warps = block_shape(max(width, 4))
     programs = min(triton.cdiv(rows, block_rows), summing_programs(a.device))
     sums = torch.empty(2, programs, width, dtype=torch.float32, device=a.device)
     if rows:
@@ -103,7 +102,7 @@ def backward(
             COLUMNS=block,
             DROPOUT=seed is not None,
             STAGES=STAGES,
-            num_warps=WARPS,
+            num_warps=warps,
         )
     dweight, dbias = add_up(sums).to(weight.dtype)
     return da, du, dweight, dbias

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kernels.triton.rows import (
     STAGES,
-    WARPS,
     add_up,
     block_shape,
     normalize,
@@ -30,7 +29,7 @@ def forward(
     out = torch.empty(rows, width, dtype=dtype, device=x.device)
     mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device)
     if rows:
-        block_rows, block = block_shape(width)
+        block_rows, block, warps = block_shape(width)
         layer_norm_forward_kernel[(triton.cdiv(rows, block_rows),)](
             x,
             weight,
@@ -44,7 +43,7 @@ def forward(
             WIDTH=width,
             ROWS=block_rows,
             COLUMNS=block,
-            num_warps=WARPS,
+            num_warps=warps,
         )
     return out, mean, rstd
 
@@ -56,7 +55,7 @@ def backward(
     rows, width = x.shape
     dout, dx_past, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dout, dx_past, x))
     dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    block_rows, block = block_shape(width)
+    block_rows, block, warps = block_shape(width)
     programs = min(triton.cdiv(rows, block_rows), summing_programs(x.device))
     sums = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
     if rows:
@@ -77,7 +76,7 @@ def backward(
             ROWS=block_rows,
             COLUMNS=block,
             STAGES=STAGES,
-            num_warps=WARPS,
+            num_warps=warps,
         )
     dweight, dbias = add_up(sums).to(weight.dtype)
     return dx, dweight, dbias

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.rows import STAGES, WARPS, add_up, block_shape, store_sums, summing_programs
+from kernels.triton.rows import STAGES, add_up, block_shape, store_sums, summing_programs
 
 MAX_COLUMNS = 1024  # of a block: here it need not hold whole rows
 
@@ -19,7 +19,7 @@ def silu(x: Tensor) -> Tensor:
     rows, width = x.shape
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     if rows:
-        block_rows, block = block_shape(min(width, MAX_COLUMNS))
+        block_rows, block, warps = block_shape(min(width, MAX_COLUMNS))
         grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block))
         silu_forward_kernel[grid](
             x,
@@ -29,7 +29,7 @@ def silu(x: Tensor) -> Tensor:
             WIDTH=width,
             ROWS=block_rows,
             COLUMNS=block,
-            num_warps=WARPS,
+            num_warps=warps,
         )
     return out
 
@@ -41,7 +41,7 @@ def gradient(dout: Tensor, before: Tensor | None, dbefore: Tensor) -> Tensor:
     """
     rows, width = dout.shape
     dout = dout if dout.stride(1) == 1 else dout.contiguous()
-    block_rows, block = block_shape(min(width, MAX_COLUMNS))
+    block_rows, block, warps = block_shape(min(width, MAX_COLUMNS))
     column_blocks = triton.cdiv(width, block)
     most = max(1, summing_programs(dout.device) // column_blocks)
     programs = min(triton.cdiv(rows, block_rows), most)
@@ -61,7 +61,7 @@ def gradient(dout: Tensor, before: Tensor | None, dbefore: Tensor) -> Tensor:
             COLUMNS=block,
             SILU=before is not None,
             STAGES=STAGES,
-            num_warps=WARPS,
+            num_warps=warps,
         )
     return add_up(sums)[0]
 
