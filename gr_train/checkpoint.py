@@ -59,14 +59,20 @@ class Checkpointer:
         return path
 
     def resume(self) -> int:
-        """Load the newest complete checkpoint into everything; its step, or 0 if there is none."""
+        """Load the newest complete checkpoint into everything; its step, or 0 if there is none.
+
+        Raises ValueError if the checkpoint does not fit.
+        """
         complete = self._complete()
         if not complete:
             return 0
         path = complete[-1]
         state = self._state(0)
+        # A rank may hold no row of a table. The default planner would drop that table's entry and
+        # then take the checkpoint for one of an old format.
+        planner = dcp.DefaultLoadPlanner(flatten_sharded_tensors=False)
         try:
-            dcp.load(state, checkpoint_id=path)
+            dcp.load(state, checkpoint_id=path, planner=planner)
         except (KeyError, RuntimeError, dcp.api.CheckpointException) as error:
             raise ValueError(
                 f"checkpoint.resume: {path} does not fit this config and {dist.get_world_size()} "

@@ -16,6 +16,8 @@ from gr_train.model.recommender import Recommender
 from parallel.batch import JaggedBatch
 from parallel.shard import Shard
 
+USERS = 8192  # scored at a time
+
 
 @torch.no_grad()
 def evaluate(
@@ -46,17 +48,19 @@ def full_ranks(
     """The rank of each label among all items: int64 [n], 1 is best.
 
     users, targets: unit rows [n, D] of the query and of its label; labels: int64 [n].
-    Items come in chunks from the sharded table, so memory is chunk * n scores whatever the
-    vocabulary. Ties, and scores that are not a number, count against the model.
+    Items come in chunks from the sharded table: memory does not grow with the vocabulary. Ties, and
+    scores that are not a number, count against the model. In float32: half precision would tie.
     """
     target_scores = (users * targets).sum(-1, keepdim=True)
     ranks = torch.ones_like(labels)
     for first in range(0, model.info.num_items, chunk):
         last = min(first + chunk, model.info.num_items)
         items = torch.arange(first, last, device=labels.device)
-        scores = users @ unit_rows(model.item_embeddings(items)).T
-        not_worse = ~(scores < target_scores) & (items != labels[:, None])
-        ranks += not_worse.sum(1)
+        embeddings = unit_rows(model.item_embeddings(items))
+        for some in torch.arange(len(users), device=labels.device).split(USERS):
+            scores = users[some] @ embeddings.T
+            not_worse = ~(scores < target_scores[some]) & (items != labels[some, None])
+            ranks[some] += not_worse.sum(1)
     return ranks
 
 

@@ -43,7 +43,8 @@ class RankMetrics:
 class BinaryMetrics:
     """Per task: AUC, and normalised entropy (cross entropy over that of the base rate).
 
-    AUC is exact, so scores of all labels are kept until `compute`.
+    AUC is exact, so scores of all labels are kept until `compute`. Both are nan for a task whose
+    labels are all alike.
     """
 
     def __init__(self, tasks: Sequence[str]) -> None:
@@ -64,10 +65,13 @@ class BinaryMetrics:
         result = {}
         for i, task in enumerate(self.tasks):
             score, label = logits[:, i], labels[:, i]
-            auroc = BinaryAUROC(sync_on_compute=False, dist_sync_on_step=False)
+            base = label.mean()
+            if not 0 < base < 1:  # without labels of both classes, neither is defined
+                result[f"AUC/{task}"] = result[f"NE/{task}"] = float("nan")
+                continue
+            auroc = BinaryAUROC(sync_on_compute=False)
             auroc.update(score, label.long())
             entropy = torch.nn.functional.binary_cross_entropy_with_logits(score, label)
-            base = label.mean()
             base_entropy = -(torch.xlogy(base, base) + torch.xlogy(1 - base, 1 - base))
             result[f"AUC/{task}"] = float(auroc.compute())
             result[f"NE/{task}"] = float(entropy / base_entropy)

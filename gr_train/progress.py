@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,9 +20,13 @@ class Progress:
     def __init__(self, run_dir: Path, steps: int, first_step: int) -> None:
         self.run_dir, self.steps, self.first_step = run_dir, steps, first_step
         self.started = time.perf_counter()
-        # Appended to: a resumed run goes on in the same files.
-        self.jsonl = (run_dir / "metrics.jsonl").open("a")
-        self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+        # A resumed run goes on in the same files, after the step it resumes from.
+        path = run_dir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if json.loads(line)["step"] <= first_step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self.jsonl = path.open("a")
+        self.tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
 
     def say(self, message: str) -> None:
         print(message, flush=True)
@@ -41,14 +47,14 @@ class Progress:
         self.write("eval", step, metrics)
 
     def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        self.jsonl.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self.jsonl.write(json.dumps({"kind": kind, "step": step, **_finite(values)}) + "\n")
         self.jsonl.flush()
         for name, value in values.items():
             self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
     def finish(self, summary: Mapping[str, object], baseline: Mapping[str, float]) -> None:
         """Write summary.json and print the table: metrics beside the baseline, then the rest."""
-        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (self.run_dir / "summary.json").write_text(json.dumps(_finite(summary), indent=2) + "\n")
         self.tensorboard.close()
         self.jsonl.close()
         table = Table(title=f"{summary['model']}, {summary['task']}")
@@ -59,12 +65,34 @@ class Progress:
         metrics = summary["metrics"]
         assert isinstance(metrics, Mapping)
         for name, value in {"training loss": summary["loss"], **metrics}.items():
-            other = f"{baseline[name]:.4f}" if name in baseline else ""
-            table.add_row(name, f"{value:,.4f}" if name != "samples" else f"{value:,.0f}", other)
+            other = _shown(name, baseline[name]) if name in baseline else ""
+            table.add_row(name, _shown(name, value), *([other] if baseline else []))
         table.add_section()
         for name in ("steps", "processes", "tokens/s", "peak memory per rank", "results"):
             table.add_row(name, str(summary[name]))
         Console(width=72).print(table)
+
+
+def set_aside(run_dir: Path) -> None:
+    """Move an earlier run's folder out of the way: run becomes run.1, or the next free number."""
+    if not (run_dir / "config.yaml").exists():
+        return
+    number = 1
+    while (earlier := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+        number += 1
+    run_dir.rename(earlier)
+    print(f"{run_dir} held an earlier run, which is now {earlier}", flush=True)
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{value:,.0f}" if name == "samples" else f"{value:,.4f}"
+
+
+def _finite(values: Any) -> Any:
+    """JSON has no nan or infinity: null."""
+    if isinstance(values, Mapping):
+        return {name: _finite(value) for name, value in values.items()}
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 def _duration(seconds: float) -> str:

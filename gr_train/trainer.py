@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import resource
-import time
-from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,10 @@ from gr_train.checkpoint import Checkpointer
 from gr_train.config import Config, ConfigError, save_config
 from gr_train.data.loader import build_loader, dataset_info, item_counts
 from gr_train.evaluation import evaluate, popularity_metrics
+from gr_train.meter import Meter
 from gr_train.model.recommender import DenseModel, Recommender, tables
 from gr_train.optim import build_optimizer, build_schedule, follow_schedule
-from gr_train.progress import Progress
+from gr_train.progress import Progress, set_aside
 from parallel.batch import JaggedBatch
 from parallel.dense import replicate
 from parallel.embedding.tables import fused_optimizer, shard_tables
@@ -61,11 +60,15 @@ class Trainer:
             seed=config.train.seed,
         )
         self.dense = dense
-        self.model = Recommender(config.model, self.info, embeddings, dense, self.mesh.world)
+        precision = _precision(config.train.precision, self.device)
+        self.model = Recommender(
+            config.model, self.info, embeddings, dense, self.mesh.world, precision
+        )
         self.optimizer = build_optimizer(dense, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, config.train.steps)
         self.table_optimizer = fused_optimizer(embeddings)
         self.loader = self._loader("train")
+        self._loader(config.eval.split)  # if that split is missing, say so before training
         self.run_dir = Path(config.run_dir)
         self.checkpointer = Checkpointer(
             config.checkpoint,
@@ -82,45 +85,34 @@ class Trainer:
     def fit(self) -> dict[str, Any]:
         """Train to config.train.steps; the summary (on every rank) that is also printed."""
         config = self.config
-        first = self.checkpointer.resume() if config.checkpoint.resume else 0
+        first = self._resume() if config.checkpoint.resume else 0
         progress = self._start_progress(first)
-        loss_sum, tokens, loss = torch.zeros((), device=self.device), 0, float("nan")
-        all_tokens, all_seconds, window = 0, 0.0, time.perf_counter()
+        meter, loss = Meter(self.device), float("nan")
         self.dense.train()
         batches = islice(self.loader, config.train.steps - first)
         for step, batch in enumerate(batches, start=first + 1):
-            tokens += batch.num_tokens
-            loss_sum += self.step(step, self.shard(batch))
-            if step % config.train.log_every == 0 or step == config.train.steps:
-                # The only point of the loop at which the host waits for the device.
-                stats = torch.stack([loss_sum / self.mesh.size, loss_sum.new_tensor(tokens)])
-                dist.all_reduce(stats)
-                seconds = time.perf_counter() - window
-                loss = float(stats[0]) / ((step - first - 1) % config.train.log_every + 1)
-                if step > first + config.train.log_every:  # the first window warms up
-                    all_tokens, all_seconds = all_tokens + int(stats[1]), all_seconds + seconds
+            meter.add(self.step(step, self.shard(batch)), batch.num_tokens)
+            last = step == config.train.steps
+            if last or _due(step, config.train.log_every):
+                loss, tokens_per_s = meter.read()
                 if progress:
                     lr = float(self.schedule.get_last_lr()[0])
-                    progress.train(step, loss, float(stats[1]) / seconds, lr)
-                loss_sum.zero_()
-                tokens, window = 0, time.perf_counter()
-            last = step == config.train.steps
+                    progress.train(step, loss, tokens_per_s, lr)
             if _due(step, config.eval.every) and not last:
-                metrics = self.evaluate()
+                with meter.paused():
+                    metrics = self.evaluate()
                 if progress:
                     progress.evaluation(step, metrics)
-                window = time.perf_counter()
-            if _due(step, config.checkpoint.every) or last:
-                self.checkpointer.save(step)
-                window = time.perf_counter()
-        return self._finish(progress, loss, all_tokens / max(all_seconds, 1e-9))
+            if last or _due(step, config.checkpoint.every):
+                with meter.paused():
+                    self.checkpointer.save(step)
+        return self._finish(progress, loss, meter.tokens_per_s)
 
     def step(self, step: int, shard: Shard) -> Tensor:
         """One update. Returns this rank's loss, whose mean over ranks is the global loss."""
         follow_schedule(self.table_optimizer, self.config.embedding.lr, self.schedule)
         self.optimizer.zero_grad()
-        with self._autocast():
-            loss = self.model.loss(shard, self._negatives(step))
+        loss = self.model.loss(shard, self._negatives(step))
         loss.backward()  # updates the tables too: their optimizer is part of their backward pass
         if self.config.optim.clip_norm:
             nn.utils.clip_grad_norm_(self.dense.parameters(), self.config.optim.clip_norm)
@@ -134,14 +126,8 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Metrics of the held-out split, over all ranks."""
         self.dense.eval()
-        with self._autocast():
-            metrics = evaluate(
-                self.model,
-                self._loader(self.config.eval.split),
-                self.shard,
-                self.config,
-                self.mesh.world,
-            )
+        loader = self._loader(self.config.eval.split)
+        metrics = evaluate(self.model, loader, self.shard, self.config, self.mesh.world)
         self.dense.train()
         return metrics
 
@@ -156,6 +142,16 @@ class Trainer:
             self.config.eval.k,
             self.mesh.world,
         )
+
+    def _resume(self) -> int:
+        """The step that the newest checkpoint is from; 0 if there is none."""
+        first, steps = self.checkpointer.resume(), self.config.train.steps
+        if first >= steps:
+            raise ConfigError(
+                f"train.steps={steps}: the newest checkpoint in {self.run_dir} is from step "
+                f"{first}; raise train.steps, or start anew without checkpoint.resume"
+            )
+        return first
 
     def _finish(
         self, progress: Progress | None, loss: float, tokens_per_s: float
@@ -184,6 +180,8 @@ class Trainer:
     def _start_progress(self, first: int) -> Progress | None:
         if self.mesh.rank != 0:
             return None
+        if not first:
+            set_aside(self.run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         save_config(self.config, self.run_dir / "config.yaml")
         progress = Progress(self.run_dir, self.config.train.steps, first)
@@ -212,14 +210,13 @@ class Trainer:
         drawn = torch.randint(self.info.num_items, size, generator=generator)
         return drawn.to(self.device, non_blocking=True)
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        precision = self.config.train.precision
-        on_gpu = self.device.type == "cuda"
-        if precision == "bf16" or (
-            precision == "auto" and on_gpu and torch.cuda.is_bf16_supported()
-        ):
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
+
+def _precision(precision: str, device: torch.device) -> torch.dtype | None:
+    """Of the dense model's matrix products; None is float32."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if precision == "bf16" or (precision == "auto" and has_bf16):
+        return torch.bfloat16
+    return None
 
 
 def _due(step: int, every: int) -> bool:

@@ -11,7 +11,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,30 @@ def build_mesh(*, dp: int, cp: int, device: torch.device, timeout_s: int = 600) 
             )
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
+    timeout = timedelta(seconds=timeout_s)
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    device_mesh = init_device_mesh(device.type, (dp, cp), mesh_dim_names=("dp", "cp"))
+        dist.init_process_group(backend, timeout=timeout)
     world = dist.group.WORLD
     assert world is not None
+    # Groups of our own making: those that a DeviceMesh makes do not get the timeout.
+    ranks = torch.arange(world_size).view(dp, cp)
+    dp_group = _own_group(ranks.T, timeout)
+    cp_group = _own_group(ranks, timeout)
+    device_mesh = DeviceMesh.from_group(
+        [dp_group, cp_group], device.type, mesh=ranks, mesh_dim_names=("dp", "cp")
+    )
+    # NCCL connects a group in its first collective, in which every rank must take part; a ring's
+    # first message need not involve a rank without tokens.
+    dist.all_reduce(torch.zeros(1, device=device), group=cp_group)
     return Mesh(device_mesh, device, world)
+
+
+def _own_group(ranks: Tensor, timeout: timedelta) -> dist.ProcessGroup:
+    """The group of the row that this process is in. Every process makes the groups of all rows."""
+    own = None
+    for row in ranks.tolist():
+        group = dist.new_group(row, timeout=timeout)
+        if dist.get_rank() in row:
+            own = group
+    assert isinstance(own, dist.ProcessGroup)
+    return own

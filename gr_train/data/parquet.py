@@ -289,10 +289,15 @@ def _list_column(table: pa.Table, name: str, part: Part) -> Lists:
 
 
 def _cast(table: pa.Table, name: str, kind: pa.DataType, part: Part) -> pa.Array:
+    found = table[name].type
+    values = found.value_type if hasattr(found, "value_type") else found
+    if not (pa.types.is_integer(values) or pa.types.is_boolean(values) or pa.types.is_null(values)):
+        raise ValueError(
+            f"{part.file}: column {name!r}: want integers (times as unix seconds), found {found}"
+        )
     try:
         return table[name].cast(kind).combine_chunks()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        found = table[name].type
         raise ValueError(
             f"{part.file}: column {name!r}: cannot read {found} as {kind}: {error}"
         ) from error

@@ -52,6 +52,12 @@ class DatasetInfo:
             info = DatasetInfo(**json.loads(file.read_text()))
         except (TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{file}: {error}") from error
+        if not isinstance(info.contextual, dict) or not isinstance(info.tasks, list):
+            raise ValueError(
+                f"{file}: contextual maps features to vocabulary sizes, tasks is a list of names"
+            )
+        if len(info.tasks) > 62:
+            raise ValueError(f"{file}: {len(info.tasks)} tasks, want at most 62")
         sizes = {"num_items": info.num_items, "num_actions": info.num_actions, **info.contextual}
         for name, size in sizes.items():
             if not isinstance(size, int) or size < 1:

@@ -88,9 +88,12 @@ class Recommender:
         embeddings: nn.Module,
         dense: nn.Module,
         world: dist.ProcessGroup | None,
+        precision: torch.dtype | None = None,
     ) -> None:
+        """precision: of the dense model's matrix products; None leaves them in float32."""
         self.config, self.info = config, info
         self.embeddings, self.dense, self.world = embeddings, dense, world
+        self.precision = precision
         self.features = [name for table in tables(config, info) for name in table.features]
 
     def loss(self, shard: Shard, negatives: Tensor | None = None) -> Tensor:
@@ -152,7 +155,12 @@ class Recommender:
         self, shard: Shard, inputs: Inputs, more: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         found = self._lookup({**inputs.ids, **more})
-        return self.dense(found, inputs, shard), found
+        # Losses and ranks stay outside: they compare items whose scores half precision would tie.
+        autocast = torch.autocast(
+            shard.device.type, self.precision, enabled=self.precision is not None
+        )
+        with autocast:
+            return self.dense(found, inputs, shard), found
 
     def _lookup(self, ids: dict[str, Tensor]) -> dict[str, Tensor]:
         """Sharded tables want every feature in every call: those not asked for get no ids."""

@@ -37,7 +37,7 @@ class SASRecLayer(nn.Module):
     def forward(self, x: Tensor, shard: Shard, intervals: Tensor) -> Tensor:
         """x: [rows, width] -> [rows, width]."""
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
-        attended = [x.new_zeros(0, x.shape[1])]
+        attended = [qkv[:0, 0].flatten(1)]  # a rank without tokens takes part in the gradients too
         offsets = shard.rows.offsets.tolist()
         for start, end in pairwise(offsets):
             if start == end:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from gr_train.config import Config, ModelConfig, ParallelConfig
 from gr_train.data.collate import collate
+from gr_train.data.sample import DatasetInfo
 from gr_train.model.inputs import make_inputs
 from gr_train.model.mask import sequence_flops
 from gr_train.model.recommender import DenseModel, Recommender, tables
@@ -38,8 +39,11 @@ CANDIDATES = [2, 0, 1, 1, 0, 3, 5, 20, *[3] * 24, 1, 0, 1]
 NEGATIVES = torch.arange(0, 50, 2)
 
 
-def make_config(task: str, style: str, exchange: str, dp: int, cp: int) -> Config:
+def make_config(
+    task: str, style: str, exchange: str, dp: int, cp: int, kind: str = "hstu"
+) -> Config:
     model = ModelConfig(
+        kind=kind,
         task=task,
         input_style=style,
         num_layers=2,
@@ -55,12 +59,16 @@ def make_config(task: str, style: str, exchange: str, dp: int, cp: int) -> Confi
     return config
 
 
-def info_for(task: str):
-    return INFO if task == "ranking" else replace(INFO, contextual={})
+def info_for(task: str, style: str) -> DatasetInfo:
+    """Retrieval on merged tokens goes without context, so that sequences may be of one token."""
+    bare = task == "retrieval" and style == "merged"
+    return replace(INFO, contextual={}) if bare else INFO
 
 
 def global_samples(task: str, style: str) -> list:
-    return make_samples(EVENTS[style], CANDIDATES, num_contextual=len(info_for(task).contextual))
+    return make_samples(
+        EVENTS[style], CANDIDATES, num_contextual=len(info_for(task, style).contextual)
+    )
 
 
 def make_batch(samples: list, config: Config) -> JaggedBatch:
@@ -68,19 +76,27 @@ def make_batch(samples: list, config: Config) -> JaggedBatch:
         samples,
         task=config.model.task,
         style=config.model.input_style,
-        num_contextual=len(info_for(config.model.task).contextual),
+        num_contextual=len(info_for(config.model.task, config.model.input_style).contextual),
         max_length=config.data.max_length,
     )
 
 
 def build_dense(config: Config) -> DenseModel:
     torch.manual_seed(5)
-    return DenseModel(config, info_for(config.model.task))
+    return DenseModel(config, info_for(config.model.task, config.model.input_style))
 
 
-def distributed_step(task: str, style: str, exchange: str, dp: int, cp: int, balance: bool = False):
-    config = make_config(task, style, exchange, dp, cp)
-    info = info_for(task)
+def distributed_step(
+    task: str,
+    style: str,
+    exchange: str,
+    dp: int,
+    cp: int,
+    balance: bool = False,
+    kind: str = "hstu",
+):
+    config = make_config(task, style, exchange, dp, cp, kind)
+    info = info_for(task, style)
     mesh = build_mesh(dp=dp, cp=cp, device=CPU)
     embeddings = shard_tables(
         tables(config.model, info),
@@ -95,11 +111,15 @@ def distributed_step(task: str, style: str, exchange: str, dp: int, cp: int, bal
     before = gather_tables(embeddings)
     dense = replicate(build_dense(config), mesh)
     model = Recommender(config.model, info, embeddings, dense, mesh.world)
-    # Uneven on purpose: rank 0 reads one sample of each five, the last rank most of the rest.
+    # Uneven on purpose: the first rank reads samples without tokens, the last one most of them.
     samples = global_samples(task, style)
-    shares = [samples[r :: mesh.size] for r in range(mesh.size)]
+    empty = [s for s in samples if not make_batch([s], config).num_tokens]
+    rest = [s for s in samples if make_batch([s], config).num_tokens]
+    shares = [rest[r::5] for r in range(mesh.size)]
+    shares[-1] += [s for r in range(mesh.size, 5) for s in rest[r::5]]
     if mesh.size > 1:
-        shares[-1], shares[0] = shares[-1] + shares[0][3:], shares[0][:3]
+        shares[-1] += shares[0]
+        shares[0] = empty
     batch = make_batch(shares[mesh.rank], config)
     if balance:
         batch = replace(batch, costs=sequence_flops(config.model, len(info.contextual), batch))
@@ -121,9 +141,9 @@ def gather_tables(embeddings) -> dict[str, torch.Tensor]:
     return whole
 
 
-def single_step(task: str, style: str, before: dict[str, torch.Tensor]):
-    config = make_config(task, style, "ring", 1, 1)
-    info = info_for(task)
+def single_step(task: str, style: str, kind: str, before: dict[str, torch.Tensor]):
+    config = make_config(task, style, "ring", 1, 1, kind)
+    info = info_for(task, style)
     embeddings = embedding_collection(tables(config.model, info), "cpu")
     embeddings.load_state_dict(before)
     dense = build_dense(config)
@@ -155,13 +175,13 @@ def single_step(task: str, style: str, before: dict[str, torch.Tensor]):
 
 @pytest.fixture(scope="module")
 def single():
-    """The single process's step per (task, style), computed once."""
-    done: dict[tuple[str, str], tuple] = {}
+    """The single process's step per (task, style, kind), computed once."""
+    done: dict[tuple[str, str, str], tuple] = {}
 
-    def get(task: str, style: str, before: dict[str, torch.Tensor]):
-        if (task, style) not in done:
-            done[task, style] = single_step(task, style, before)
-        return done[task, style]
+    def get(task: str, style: str, kind: str, before: dict[str, torch.Tensor]):
+        if (task, style, kind) not in done:
+            done[task, style, kind] = single_step(task, style, kind, before)
+        return done[task, style, kind]
 
     return get
 
@@ -184,9 +204,16 @@ def test_dealing_by_work_changes_nothing(run_in_world, single, task: str, dp: in
     check(results, single, task, "merged")
 
 
-def check(results: list, single, task: str, style: str) -> None:
+@pytest.mark.parametrize("dp", [1, 2, 3])
+@pytest.mark.parametrize("task", ["retrieval", "ranking"])
+def test_sasrec_equals_single_process(run_in_world, single, task: str, dp: int) -> None:
+    results = run_in_world(dp, distributed_step, task, "merged", "ring", dp, 1, False, "sasrec")
+    check(results, single, task, "merged", "sasrec")
+
+
+def check(results: list, single, task: str, style: str, kind: str = "hstu") -> None:
     loss, _, before, after = results[0]
-    want_loss, want_gradients, want_after = single(task, style, before)
+    want_loss, want_gradients, want_after = single(task, style, kind, before)
     assert abs(loss - want_loss) <= 1e-5 * abs(want_loss)
     for _, gradients, _, _ in results:  # every rank holds the same, averaged gradients
         assert gradients.keys() == want_gradients.keys()

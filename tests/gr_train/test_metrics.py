@@ -59,3 +59,12 @@ def test_without_a_group() -> None:
     metrics.update(torch.tensor([1, 2]))
     assert metrics.compute()["HR@1"] == 0.5
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("labels", [[], [1.0, 1.0]])
+def test_one_class_is_not_a_number(labels: list[float]) -> None:
+    metrics = BinaryMetrics(["click"])
+    metrics.update(torch.zeros(len(labels), 1), torch.tensor(labels).view(-1, 1))
+    result = metrics.compute()
+    assert math.isnan(result["AUC/click"])
+    assert math.isnan(result["NE/click"])
