@@ -33,6 +33,7 @@ from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals
 from parallel.attention import context_parallel_attention
 from parallel.shard import Shard
+from parallel.visibility import Visibility
 
 POLICIES = ("plain", "none", "projections")
 MATMUL = re.compile("gemm|nvjet|cutlass|xmma|splitk", re.IGNORECASE)
@@ -47,14 +48,13 @@ ATTENTION = {
 class PlainLayer(HSTULayer):
     """The same layer, one PyTorch operation after the other."""
 
-    def forward(self, x: Tensor, shard: Shard, intervals: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seen: Visibility) -> Tensor:
         u, v, q, k = F.silu(self.uvqk(self.input_norm(x))).split(self.splits, dim=-1)
         attended = context_parallel_attention(
             q.unflatten(-1, (self.heads, self.qk_dim)),
             k.unflatten(-1, (self.heads, self.qk_dim)),
             v.unflatten(-1, (self.heads, self.v_dim)),
-            shard=shard,
-            intervals=intervals,
+            seen=seen,
             alpha=self.alpha,
             scale=self.scale,
         )
@@ -76,13 +76,12 @@ def build(policy: str, args: argparse.Namespace, lengths: list[int]) -> nn.Modul
     return layer(config, max(lengths), "ring").cuda()
 
 
-def make_shard(lengths: list[int]) -> tuple[Shard, Tensor]:
-    """A whole batch on one GPU, and the causal mask's intervals."""
+def make_batch(lengths: list[int]) -> Visibility:
+    """A whole batch on one GPU, under the causal mask."""
     host = torch.tensor(lengths, dtype=torch.int32)
     none = torch.zeros_like(host)
     shard = Shard(host, none, (Jagged.whole(host),), {}, None, 0, torch.device("cuda"))
-    of = (shard.device_rows, shard.device_lengths, shard.device_num_targets)
-    return shard, hstu_intervals(*of)
+    return Visibility(shard, hstu_intervals)
 
 
 def profile(call: Callable[[], object], steps: int = 3) -> Counter[str]:
@@ -107,7 +106,7 @@ def kind(kernel: str) -> str:
 
 def measure(policy: str, args: argparse.Namespace, lengths: list[int]) -> dict:
     layer = build(policy, args, lengths)
-    shard, intervals = make_shard(lengths)
+    seen = make_batch(lengths)
     tokens = sum(lengths)
     dtype = getattr(torch, args.residual)
     x = torch.randn(tokens, args.width, device="cuda", dtype=dtype, requires_grad=True)
@@ -116,7 +115,7 @@ def measure(policy: str, args: argparse.Namespace, lengths: list[int]) -> dict:
 
     def forward() -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
-            return layer(x, shard, intervals)
+            return layer(x, seen)
 
     def step() -> None:
         torch.autograd.grad(forward(), wanted, dout)

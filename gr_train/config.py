@@ -93,7 +93,9 @@ class ParallelConfig:
     cp: int = 1  # processes that share each sequence
     dp: int | None = None  # groups of them; default: world size / cp
     layout: Literal["zigzag", "contiguous"] = "zigzag"
-    exchange: Literal["ring", "all_gather"] = "ring"
+    # How keys and values reach the ranks that need them (parallel/exchange/). auto: halo for
+    # windowed and semi-local masks, whose queries see little of the sequence, else ring.
+    exchange: Literal["auto", "ring", "all_gather", "halo", "ulysses"] = "auto"
     balance: bool = True  # deal each step's sequences to the dp groups by their work
     timeout_s: int = 600  # a collective that waits longer ends the job
 
@@ -223,6 +225,13 @@ def validate(config: Config, world_size: int) -> None:
         if data.batch_size % data.readers:
             _refuse("data.readers", data.readers, f"must divide data.batch_size={data.batch_size}")
 
+    if parallel.exchange == "ulysses" and model.num_heads % parallel.cp:
+        _refuse(
+            "parallel.exchange",
+            parallel.exchange,
+            f"shares model.num_heads={model.num_heads} among parallel.cp={parallel.cp} processes; "
+            "choose heads that cp divides, or the ring",
+        )
     if model.kind == "sasrec":
         if parallel.cp > 1:
             _refuse(

@@ -19,6 +19,7 @@ from gr_train.config import Config, ConfigError, save_config
 from gr_train.data.loader import build_loader, dataset_info, item_counts
 from gr_train.evaluation import evaluate, popularity_metrics
 from gr_train.meter import Meter
+from gr_train.model.mask import choose_exchange
 from gr_train.model.recommender import DenseModel, Recommender, tables
 from gr_train.optim import build_optimizer, build_schedule, follow_schedule
 from gr_train.progress import Progress, set_aside
@@ -192,6 +193,11 @@ class Trainer:
             f"dp={self.mesh.dp}, cp={self.mesh.cp}; {dense:,} dense parameters, "
             f"{rows:,} embedding rows of width {self.config.model.width}"
         )
+        if self.mesh.cp > 1:
+            exchange = choose_exchange(self.config.parallel.exchange, self.config.model.mask)
+            progress.say(
+                f"keys and values by {exchange} (parallel.exchange={self.config.parallel.exchange})"
+            )
         if first:
             progress.say(f"resumed after step {first}")
         return progress

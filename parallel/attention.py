@@ -6,10 +6,17 @@ from torch import Tensor
 
 from kernels.attention import hstu_attention
 from parallel.exchange.all_gather import all_gather_attention
+from parallel.exchange.halo import halo_attention
 from parallel.exchange.ring import ring_attention
-from parallel.shard import Shard
+from parallel.exchange.ulysses import ulysses_attention
+from parallel.visibility import Visibility
 
-EXCHANGES = {"ring": ring_attention, "all_gather": all_gather_attention}
+EXCHANGES = {
+    "ring": ring_attention,
+    "all_gather": all_gather_attention,
+    "halo": halo_attention,
+    "ulysses": ulysses_attention,
+}
 
 
 def context_parallel_attention(
@@ -17,33 +24,29 @@ def context_parallel_attention(
     k: Tensor,
     v: Tensor,
     *,
-    shard: Shard,
-    intervals: Tensor,
+    seen: Visibility,
     alpha: float,
     scale: float,
     exchange: str = "ring",
 ) -> Tensor:
     """`kernels.attention.hstu_attention` as if the cp group were one device.
 
-    q, k: [rows of this rank, H, Dqk]; v: [rows, H, Dv], in the order of shard.rows.
-    intervals: int32 [rows, 4], of this rank's queries over *whole* sequences.
-    exchange: one of EXCHANGES; results do not depend on it but for the order of float32 sums.
+    q, k: [rows of this rank, H, Dqk]; v: [rows, H, Dv], in the order of seen.shard.rows.
+    exchange: one of EXCHANGES; results do not depend on it but for the order of sums.
     Returns [rows, H, Dv] in q's dtype. Differentiable: gradients of k and v come home summed over
     the group. Every rank of the group must call it, with however few rows.
     """
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange: {exchange!r} is not one of {', '.join(EXCHANGES)}")
-    if shard.cp_size > 1:
-        return EXCHANGES[exchange](
-            q, k, v, shard=shard, intervals=intervals, alpha=alpha, scale=scale
-        )
+    if seen.shard.cp_size > 1:
+        return EXCHANGES[exchange](q, k, v, seen=seen, alpha=alpha, scale=scale)
     return hstu_attention(
         q,
         k,
         v,
-        queries=shard.device_rows,
-        keys=shard.device_rows,
-        intervals=intervals,
+        queries=seen.shard.device_rows,
+        keys=seen.shard.device_rows,
+        intervals=seen.intervals,
         alpha=alpha,
         scale=scale,
     )

@@ -1,7 +1,8 @@
-"""Move rows from one layout of the same sequences to another, or to suffixes of them.
+"""Move rows from one layout of the same sequences to another, or to parts of them.
 
 A jagged all-to-all, differentiable, that moves only the rows that change owner. For models that
-want another layout in some layers, or that go on with the most recent tokens alone.
+want another layout in some layers or go on with the most recent tokens alone, and for attention
+that needs some of the other ranks' rows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Relayout:
     """One rank's part of a move, made on the host once per batch: which rows go where.
 
     sends[r]: rows of the source that rank r wants; receives[r]: rows of the target that rank r
-    holds. Entry `rank` of each is what stays. int64, on the device.
+    holds. Entry `rank` of each is what stays. int64, on the device. A row may go to several ranks;
+    on the way back, what comes from them is summed, in the order of ranks.
     """
 
     sends: tuple[Tensor, ...]
@@ -68,7 +70,7 @@ class Relayout:
         return Relayout(self.receives, self.sends, num_rows, self.group, self.rank)
 
     def move(self, x: Tensor) -> Tensor:
-        """Rows [source rows, ...] -> [target rows, ...]; rows that none sends are zero."""
+        """Rows [source rows, ...] -> [target rows, ...]; what arrives at a row is summed."""
         out = x.new_zeros(self.num_rows, *x.shape[1:])
         out[self.receives[self.rank]] = x[self.sends[self.rank]]
         others = [r for r in range(self.group.size()) if r != self.rank]
@@ -78,7 +80,7 @@ class Relayout:
         received = x.new_empty(sum(splits), *x.shape[1:])
         dist.all_to_all_single(received, send, splits, send_splits, group=self.group)
         for r, rows in zip(others, received.split([splits[r] for r in others]), strict=True):
-            out[self.receives[r]] = rows
+            out[self.receives[r]] += rows
         return out
 
 

@@ -22,7 +22,7 @@ from kernels.gated_norm import draw_seed, gated_norm
 from kernels.norm import branch_norm
 from kernels.projection import residual_linear, silu_linear
 from parallel.attention import context_parallel_attention
-from parallel.shard import Shard
+from parallel.visibility import Visibility
 
 EPS = 1e-6
 
@@ -39,13 +39,13 @@ class HSTULayer(nn.Module):
         self.output_norm = nn.LayerNorm(self.heads * self.v_dim, eps=EPS)
         self.output = init_linear(nn.Linear(self.heads * self.v_dim, config.width))
 
-    def forward(self, x: Tensor, shard: Shard, intervals: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seen: Visibility) -> Tensor:
         """x: [rows, width] -> [rows, width]."""
         seed = draw_seed(x.device) if self.training and self.dropout else None
         if self.recompute == "none":
-            return self._forward(x, shard, intervals, seed)[0]
+            return self._forward(x, seen, seed)[0]
         with Recomputation(x) as kept:
-            out, attended, *forgotten = self._forward(x, shard, intervals, seed)
+            out, attended, *forgotten = self._forward(x, seen, seed)
         x, attended = x.detach(), attended.detach()
 
         def rebuild() -> list[Tensor]:
@@ -55,17 +55,14 @@ class HSTULayer(nn.Module):
         kept.forget(forgotten, rebuild)
         return out
 
-    def _forward(
-        self, x: Tensor, shard: Shard, intervals: Tensor, seed: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def _forward(self, x: Tensor, seen: Visibility, seed: Tensor | None) -> tuple[Tensor, ...]:
         """The result, attention's, and one tensor of each buffer that is cheap to compute again."""
         normed, x, u, v, q, k = self._project(x)
         attended = context_parallel_attention(
             q.unflatten(-1, (self.heads, self.qk_dim)),
             k.unflatten(-1, (self.heads, self.qk_dim)),
             v.unflatten(-1, (self.heads, self.v_dim)),
-            shard=shard,
-            intervals=intervals,
+            seen=seen,
             alpha=self.alpha,
             scale=self.scale,
             exchange=self.exchange,

@@ -1,4 +1,4 @@
-"""The mask a config names, and the work it makes of each sequence."""
+"""The mask a config names, the exchange that suits it, the work it makes of each sequence."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ def mask_intervals(
     return hstu_intervals(
         *whole, num_contextual=num_contextual, window=mask.window, full_suffix=mask.full_suffix
     )
+
+
+def choose_exchange(exchange: str, mask: MaskConfig) -> str:
+    """What "auto" means for this mask; see ParallelConfig.exchange."""
+    if exchange != "auto":
+        return exchange
+    return "halo" if mask.window or mask.local else "ring"
 
 
 def sequence_flops(config: ModelConfig, num_contextual: int, batch: JaggedBatch) -> Tensor:

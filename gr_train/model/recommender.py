@@ -8,6 +8,7 @@ ordinary single-process module, which is how the tests check the distributed one
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,12 @@ from gr_train.data.sample import DatasetInfo
 from gr_train.model.heads import binary_tasks_loss, sampled_softmax_loss
 from gr_train.model.hstu import HSTULayer
 from gr_train.model.inputs import InputEncoder, Inputs, init_linear, make_inputs
-from gr_train.model.mask import mask_intervals
+from gr_train.model.mask import choose_exchange, mask_intervals
 from gr_train.model.sasrec import SASRecLayer
 from parallel.embedding.lookup import lookup
 from parallel.embedding.tables import Table
 from parallel.shard import Shard
+from parallel.visibility import Visibility
 
 
 def tables(config: ModelConfig, info: DatasetInfo) -> list[Table]:
@@ -47,13 +49,12 @@ class DenseModel(nn.Module):
         model, max_length = config.model, config.data.max_length
         self.mask, self.num_contextual = model.mask, len(info.contextual)
         self.encoder = InputEncoder(model.width, max_length, model.time_buckets, model.dropout)
+        exchange = choose_exchange(config.parallel.exchange, model.mask)
         count = model.num_layers
         recomputing = count if model.recompute_layers is None else model.recompute_layers
         configs = [model] * recomputing + [replace(model, recompute="none")] * (count - recomputing)
         self.layers = nn.ModuleList(
-            HSTULayer(layer, max_length, config.parallel.exchange)
-            if model.kind == "hstu"
-            else SASRecLayer(layer)
+            HSTULayer(layer, max_length, exchange) if model.kind == "hstu" else SASRecLayer(layer)
             for layer in configs
         )
         self.norm = nn.LayerNorm(model.width)
@@ -65,16 +66,10 @@ class DenseModel(nn.Module):
 
     def forward(self, embedded: dict[str, Tensor], inputs: Inputs, shard: Shard) -> Tensor:
         """[label rows, width] for retrieval, logits [label rows, tasks] for ranking."""
-        intervals = mask_intervals(
-            self.mask,
-            self.num_contextual,
-            shard.device_rows,
-            shard.device_lengths,
-            shard.device_num_targets,
-        )
+        seen = Visibility(shard, partial(mask_intervals, self.mask, self.num_contextual))
         x = self.encoder(embedded, inputs, shard)
         for layer in self.layers:
-            x = layer(x, shard, intervals)
+            x = layer(x, seen)
         return self.head(self.norm(x.index_select(0, inputs.label_rows)))
 
 

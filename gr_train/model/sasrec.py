@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gr_train.config import ModelConfig
 from gr_train.model.inputs import init_linear
 from kernels.naive import visible
-from parallel.shard import Shard
+from parallel.visibility import Visibility
 
 
 class SASRecLayer(nn.Module):
@@ -34,16 +34,17 @@ class SASRecLayer(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, shard: Shard, intervals: Tensor) -> Tensor:
+    def forward(self, x: Tensor, seen: Visibility) -> Tensor:
         """x: [rows, width] -> [rows, width]."""
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
         attended = [qkv[:0, 0].flatten(1)]  # a rank without tokens takes part in the gradients too
-        offsets = shard.rows.offsets.tolist()
+        positions = seen.shard.device_rows.positions
+        offsets = seen.shard.rows.offsets.tolist()
         for start, end in pairwise(offsets):
             if start == end:
                 continue
             q, k, v = qkv[start:end].permute(1, 2, 0, 3)  # [heads, n, dim] each
-            mask = visible(intervals[start:end], shard.device_rows.positions[start:end])
+            mask = visible(seen.intervals[start:end], positions[start:end])
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             attended.append(out.transpose(0, 1).flatten(1))
         x = x + self.dropout(self.output(torch.cat(attended)))

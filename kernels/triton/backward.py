@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton.forward import sees, store_rows
+from kernels.triton.forward import load_bounds, sees, store_rows
 from kernels.triton.runs import RECORD, SPLITS_AT, find_block, load_runs
 from kernels.triton.silu import UNSEEN, silu_and_twice_slope
 
@@ -74,11 +74,11 @@ def key_value_kernel(
             if KEY:
                 dweights = tl.dot(v, dout.T, input_precision=PRECISION)
             if masked:
-                queries = (row + tl.arange(0, BLOCK_M))[None, :]
+                queries = row + tl.arange(0, BLOCK_M)
                 end = tl.where(row < second_split, second_split, num_rows)
                 end = tl.where(row < first_split, first_split, end)
-                seen = sees(bounds_ptr, num_rows, queries, end, keys)
-                half_scores = tl.where(seen, half_scores, UNSEEN)
+                bounds = load_bounds(bounds_ptr, num_rows, queries, end, 0)
+                half_scores = tl.where(sees(bounds, keys), half_scores, UNSEEN)
             weights, slope = silu_and_twice_slope(half_scores, FAST)
             if VALUE:
                 dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
@@ -127,10 +127,12 @@ def query_kernel(
     q = q_desc.load([row0, head * QK_DIM])
     dout = dout_desc.load([row0, head * V_DIM])
     dq = tl.zeros([BLOCK_M, QK_DIM], dtype=tl.float32)
-    queries = (row0 + tl.arange(0, BLOCK_M))[:, None]
+    queries = row0 + tl.arange(0, BLOCK_M)
 
     blocks, full_blocks, runs = load_runs(record, BLOCK_N)
     for masked in tl.static_range(2):
+        if masked:
+            bounds = load_bounds(bounds_ptr, num_rows, queries, row_end, 1)
         for block in tl.range(full_blocks * masked, blocks if masked else full_blocks):
             row = find_block(runs, block, BLOCK_N)
             k = k_desc.load([row, head * QK_DIM])
@@ -139,8 +141,7 @@ def query_kernel(
             dweights = tl.dot(dout, v.T, input_precision=PRECISION)
             if masked:
                 keys = (row + tl.arange(0, BLOCK_N))[None, :]
-                seen = sees(bounds_ptr, num_rows, queries, row_end, keys)
-                half_scores = tl.where(seen, half_scores, UNSEEN)
+                half_scores = tl.where(sees(bounds, keys), half_scores, UNSEEN)
             _, slope = silu_and_twice_slope(half_scores, FAST)
             dq = tl.dot((dweights * slope).to(k.dtype), k, dq, input_precision=PRECISION)
 

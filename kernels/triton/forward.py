@@ -12,17 +12,29 @@ from kernels.triton.silu import UNSEEN, silu
 
 
 @triton.jit
-def sees(bounds_ptr, num_rows, queries, queries_end, keys):
-    """Which pairs are visible; none of queries_end and beyond. Either may be the columns.
+def load_bounds(bounds_ptr, num_rows, queries, end, AXIS: tl.constexpr):
+    """What queries see, none from `end` on: key rows [low, high) but for a hole [low, high).
 
-    As the plan wrote them: a query sees the key rows [low, high) but for a hole in between.
+    AXIS: 1 makes them a column, for scores [queries, keys]; 0 a row.
     """
-    inside = queries < queries_end
+    inside = queries < end
     at = bounds_ptr + queries
     low = tl.load(at, mask=inside, other=0)
     high = tl.load(at + num_rows.to(tl.int64), mask=inside, other=0)
     hole_low = tl.load(at + num_rows.to(tl.int64) * 2, mask=inside, other=0)
     hole_high = tl.load(at + num_rows.to(tl.int64) * 3, mask=inside, other=0)
+    return (
+        tl.expand_dims(low, AXIS),
+        tl.expand_dims(high, AXIS),
+        tl.expand_dims(hole_low, AXIS),
+        tl.expand_dims(hole_high, AXIS),
+    )
+
+
+@triton.jit
+def sees(bounds, keys):
+    """Which pairs are visible. Queries may be the rows or the columns."""
+    low, high, hole_low, hole_high = bounds
     return (keys >= low) & (keys < high) & ((keys < hole_low) | (keys >= hole_high))
 
 
@@ -70,17 +82,18 @@ def forward_kernel(
 
     q = q_desc.load([row0, head * QK_DIM])
     acc = tl.zeros([BLOCK_M, V_DIM], dtype=tl.float32)
-    queries = (row0 + tl.arange(0, BLOCK_M))[:, None]
+    queries = row0 + tl.arange(0, BLOCK_M)
     blocks, full_blocks, runs = load_runs(record, BLOCK_N)
     for masked in tl.static_range(2):  # two loops: the full blocks' never looks at the mask
+        if masked:
+            bounds = load_bounds(bounds_ptr, num_rows, queries, row_end, 1)
         for block in tl.range(full_blocks * masked, blocks if masked else full_blocks):
             row = find_block(runs, block, BLOCK_N)
             k = k_desc.load([row, head * QK_DIM])
             half_scores = tl.dot(q, k.T, input_precision=PRECISION) * half_alpha
             if masked:
                 keys = (row + tl.arange(0, BLOCK_N))[None, :]
-                seen = sees(bounds_ptr, num_rows, queries, row_end, keys)
-                half_scores = tl.where(seen, half_scores, UNSEEN)
+                half_scores = tl.where(sees(bounds, keys), half_scores, UNSEEN)
             weights = silu(half_scores, FAST)
             v = v_desc.load([row, head * V_DIM])
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from kernels.attention import attention_backward, attention_forward
 from parallel.shard import Shard
+from parallel.visibility import Visibility
 
 
 def all_gather_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, shard: Shard, intervals: Tensor, alpha: float, scale: float
+    q: Tensor, k: Tensor, v: Tensor, *, seen: Visibility, alpha: float, scale: float
 ) -> Tensor:
     """See `parallel.attention.context_parallel_attention`."""
-    return _AllGatherAttention.apply(q, k, v, shard, intervals, alpha, scale)
+    return _AllGatherAttention.apply(q, k, v, seen.shard, seen.intervals, alpha, scale)
 
 
 class _AllGatherAttention(torch.autograd.Function):

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from kernels.attention import attention_backward, attention_forward
 from parallel.shard import Shard
+from parallel.visibility import Visibility
 
 
 def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, shard: Shard, intervals: Tensor, alpha: float, scale: float
+    q: Tensor, k: Tensor, v: Tensor, *, seen: Visibility, alpha: float, scale: float
 ) -> Tensor:
     """See `parallel.attention.context_parallel_attention`."""
-    return _RingAttention.apply(q, k, v, shard, intervals, alpha, scale)
+    return _RingAttention.apply(q, k, v, seen.shard, seen.intervals, alpha, scale)
 
 
 class _RingAttention(torch.autograd.Function):

@@ -42,6 +42,7 @@ def test_overrides_win_and_dp_is_computed() -> None:
         ("parallel.cp=0", ["parallel.cp=0"]),
         ("data.batch_size=6", ["data.batch_size=6", "multiple of the 4"]),
         ("data.readers=6", ["data.readers=6", "multiple"]),
+        ("parallel.cp=4 parallel.exchange=ulysses", ["parallel.exchange=ulysses", "num_heads=2"]),
         ("data.source=parquet", ["data.path"]),
         ("model.recompute=all", ["model.recompute", "projections"]),
         ("model.recompute_layers=3", ["model.recompute_layers=3", "num_layers=2"]),
@@ -57,7 +58,7 @@ def test_overrides_win_and_dp_is_computed() -> None:
 )
 def test_refusals(override: str, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config("configs/quickstart.yaml", [override], world_size=4)
+        load_config("configs/quickstart.yaml", override.split(), world_size=4)
     for word in words:
         assert word in str(caught.value)
 

@@ -12,6 +12,7 @@ from parallel.batch import JaggedBatch
 from parallel.layout import LAYOUTS
 from parallel.mesh import build_mesh
 from parallel.shard import shard_batch
+from parallel.visibility import Visibility
 from tests.kernels.cases import Case
 
 CPU = torch.device("cpu")
@@ -37,11 +38,14 @@ CASES = {
     name: Case(**{**vars(case), "lengths": case.lengths.int()}) for name, case in CASES.items()
 }
 SCALES = dict(alpha=0.6, scale=0.2)
+HEADS = 6  # so that ulysses can share them
 
 
 def qkvd(rows: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(rows)
-    return [torch.randn(rows, 2, d, generator=generator, dtype=torch.float64) for d in (4, 4, 3, 3)]
+    return [
+        torch.randn(rows, HEADS, d, generator=generator, dtype=torch.float64) for d in (4, 4, 3, 3)
+    ]
 
 
 def attend(cp: int, layout: str, exchange: str, name: str):
@@ -55,11 +59,15 @@ def attend(cp: int, layout: str, exchange: str, name: str):
         {"id": torch.zeros(int(case.lengths[mine].sum()), dtype=torch.int64)},
     )
     shard = shard_batch(batch, LAYOUTS[layout](cp), mesh)
-    case = Case(**{**vars(case), "lengths": shard.lengths, "num_targets": shard.num_targets})
+
+    def mask(queries: Jagged, lengths: torch.Tensor, num_targets: torch.Tensor) -> torch.Tensor:
+        whole = {**vars(case), "lengths": lengths, "num_targets": num_targets}
+        return Case(**whole).intervals(queries)
+
     *qkv, dout = (x[shard.whole_rows[shard.rank]] for x in qkvd(int(shard.lengths.sum())))
     qkv = [x.requires_grad_() for x in qkv]
     out = context_parallel_attention(
-        *qkv, shard=shard, intervals=case.intervals(shard.rows), exchange=exchange, **SCALES
+        *qkv, seen=Visibility(shard, mask), exchange=exchange, **SCALES
     )
     gradients = torch.autograd.grad(out, qkv, dout)
     return (
