@@ -1,23 +1,22 @@
-"""The schema of a run: structured OmegaConf dataclasses, their loading and their validation.
+"""The schema of a run, as structured OmegaConf dataclasses, and its loading.
 
 `load_config` merges a YAML file and dotlist overrides into `Config` and refuses what cannot work
-before any process group or device is touched. To add an option, add a field here.
+(gr_train/validate.py) before any process group or device is touched. To add an option, add a field
+here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-
-class ConfigError(ValueError):
-    """A config that cannot work. The message names the field, its value and the way out."""
+from gr_train.validate import ConfigError, validate
 
 
 @dataclass
@@ -157,29 +156,29 @@ def load_config(
 
     Raises ConfigError for unknown keys, wrong types and combinations that cannot work.
     """
-    merged = OmegaConf.structured(Config)
-    sources: list[tuple[str, object]] = []
-    try:
-        if path is not None:
-            if not Path(path).is_file():
-                raise ConfigError(f"--config: no file {str(path)!r}")
-            sources.append((str(path), OmegaConf.load(path)))
-        for item in overrides:
-            if "=" not in item:
-                raise ConfigError(f"override {item!r}: want key=value, such as parallel.cp=2")
+    sources: list[tuple[str, Any]] = []
+    if path is not None:
+        sources.append((str(path), _read(Path(path))))
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(f"override {item!r}: want key=value, such as parallel.cp=2")
+        try:
             sources.append((f"override {item!r}", OmegaConf.from_dotlist([item])))
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error)) from error
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ConfigError(f"override {item!r}: {_first_line(error)}") from error
+    merged = OmegaConf.structured(Config)
     for name, source in sources:
         try:
             merged = OmegaConf.merge(merged, source)
         except (OmegaConfBaseException, ValueError) as error:
-            field_name = getattr(error, "full_key", None) or ""
-            message = str(error).splitlines()[0]
+            where = f"{name}: {getattr(error, 'full_key', None) or ''}".removesuffix(": ")
             raise ConfigError(
-                f"{name}: {field_name}: {message}. gr_train/config.py lists every field."
+                f"{where}: {_first_line(error)}. gr_train/config.py lists every field."
             ) from error
-    config = cast(Config, OmegaConf.to_object(merged))
+    try:
+        config = cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:  # an interpolation of nothing
+        raise ConfigError(f"{getattr(error, 'full_key', '')}: {_first_line(error)}") from error
     if (
         config.parallel.dp is None
         and config.parallel.cp > 0
@@ -194,163 +193,17 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
-def validate(config: Config, world_size: int) -> None:
-    """Refuse what cannot work. Pure: reads no file and no device."""
-    _check_ranges(config)
-    parallel, model, data = config.parallel, config.model, config.data
-
-    if world_size % parallel.cp:
-        _refuse(
-            "parallel.cp",
-            parallel.cp,
-            f"does not divide the {world_size} processes of this job; choose a divisor, "
-            "or start another number of processes with -j NODESxPROCESSES",
-        )
-    if parallel.dp is None or parallel.dp * parallel.cp != world_size:
-        _refuse(
-            "parallel.dp",
-            parallel.dp,
-            f"times parallel.cp={parallel.cp} is not the {world_size} processes of this job; "
-            "leave parallel.dp out to have it computed",
-        )
-    for name, size in (
-        ("data.batch_size", data.batch_size),
-        ("eval.batch_size", config.eval.batch_size),
-    ):
-        if size % world_size:
-            _refuse(name, size, f"must be a multiple of the {world_size} processes, which share it")
-    if data.readers is not None:
-        if data.readers % world_size:
-            _refuse("data.readers", data.readers, f"must be a multiple of {world_size} processes")
-        if data.batch_size % data.readers:
-            _refuse("data.readers", data.readers, f"must divide data.batch_size={data.batch_size}")
-
-    if parallel.exchange == "ulysses" and model.num_heads % parallel.cp:
-        _refuse(
-            "parallel.exchange",
-            parallel.exchange,
-            f"shares model.num_heads={model.num_heads} among parallel.cp={parallel.cp} processes; "
-            "choose heads that cp divides, or the ring",
-        )
-    if model.kind == "sasrec":
-        if parallel.cp > 1:
-            _refuse(
-                "parallel.cp",
-                parallel.cp,
-                "softmax attention is not split; use 1 for model.kind=sasrec",
-            )
-        if model.num_heads * model.qk_dim != model.width or model.qk_dim != model.v_dim:
-            _refuse(
-                "model.qk_dim",
-                model.qk_dim,
-                "SASRec wants qk_dim == v_dim == width / num_heads = "
-                f"{model.width / model.num_heads:g}",
-            )
-    mask = model.mask
-    if mask.local and (mask.window or mask.full_suffix):
-        _refuse(
-            "model.mask.local",
-            mask.local,
-            "semi-local and window masks exclude each other; set one to 0",
-        )
-    if mask.prefix and not mask.local:
-        _refuse(
-            "model.mask.prefix",
-            mask.prefix,
-            "belongs to semi-local masks; set model.mask.local too",
-        )
-    if mask.full_suffix and not mask.window:
-        _refuse(
-            "model.mask.full_suffix",
-            mask.full_suffix,
-            "exempts from a window; set model.mask.window too",
-        )
-    if model.recompute != "none" and model.kind != "hstu":
-        _refuse("model.recompute", model.recompute, "only HSTU's layers can; use none")
-    if model.recompute_layers is not None and not 0 <= model.recompute_layers <= model.num_layers:
-        _refuse(
-            "model.recompute_layers",
-            model.recompute_layers,
-            f"want 0 to model.num_layers={model.num_layers}",
-        )
-    if not 0 <= model.dropout < 1:
-        _refuse("model.dropout", model.dropout, "want a probability in [0, 1)")
-    if model.temperature <= 0:
-        _refuse("model.temperature", model.temperature, "want a positive number")
-    if config.embedding.plan != "auto":
-        _refuse(
-            "embedding.plan", config.embedding.plan, "only 'auto', TorchRec's planner, is supported"
-        )
-
-    if data.source == "parquet" and data.path is None:
-        _refuse("data.path", data.path, "data.source=parquet reads a folder; name it")
-    synthetic = data.synthetic
-    if not 2 <= synthetic.min_events <= synthetic.mean_events <= synthetic.max_events:
-        _refuse(
-            "data.synthetic.mean_events",
-            synthetic.mean_events,
-            f"want 2 <= min_events={synthetic.min_events} <= mean_events "
-            f"<= max_events={synthetic.max_events}",
-        )
-    if not config.eval.k or min(config.eval.k) < 1:
-        _refuse("eval.k", config.eval.k, "want at least one positive cutoff, such as [10]")
+def _read(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise ConfigError(f"--config: no file {str(path)!r}")
+    try:
+        loaded = OmegaConf.load(path)
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not a YAML file: {error}") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: want a mapping of options, found a {type(loaded).__name__}")
+    return loaded
 
 
-LEAST = {
-    **dict.fromkeys(
-        (
-            "data.max_length",
-            "data.batch_size",
-            "data.synthetic.num_items",
-            "data.synthetic.num_actions",
-            "data.synthetic.num_tasks",
-            "data.synthetic.num_candidates",
-            "data.synthetic.num_eval_sequences",
-            "model.num_layers",
-            "model.width",
-            "model.num_heads",
-            "model.qk_dim",
-            "model.v_dim",
-            "model.num_negatives",
-            "parallel.cp",
-            "parallel.timeout_s",
-            "train.steps",
-            "train.log_every",
-            "eval.batch_size",
-            "eval.item_chunk",
-            "checkpoint.keep",
-        ),
-        1,
-    ),
-    **dict.fromkeys(
-        (
-            "data.num_workers",
-            "model.time_buckets",
-            "model.mask.window",
-            "model.mask.full_suffix",
-            "model.mask.local",
-            "model.mask.prefix",
-            "embedding.lr",
-            "embedding.eps",
-            "optim.lr",
-            "optim.weight_decay",
-            "optim.clip_norm",
-            "optim.warmup_steps",
-            "eval.every",
-            "checkpoint.every",
-            "train.seed",
-        ),
-        0,
-    ),
-}
-
-
-def _check_ranges(config: Config) -> None:
-    for name, least in LEAST.items():
-        value = attrgetter(name)(config)
-        if value < least:
-            _refuse(name, value, f"want {least} or more")
-
-
-def _refuse(name: str, value: object, way_out: str) -> None:
-    raise ConfigError(f"{name}={value}: {way_out}")
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

@@ -53,6 +53,16 @@ def test_overrides_win_and_dp_is_computed() -> None:
         ("data.synthetic.mean_events=1", ["data.synthetic.mean_events"]),
         ("eval.k=[]", ["eval.k"]),
         ("optim.lr=-1", ["optim.lr=-1", "0 or more"]),
+        ("optim.lr=nan", ["optim.lr=nan"]),
+        ("optim.beta1=2", ["optim.beta1=2", "below 1"]),
+        ("model.temperature=.inf", ["model.temperature=inf"]),
+        ("data.max_length=1 model.input_style=interleaved", ["data.max_length=1", "take 2"]),
+        ("data.max_length=5 model.task=ranking", ["data.max_length=5", "take 11"]),
+        ("data.synthetic.contextual_sizes=[0]", ["data.synthetic.contextual_sizes=[0]"]),
+        ("data.synthetic.num_tasks=70", ["data.synthetic.num_tasks=70", "below 63"]),
+        ("train.seed=99999999999", ["train.seed=99999999999"]),
+        ("run_dir=${nothing}", ["nothing"]),
+        ("model=3", ["override 'model=3'"]),
         ("parallel.cp", ["'parallel.cp'", "key=value"]),
     ],
 )
@@ -66,6 +76,14 @@ def test_refusals(override: str, words: list[str]) -> None:
 def test_missing_file() -> None:
     with pytest.raises(ConfigError, match=r"configs/none\.yaml"):
         load_config("configs/none.yaml", world_size=1)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "a: 1\na: 2", "\x00\xff"])
+def test_files_that_are_no_config(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+        load_config(path, world_size=1)
 
 
 def test_saved_config_loads_back(tmp_path: Path) -> None:
