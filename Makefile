@@ -2,6 +2,12 @@
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+ifneq ($(GPUS),0)
+ifdef CUDA_VISIBLE_DEVICES
+comma := ,
+GPUS := $(words $(subst $(comma), ,$(CUDA_VISIBLE_DEVICES)))
+endif
+endif
 BIN := $(CURDIR)/.venv/bin
 export PATH := $(BIN):$(PATH)
 
