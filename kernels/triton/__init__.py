@@ -1,9 +1,11 @@
 """The fast twins of floor 1, in Triton. Nothing outside `kernels` imports from here.
 
-plan.py       which blocks of keys and queries meet, once per batch
+plan.py       which blocks of keys and queries meet, once per batch; runs.py reads that in a kernel
 forward.py    attention forward, one program per query tile and head
 backward.py   attention backward: dk and dv per key tile, dq per query tile; no atomics
+silu.py       SiLU and its slope through tanh, for both
 configs.py    block shapes per GPU generation and head dim
+launch.py     padding, descriptors and grids
 operator.py   all of it as one operator that autograd and torch.compile know
 
 layer_norm.py, gated_norm.py, pointwise.py   what lies between a layer's matrix products
