@@ -9,19 +9,17 @@ Backends: `triton` on a GPU; `blockwise` where there is no GPU or no Triton, and
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.backend import TRITON_DTYPES, runs_triton
 from kernels.blockwise import blockwise_backward, blockwise_forward
 from kernels.jagged import Jagged
 from kernels.naive import naive_attention
 
 BACKENDS = ("auto", "naive", "blockwise", "triton")
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TRITON_MAX_DIM = 256
 
 
@@ -135,23 +133,13 @@ class _Blockwise(torch.autograd.Function):
 def _takes_triton(q: Tensor, v: Tensor) -> bool:
     """Whether "auto" means Triton for these tensors on this machine."""
     fits = q.dtype in TRITON_DTYPES and max(q.shape[2], v.shape[2]) <= TRITON_MAX_DIM
-    return q.is_cuda and fits and _runs_triton(q.device)
-
-
-@torch.compiler.assume_constant_result
-def _runs_triton(device: torch.device) -> bool:
-    """An NVIDIA GPU from Ampere on, or any device under Triton's interpreter, and Triton itself."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    if device.type == "cpu":
-        return os.environ.get("TRITON_INTERPRET") == "1"
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return q.is_cuda and fits and runs_triton(q.device)
 
 
 @torch.compiler.assume_constant_result
 def _load_triton(device: torch.device) -> bool:
     """Register the operators, on first use: a machine without Triton never comes here."""
-    if not _runs_triton(device):
+    if not runs_triton(device):
         raise ValueError(f"backend: 'triton' needs Triton and a recent NVIDIA GPU, not {device}")
     import kernels.triton.operator  # noqa: F401
 

@@ -1,4 +1,4 @@
-"""Which twin of a fused layer kernel runs: Triton or the naive one. For this floor's entries."""
+"""Which twin of a kernel runs: Triton or plain PyTorch. For the entries of this floor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def takes_triton(backend: str, x: Tensor) -> bool:
     if backend == "naive" or (backend == "auto" and not x.is_cuda):
         return False
     fits = x.dtype in TRITON_DTYPES and x.shape[1] <= TRITON_MAX_WIDTH
-    can = fits and importlib.util.find_spec("triton") is not None and _device_runs_triton(x.device)
+    can = fits and runs_triton(x.device)
     if backend == "triton" and not can:
         raise ValueError(
             f"backend: 'triton' cannot run on {x.dtype} rows of width {x.shape[1]} on {x.device}"
@@ -32,7 +32,11 @@ def takes_triton(backend: str, x: Tensor) -> bool:
     return can
 
 
-def _device_runs_triton(device: torch.device) -> bool:
+@torch.compiler.assume_constant_result
+def runs_triton(device: torch.device) -> bool:
+    """An NVIDIA GPU from Ampere on, or a CPU under Triton's interpreter, and Triton itself."""
+    if importlib.util.find_spec("triton") is None:
+        return False
     if device.type == "cpu":
         return os.environ.get("TRITON_INTERPRET") == "1"
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
