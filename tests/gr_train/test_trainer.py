@@ -114,14 +114,17 @@ def test_a_new_run_keeps_the_old_one(run_in_world, tmp_path: Path) -> None:
 def test_loss_curve_does_not_depend_on_cp(run_in_world, tmp_path: Path) -> None:
     # Gentle steps: large ones amplify the rounding of float32 until nothing can be compared.
     gentle = ["embedding.lr=0.001", "model.temperature=0.3", "optim.warmup_steps=100"]
-    curves = {}
+    curves, summaries = {}, {}
     for size in (1, 2, 4):
         overrides = ["train.steps=15", f"parallel.cp={size}", "data.batch_size=48", *gentle]
-        run_in_world(size, run, tmp_path / str(size), *overrides)
+        summaries[size] = run_in_world(size, run, tmp_path / str(size), *overrides)[0][0]
         curves[size] = losses(tmp_path / str(size))
     assert len(set(curves[1])) == 15
     assert curves[2] == pytest.approx(curves[1], rel=1e-4)
     assert curves[4] == pytest.approx(curves[1], rel=1e-4)
+    for size in (2, 4):  # evaluation too, though 41 samples do not divide
+        assert summaries[size]["popularity"] == pytest.approx(summaries[1]["popularity"])
+        assert summaries[size]["metrics"] == pytest.approx(summaries[1]["metrics"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
