@@ -204,10 +204,18 @@ def test_other_integer_and_boolean_types_are_read(tmp_path):
     assert samples[2].candidate_labels.tolist() == [0, 1]
 
 
-def test_a_column_of_text_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "values", "found"),
+    [
+        ("country", ["a", "b", "c"], "string"),
+        # Read as integers, these would silently be a thousand times too far apart.
+        ("timestamps", pa.array(GOOD["timestamps"], pa.list_(pa.timestamp("ms"))), "timestamp"),
+    ],
+)
+def test_columns_that_are_no_integers_are_refused(tmp_path, name, values, found):
     (tmp_path / "train").mkdir()
-    pq.write_table(pa.table({**GOOD, "country": ["a", "b", "c"]}), tmp_path / "train" / "x.parquet")
-    with pytest.raises(ValueError, match=r"x\.parquet: column 'country': cannot read string"):
+    pq.write_table(pa.table({**GOOD, name: values}), tmp_path / "train" / "x.parquet")
+    with pytest.raises(ValueError, match=rf"x\.parquet: column '{name}': want integers.*{found}"):
         list(ParquetSplit(tmp_path, "train", RANKING).samples(range(3)))
 
 
