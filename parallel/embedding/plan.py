@@ -28,11 +28,14 @@ def embedding_plan(
         raise ValueError(f"embedding.plan={plan!r}: only 'auto' is supported")
     # Whole rows only: the row-wise optimizer keeps one number a row, so cutting columns would
     # change the result. Never replicated: a replica has no fused optimizer.
-    constraint = ParameterConstraints(
-        sharding_types=[ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value],
-        compute_kernels=[EmbeddingComputeKernel.FUSED.value],
-        pooling_factors=[max(1.0, tokens_per_rank / SEGMENTS)],
-    )
+    constraints = {
+        config.name: ParameterConstraints(
+            sharding_types=[ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value],
+            compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+            pooling_factors=[max(1.0, tokens_per_rank / SEGMENTS)] * len(config.feature_names),
+        )
+        for config in module.embedding_configs()
+    }
     device = mesh.device.type
     planner = EmbeddingShardingPlanner(
         topology=Topology(
@@ -42,7 +45,7 @@ def embedding_plan(
             hbm_cap=torch.cuda.mem_get_info(mesh.device)[1] if device == "cuda" else None,
         ),
         batch_size=SEGMENTS,
-        constraints={config.name: constraint for config in module.embedding_configs()},
+        constraints=constraints,
         debug=False,
     )
     sharding = planner.collective_plan(module, [sharder], mesh.world)
