@@ -48,15 +48,13 @@ class Checkpointer:
         self.optimizer, self.schedule, self.loader = optimizer, schedule, loader
         self.device = device
 
-    def save(self, step: int) -> Path:
+    def save(self, step: int) -> None:
         """Write step_N and remove the oldest beyond `keep`. Collective."""
-        path = self.folder / f"step_{step:08d}"
-        dcp.save(self._state(step), checkpoint_id=path)
+        dcp.save(self._state(step), checkpoint_id=self.folder / f"step_{step:08d}")
         if dist.get_rank() == 0:
             for old in self._complete()[: -self.config.keep]:
                 shutil.rmtree(old)
         dist.barrier()
-        return path
 
     def resume(self) -> int:
         """Load the newest complete checkpoint into everything; its step, or 0 if there is none.

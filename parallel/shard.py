@@ -77,6 +77,11 @@ class Shard:
             for part in self.parts
         )
 
+    @cached_property
+    def gathered_rows(self) -> Tensor:
+        """The same for the rows of all ranks, rank after rank, as a collective delivers them."""
+        return torch.cat(self.whole_rows)
+
 
 def shard_batch(batch: JaggedBatch, layout: Layout, mesh: Mesh | None) -> Shard:
     """This rank's own samples in, this rank's slices of its cp group's samples out. Collective.

@@ -134,8 +134,7 @@ class Recommender:
 
     def item_embeddings(self, items: Tensor) -> Tensor:
         """[n, width] of item ids [n]; every rank may ask for other items."""
-        feature = "label" if self.config.task == "retrieval" else "item"
-        return self._lookup({feature: items})[feature]
+        return self._lookup({"item": items})["item"]
 
     def _inputs(self, shard: Shard, *, last_only: bool) -> Inputs:
         return make_inputs(

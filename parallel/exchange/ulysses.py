@@ -74,13 +74,13 @@ def _gather_sequences(x: Tensor, shard: Shard) -> Tensor:
     splits = [part.num_rows for part in shard.parts]
     received = x.new_empty(sum(splits), each, dim)
     dist.all_to_all_single(received, send, splits, [rows] * shard.cp_size, group=shard.group)
-    return torch.empty_like(received).index_copy_(0, torch.cat(shard.whole_rows), received)
+    return torch.empty_like(received).index_copy_(0, shard.gathered_rows, received)
 
 
 def _gather_heads(x: Tensor, shard: Shard) -> Tensor:
     _, each, dim = x.shape
     rows, splits = shard.rows.num_rows, [part.num_rows for part in shard.parts]
-    send = x[torch.cat(shard.whole_rows)]
+    send = x[shard.gathered_rows]
     received = x.new_empty(shard.cp_size * rows, each, dim)
     dist.all_to_all_single(received, send, [rows] * shard.cp_size, splits, group=shard.group)
     by_rank = received.view(shard.cp_size, rows, each, dim)
