@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from kernels.gated_norm import draw_seed, gated_norm, naive_gated_norm
 from kernels.norm import branch_norm
-from kernels.projection import residual_linear, silu_linear
+from kernels.projection import naive_silu_linear, residual_linear, silu_linear
 from kernels.triton import rows as row_blocks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -35,17 +35,22 @@ def random(*shape: int, padding: int = 0) -> Tensor:
     return wide[..., padding:].requires_grad_()
 
 
-def check_twins(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: list[Tensor]) -> None:
-    """function(*inputs, backend=...) gives the same results and gradients with both twins."""
+def check_twins(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: list[Tensor],
+    backends: tuple[str, ...] = ("naive", "triton"),
+) -> None:
+    """function(*inputs, backend=...) gives the same results and gradients with all backends."""
     results = {}
-    for backend in ("naive", "triton"):
+    for backend in backends:
         outs = function(*inputs, backend=backend)
         outs = (outs,) if isinstance(outs, Tensor) else outs
         torch.manual_seed(1)
         douts = [random(*out.shape, padding=i % 2).detach() for i, out in enumerate(outs)]
         results[backend] = [*outs, *torch.autograd.grad(outs, inputs, douts)]
-    for got, want in zip(results["triton"], results["naive"], strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for backend in backends[1:]:
+        for got, want in zip(results[backend], results[backends[0]], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @given(rows=ROWS, width=WIDTHS, padding=st.integers(0, 3))
@@ -67,7 +72,13 @@ def test_gated_norm(rows: int, width: int, padding: int) -> None:
 @settings(max_examples=10, deadline=None)
 def test_silu_linear(rows: int, width: int, splits: list[int]) -> None:
     inputs = [random(rows, width), random(sum(splits), width), random(sum(splits))]
-    check_twins(lambda *a, backend: silu_linear(*a, splits, backend=backend), inputs)
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, ...]:
+        if backend == "autograd":  # both twins share a backward written by hand
+            return naive_silu_linear(x, weight, bias, splits)
+        return silu_linear(x, weight, bias, splits, backend=backend)
+
+    check_twins(function, inputs, ("autograd", "naive", "triton"))
 
 
 @given(rows=ROWS, width=WIDTHS, padding=st.integers(0, 3))
@@ -75,7 +86,13 @@ def test_silu_linear(rows: int, width: int, splits: list[int]) -> None:
 def test_residual_linear(rows: int, width: int, padding: int) -> None:
     inputs = [random(rows, 6), random(rows, width), random(6, width), random(6)]
     inputs[0] = random(rows, 6, padding=padding)
-    check_twins(lambda *a, backend: residual_linear(*a, backend=backend), inputs)
+
+    def function(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
+        if backend == "autograd":
+            return x + torch.nn.functional.linear(y, weight, bias)
+        return residual_linear(x, y, weight, bias, backend=backend)
+
+    check_twins(function, inputs, ("autograd", "naive", "triton"))
 
 
 @pytest.mark.parametrize("backend", ["naive", "triton"])
