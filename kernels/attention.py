@@ -1,7 +1,8 @@
 """The one entry to HSTU attention: checks, choice of backend, autograd.
 
-`hstu_attention` is what a model calls. Context parallelism calls the two halves,
-`attention_forward` and `attention_backward`, once per block of keys and adds up the results.
+`hstu_attention` is what a model calls. Context parallelism calls its parts, `attention_forward`,
+`query_gradient` and `key_value_gradients`, once per block of keys; each can add to what the blocks
+before have given.
 
 Backends: `triton` on a GPU; `blockwise` where there is no GPU or no Triton, and for float64;
 `naive` to read, and to test the others against.
@@ -15,7 +16,12 @@ import torch
 from torch import Tensor
 
 from kernels.backend import TRITON_DTYPES, runs_triton
-from kernels.blockwise import blockwise_backward, blockwise_forward
+from kernels.blockwise import (
+    blockwise_backward,
+    blockwise_forward,
+    blockwise_key_value_gradients,
+    blockwise_query_gradient,
+)
 from kernels.jagged import Jagged
 from kernels.naive import naive_attention
 
@@ -69,21 +75,27 @@ def attention_forward(
     intervals: Tensor,
     alpha: float,
     scale: float,
+    add: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The forward half, without autograd. Returns float32 [Tq, H, Dv]; adds into `out` if given."""
+    """The forward pass over one block of keys, without autograd.
+
+    add: float32 [Tq, H, Dv], what other blocks gave; out: where to write, contiguous and of any
+    floating dtype, `add` itself if you like. Returns out; a new float32 tensor if None.
+    """
     mask: dict[str, Any] = dict(
         queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale
     )
+    if out is None:
+        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2], dtype=accumulator(q.dtype))
     if _takes_triton(q, v):
         from kernels.triton import launch
 
-        return launch.forward(q, k, v, **mask, out=out, dtype=torch.float32)
-    partial = blockwise_forward(q, k, v, **mask)
-    return partial if out is None else out.add_(partial)
+        return launch.forward(q, k, v, **mask, add=add, out=out)
+    return _write(blockwise_forward(q, k, v, **mask), add, out)
 
 
-def attention_backward(
+def query_gradient(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -94,16 +106,62 @@ def attention_backward(
     intervals: Tensor,
     alpha: float,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward half: float32 dq, dk, dv of this block of keys alone, from dout [Tq, H, Dv]."""
+    add: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """dq [Tq, H, Dqk] of one block of keys, from dout [Tq, H, Dv]. add, out: as forward."""
     mask: dict[str, Any] = dict(
         queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale
     )
+    if out is None:
+        out = torch.empty(q.shape, dtype=accumulator(q.dtype), device=q.device)
     if _takes_triton(q, v):
         from kernels.triton import launch
 
-        return launch.backward(dout, q, k, v, **mask, dtype=torch.float32)
-    return blockwise_backward(dout, q, k, v, **mask)
+        return launch.query_gradient(dout, q, k, v, **mask, add=add, out=out)
+    return _write(blockwise_query_gradient(dout, q, k, v, **mask), add, out)
+
+
+def key_value_gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    queries: Jagged,
+    keys: Jagged,
+    intervals: Tensor,
+    alpha: float,
+    scale: float,
+    add: tuple[Tensor, Tensor] | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """dk [Tk, H, Dqk] and dv [Tk, H, Dv] of one block of keys. add, out: as forward, of each."""
+    mask: dict[str, Any] = dict(
+        queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale
+    )
+    if out is None:
+        dtype = accumulator(q.dtype)
+        out = (
+            torch.empty(k.shape, dtype=dtype, device=k.device),
+            torch.empty(v.shape, dtype=dtype, device=v.device),
+        )
+    if _takes_triton(q, v):
+        from kernels.triton import launch
+
+        return launch.key_value_gradients(dout, q, k, v, **mask, add=add, out=out)
+    dk, dv = blockwise_key_value_gradients(dout, q, k, v, **mask)
+    add_k, add_v = add or (None, None)
+    return _write(dk, add_k, out[0]), _write(dv, add_v, out[1])
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums of products are kept in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _write(partial: Tensor, add: Tensor | None, out: Tensor) -> Tensor:
+    return out.copy_(partial if add is None else partial.add_(add))
 
 
 class _Blockwise(torch.autograd.Function):

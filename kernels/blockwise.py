@@ -7,6 +7,8 @@ add, forward and backward, and nothing is kept between them but q, k and v.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch import Tensor
 from kernels.jagged import Jagged
 from kernels.naive import visible
 
+Gradients = tuple[Tensor, Tensor, Tensor]
 BLOCK = 512  # rows a side; H * 512 * 512 float32 scores stay within a core's cache
 
 
@@ -57,7 +60,54 @@ def blockwise_forward(
     return out.mul_(scale)
 
 
-def blockwise_backward(
+def blockwise_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Gradients:
+    """dq, dk, dv, float32 (float64 for float64 inputs). mask: as of `blockwise_forward`."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    dq, dk, dv = (torch.zeros_like(x, dtype=compute) for x in (q, k, v))
+    for tile in _gradient_tiles(dout, q, k, v, **mask):
+        tile.add_query(dq)
+        tile.add_key_value(dk, dv)
+    return dq, dk, dv
+
+
+def blockwise_query_gradient(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
+    """dq alone."""
+    dq = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+    for tile in _gradient_tiles(dout, q, k, v, **mask):
+        tile.add_query(dq)
+    return dq
+
+
+def blockwise_key_value_gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, **mask: Any
+) -> tuple[Tensor, Tensor]:
+    """dk and dv alone."""
+    compute = torch.promote_types(q.dtype, torch.float32)
+    dk, dv = (torch.zeros_like(x, dtype=compute) for x in (k, v))
+    for tile in _gradient_tiles(dout, q, k, v, **mask):
+        tile.add_key_value(dk, dv)
+    return dk, dv
+
+
+@dataclass
+class _GradientTile:
+    q_rows: slice
+    k_rows: slice
+    q: Tensor  # [rows, H, D] of the tile, like k and dout
+    k: Tensor
+    dout: Tensor  # times scale
+    weights: Tensor  # silu(s) [H, q, k]
+    dscores: Tensor  # d loss / d (q . k)
+
+    def add_query(self, dq: Tensor) -> None:
+        dq[self.q_rows] += torch.einsum("hqk,khd->qhd", self.dscores, self.k)
+
+    def add_key_value(self, dk: Tensor, dv: Tensor) -> None:
+        dv[self.k_rows] += torch.einsum("hqk,qhd->khd", self.weights, self.dout)
+        dk[self.k_rows] += torch.einsum("hqk,qhd->khd", self.dscores, self.q)
+
+
+def _gradient_tiles(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -68,10 +118,9 @@ def blockwise_backward(
     intervals: Tensor,
     alpha: float,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, float32 (float64 for float64 inputs); silu'(s) = sig(s)(1 + s(1 - sig(s)))."""
+) -> Iterator[_GradientTile]:
+    """silu'(s) = sig(s)(1 + s(1 - sig(s)))."""
     compute = torch.promote_types(q.dtype, torch.float32)
-    dq, dk, dv = (torch.zeros_like(x, dtype=compute) for x in (q, k, v))
     for q_rows, k_rows, mask in _tiles(queries, keys, intervals):
         qs, ks, vs = q[q_rows].to(compute), k[k_rows].to(compute), v[k_rows].to(compute)
         dout_scaled = dout[q_rows].to(compute) * scale
@@ -85,7 +134,4 @@ def blockwise_backward(
         if mask is not None:
             weights *= mask
             dscores *= mask
-        dv[k_rows] += torch.einsum("hqk,qhd->khd", weights, dout_scaled)
-        dq[q_rows] += torch.einsum("hqk,khd->qhd", dscores, ks)
-        dk[k_rows] += torch.einsum("hqk,qhd->khd", dscores, qs)
-    return dq, dk, dv
+        yield _GradientTile(q_rows, k_rows, qs, ks, dout_scaled, weights, dscores)

@@ -24,6 +24,8 @@ def key_value_kernel(
     q_desc,
     k_desc,
     v_desc,
+    add_k_ptr,
+    add_v_ptr,
     dk_ptr,
     dv_ptr,
     tiles_ptr,
@@ -87,10 +89,10 @@ def key_value_kernel(
 
     if KEY:
         dk *= scale * half_alpha
-        store_rows(dk_ptr, dk, row0, row_end, HEADS * QK_DIM, head * QK_DIM, False)
+        store_rows(dk_ptr, add_k_ptr, dk, row0, row_end, HEADS * QK_DIM, head * QK_DIM)
     if VALUE:
         dv *= scale
-        store_rows(dv_ptr, dv, row0, row_end, HEADS * V_DIM, head * V_DIM, False)
+        store_rows(dv_ptr, add_v_ptr, dv, row0, row_end, HEADS * V_DIM, head * V_DIM)
 
 
 @triton.jit(do_not_specialize=["num_rows", "half_alpha", "scale"])
@@ -99,6 +101,7 @@ def query_kernel(
     q_desc,
     k_desc,
     v_desc,
+    add_ptr,
     dq_ptr,
     tiles_ptr,
     bounds_ptr,
@@ -146,4 +149,4 @@ def query_kernel(
             dq = tl.dot((dweights * slope).to(k.dtype), k, dq, input_precision=PRECISION)
 
     dq *= scale * half_alpha
-    store_rows(dq_ptr, dq, row0, row_end, HEADS * QK_DIM, head * QK_DIM, False)
+    store_rows(dq_ptr, add_ptr, dq, row0, row_end, HEADS * QK_DIM, head * QK_DIM)

@@ -39,13 +39,16 @@ def sees(bounds, keys):
 
 
 @triton.jit
-def store_rows(ptr, x, row0, row_end, row_stride, column0, ADD: tl.constexpr):
-    """x [ROWS, COLUMNS] to rows of a matrix, but none from row_end on. ADD: onto what is there."""
+def store_rows(ptr, add_ptr, x, row0, row_end, row_stride, column0):
+    """x [ROWS, COLUMNS] to rows of a matrix, but none from row_end on.
+
+    add_ptr: another matrix, whose rows are added first; None for none, `ptr` itself if you like.
+    """
     rows = row0 + tl.arange(0, x.shape[0])
     at = rows.to(tl.int64)[:, None] * row_stride + column0 + tl.arange(0, x.shape[1])[None, :]
     inside = (rows < row_end)[:, None]
-    if ADD:
-        x += tl.load(ptr + at, mask=inside, other=0)
+    if add_ptr is not None:
+        x += tl.load(add_ptr + at, mask=inside, other=0)
     tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=inside)
 
 
@@ -54,6 +57,7 @@ def forward_kernel(
     q_desc,
     k_desc,
     v_desc,
+    add_ptr,
     out_ptr,
     tiles_ptr,
     bounds_ptr,
@@ -66,11 +70,10 @@ def forward_kernel(
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    ADD: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = scale * sum silu(alpha q . k) v. Grid: query tiles x (TILE / BLOCK_M) x HEADS."""
+    """out = add + scale * sum silu(alpha q . k) v. Grid: query tiles x (TILE / BLOCK_M) x HEADS."""
     PARTS: tl.constexpr = TILE // BLOCK_M
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS % PARTS
@@ -98,4 +101,4 @@ def forward_kernel(
             v = v_desc.load([row, head * V_DIM])
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
 
-    store_rows(out_ptr, acc * scale, row0, row_end, HEADS * V_DIM, head * V_DIM, ADD)
+    store_rows(out_ptr, add_ptr, acc * scale, row0, row_end, HEADS * V_DIM, head * V_DIM)

@@ -1,4 +1,7 @@
-"""Launches the attention kernels on plain tensors: padding, descriptors, grids; no autograd."""
+"""Launches the attention kernels on plain tensors: padding, descriptors, grids; no autograd.
+
+Out, dq, dk and dv are written into tensors of any floating dtype, each plus another if wanted.
+"""
 
 from __future__ import annotations
 
@@ -25,38 +28,34 @@ def forward(
     intervals: Tensor,
     alpha: float,
     scale: float,
-    out: Tensor | None = None,
-    dtype: torch.dtype | None = None,
+    add: Tensor | None = None,
+    out: Tensor,
 ) -> Tensor:
-    """[Tq, H, Dv] in `dtype` (q's if None), or `out` with the result added."""
-    rows, heads, v_dim = q.shape[0], q.shape[1], v.shape[2]
-    if rows == 0 or k.shape[0] == 0:
-        return q.new_zeros(rows, heads, v_dim, dtype=dtype) if out is None else out
+    """`out` [Tq, H, Dv], written with the result, plus `add` if given."""
+    if q.shape[0] == 0 or k.shape[0] == 0:
+        return _nothing(add, out)
     q, k, v = _padded(q), _padded(k), _padded(v)
-    add = out is not None and out.is_contiguous() and v.shape[2] == v_dim
-    result = q.new_empty(rows, heads, v.shape[2], dtype=dtype) if out is None or not add else out
     config = _config(q, v, queries)
     plan = plan_for(queries, keys, intervals, config.tile)
     blocks, tiles = config.forward, plan.query_tiles
-    forward_kernel[(len(tiles) * (config.tile // blocks.m) * heads,)](
+    target = _Target(out, add, v.shape[2])
+    forward_kernel[(len(tiles) * (config.tile // blocks.m) * q.shape[1],)](
         _descriptor(q, blocks.m),
         _descriptor(k, blocks.n),
         _descriptor(v, blocks.n),
-        result,
+        target.add,
+        target.out,
         tiles,
         plan.bounds,
-        rows,
+        len(q),
         alpha / 2,
         scale,
-        ADD=add,
         **_constants(q, v, config.tile, blocks),
     )
-    if out is None:
-        return result[..., :v_dim].contiguous()
-    return out if add else out.add_(result[..., :v_dim])
+    return target.finish()
 
 
-def backward(
+def query_gradient(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -67,51 +66,101 @@ def backward(
     intervals: Tensor,
     alpha: float,
     scale: float,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv in `dtype` (q's if None)."""
-    qk_dim, v_dim = q.shape[2], v.shape[2]
+    add: Tensor | None = None,
+    out: Tensor,
+) -> Tensor:
+    """`out` [Tq, H, Dqk], written with dq, plus `add` if given."""
     if q.shape[0] == 0 or k.shape[0] == 0:
-        dq, dk, dv = (x.new_zeros(x.shape, dtype=dtype) for x in (q, k, v))
-        return dq, dk, dv
+        return _nothing(add, out)
     dout, q, k, v = _padded(dout.to(q.dtype)), _padded(q), _padded(k), _padded(v)
-    dq, dk, dv = (x.new_empty(x.shape, dtype=dtype) for x in (q, k, v))
     config = _config(q, v, queries)
     plan = plan_for(queries, keys, intervals, config.tile)
-
-    mask_and_scale = (plan.bounds, len(q), alpha / 2, scale)
-
-    tiles = plan.key_tiles
-    launches = [(config.key, True, config.value is None)]
-    if config.value is not None:
-        launches.append((config.value, False, True))
-    for blocks, key, value in launches:
-        key_value_kernel[(len(tiles) * (config.tile // blocks.n) * q.shape[1],)](
-            _descriptor(dout, blocks.m),
-            _descriptor(q, blocks.m),
-            _descriptor(k, blocks.n),
-            _descriptor(v, blocks.n),
-            dk,
-            dv,
-            tiles,
-            *mask_and_scale,
-            KEY=key,
-            VALUE=value,
-            **_constants(q, v, config.tile, blocks),
-        )
     blocks, tiles = config.query, plan.query_tiles
+    target = _Target(out, add, q.shape[2])
     query_kernel[(len(tiles) * (config.tile // blocks.m) * q.shape[1],)](
         _descriptor(dout, blocks.m),
         _descriptor(q, blocks.m),
         _descriptor(k, blocks.n),
         _descriptor(v, blocks.n),
-        dq,
+        target.add,
+        target.out,
         tiles,
-        *mask_and_scale,
+        plan.bounds,
+        len(q),
+        alpha / 2,
+        scale,
         **_constants(q, v, config.tile, blocks),
     )
-    dq, dk = dq[..., :qk_dim].contiguous(), dk[..., :qk_dim].contiguous()
-    return dq, dk, dv[..., :v_dim].contiguous()
+    return target.finish()
+
+
+def key_value_gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    queries: Jagged,
+    keys: Jagged,
+    intervals: Tensor,
+    alpha: float,
+    scale: float,
+    add: tuple[Tensor, Tensor] | None = None,
+    out: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """`out` [Tk, H, Dqk] and [Tk, H, Dv], written with dk and dv, plus `add` if given."""
+    add_k, add_v = add or (None, None)
+    if q.shape[0] == 0 or k.shape[0] == 0:
+        return _nothing(add_k, out[0]), _nothing(add_v, out[1])
+    dout, q, k, v = _padded(dout.to(q.dtype)), _padded(q), _padded(k), _padded(v)
+    config = _config(q, v, queries)
+    plan = plan_for(queries, keys, intervals, config.tile)
+    tiles = plan.key_tiles
+    key, value = _Target(out[0], add_k, k.shape[2]), _Target(out[1], add_v, v.shape[2])
+    launches = [(config.key, True, config.value is None)]
+    if config.value is not None:
+        launches.append((config.value, False, True))
+    for blocks, with_key, with_value in launches:
+        key_value_kernel[(len(tiles) * (config.tile // blocks.n) * q.shape[1],)](
+            _descriptor(dout, blocks.m),
+            _descriptor(q, blocks.m),
+            _descriptor(k, blocks.n),
+            _descriptor(v, blocks.n),
+            key.add,
+            value.add,
+            key.out,
+            value.out,
+            tiles,
+            plan.bounds,
+            len(q),
+            alpha / 2,
+            scale,
+            KEY=with_key,
+            VALUE=with_value,
+            **_constants(q, v, config.tile, blocks),
+        )
+    return key.finish(), value.finish()
+
+
+class _Target:
+    """Where a kernel writes: `wanted` itself, or what it takes a copy from if heads are padded."""
+
+    def __init__(self, wanted: Tensor, add: Tensor | None, padded_dim: int) -> None:
+        assert wanted.is_contiguous()
+        assert add is None or add.is_contiguous()
+        self.wanted, self.dim = wanted, wanted.shape[2]
+        padded = padded_dim != self.dim
+        self.out = wanted.new_empty(*wanted.shape[:2], padded_dim) if padded else wanted
+        self.add = _padded(add) if add is not None and padded else add
+
+    def finish(self) -> Tensor:
+        return (
+            self.wanted if self.out is self.wanted else self.wanted.copy_(self.out[..., : self.dim])
+        )
+
+
+def _nothing(add: Tensor | None, out: Tensor) -> Tensor:
+    return out.zero_() if add is None else out.copy_(add)
 
 
 def _config(q: Tensor, v: Tensor, queries: Jagged) -> Config:

@@ -34,6 +34,7 @@ def attention(
         intervals=intervals,
         alpha=alpha,
         scale=scale,
+        out=q.new_empty(q.shape[0], q.shape[1], v.shape[2]),
     )
 
 
@@ -52,17 +53,17 @@ def attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention` for q, k and v."""
-    return launch.backward(
-        dout,
-        q,
-        k,
-        v,
+    mask: dict[str, Any] = dict(
         queries=Jagged(q_offsets, q_positions),
         keys=Jagged(k_offsets, k_positions),
         intervals=intervals,
         alpha=alpha,
         scale=scale,
     )
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    launch.key_value_gradients(dout, q, k, v, **mask, out=(dk, dv))
+    launch.query_gradient(dout, q, k, v, **mask, out=dq)
+    return dq, dk, dv
 
 
 @attention.register_fake

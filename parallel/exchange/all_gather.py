@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.attention import attention_backward, attention_forward
+from kernels.attention import attention_forward, key_value_gradients, query_gradient
 from parallel.shard import Shard
 from parallel.visibility import Visibility
 
@@ -52,7 +52,8 @@ class _AllGatherAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
         whole_k, whole_v = _gather(k, v, ctx.shard)
-        dq, dk, dv = attention_backward(dout, q, whole_k, whole_v, **ctx.mask)
+        dk, dv = key_value_gradients(dout, q, whole_k, whole_v, **ctx.mask)
+        dq = query_gradient(dout, q, whole_k, whole_v, **ctx.mask)
         dk, dv = _reduce_scatter(dk, dv, ctx.shard)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.attention import attention_backward, attention_forward
+from kernels.attention import attention_forward, key_value_gradients, query_gradient
 from parallel.shard import Shard
 from parallel.visibility import Visibility
 
@@ -56,6 +56,7 @@ class _RingAttention(torch.autograd.Function):
                 intervals=intervals,
                 alpha=alpha,
                 scale=scale,
+                add=out,
                 out=out,
             )
             if step + 1 < size:
@@ -76,18 +77,16 @@ class _RingAttention(torch.autograd.Function):
             if step + 1 < size:
                 hop = _Hop(shard, block, _block_like(k, v, shard, (owner - 1) % size))
             block_k, block_v = _unpack(block, k, v)
-            dq_part, dk, dv = attention_backward(
-                dout,
-                q,
-                block_k,
-                block_v,
+            tensors = (dout, q, block_k, block_v)
+            mask: dict[str, Any] = dict(
                 queries=parts[rank],
                 keys=parts[owner],
                 intervals=ctx.intervals,
                 alpha=ctx.alpha,
                 scale=ctx.scale,
             )
-            dq = dq_part if dq is None else dq.add_(dq_part)
+            dk, dv = key_value_gradients(*tensors, **mask)
+            dq = query_gradient(*tensors, **mask, add=dq, out=dq)
             gradient = _pack(dk, dv)
             if gradient_hop is not None:  # what the ranks before this one found for this owner
                 gradient += gradient_hop.wait()

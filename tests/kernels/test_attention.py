@@ -55,7 +55,7 @@ def test_disjoint_key_sets_add_up(case: Case, parts: int) -> None:
         counts = torch.zeros(len(case.lengths), dtype=torch.int32)
         counts.index_add_(0, whole.sequence_ids(), keep.to(torch.int32))
         keys = Jagged(Jagged.whole(counts).offsets, whole.positions[keep])
-        attention_forward(q, k[keep], v[keep], keys=keys, **mask, out=got)
+        attention_forward(q, k[keep], v[keep], keys=keys, **mask, add=got, out=got)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 

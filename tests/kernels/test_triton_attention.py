@@ -43,15 +43,24 @@ class Problem:
         *qkv, dout = self.tensors
         wide = [x.double() for x in self.tensors]
         want = blockwise_forward(*wide[:3], **self.mask)
-        close(launch.forward(*qkv, **self.mask, dtype=torch.float32), want, rtol)
-        onto = torch.full_like(want, 0.5, dtype=torch.float32)
-        assert launch.forward(*qkv, **self.mask, out=onto) is onto
-        close(onto - 0.5, want, max(rtol, 1e-4))
-        grads = launch.backward(dout, *qkv, **self.mask, dtype=torch.float32)
-        for got, want in zip(
-            grads, blockwise_backward(wide[3], *wide[:3], **self.mask), strict=True
-        ):
-            close(got, want, rtol)
+        grads = blockwise_backward(wide[3], *wide[:3], **self.mask)
+        out = torch.empty_like(want, dtype=torch.float32)
+        assert launch.forward(*qkv, **self.mask, out=out) is out
+        close(out, want, rtol)
+        dq, dk, dv = (torch.empty_like(x, dtype=torch.float32) for x in grads)
+        launch.query_gradient(dout, *qkv, **self.mask, out=dq)
+        launch.key_value_gradients(dout, *qkv, **self.mask, out=(dk, dv))
+        for got, expected in zip((dq, dk, dv), grads, strict=True):
+            close(got, expected, rtol)
+
+        # Onto what is there, in place or into another tensor.
+        half = [torch.full_like(x, 0.5, dtype=torch.float32) for x in (want, *grads)]
+        launch.forward(*qkv, **self.mask, add=half[0], out=half[0])
+        launch.query_gradient(dout, *qkv, **self.mask, add=half[1], out=half[1])
+        launch.key_value_gradients(dout, *qkv, **self.mask, add=(half[2], half[3]), out=(dk, dv))
+        half[2:] = dk, dv
+        for got, expected in zip(half, (want, *grads), strict=True):
+            close(got - 0.5, expected, max(rtol, 1e-4))
 
 
 def close(got: Tensor, want: Tensor, rtol: float) -> None:
