@@ -7,7 +7,6 @@ that needs some of the other ranks' rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,72 +14,75 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.jagged import Jagged, lengths_to_offsets
+from parallel.spans import Line, count_out, overlap
 
 
 @dataclass(frozen=True)
 class Relayout:
     """One rank's part of a move, made on the host once per batch: which rows go where.
 
-    sends[r]: rows of the source that rank r wants; receives[r]: rows of the target that rank r
-    holds. Entry `rank` of each is what stays. int64, on the device. A row may go to several ranks;
-    on the way back, what comes from them is summed, in the order of ranks.
+    Rows are int64 indices on the device. A row may go to several ranks; on the way back, what
+    comes from them is summed, in the order of ranks.
     """
 
-    sends: tuple[Tensor, ...]
-    receives: tuple[Tensor, ...]
+    stays: tuple[Tensor, Tensor]  # rows of the source, and where they are in the target
+    sends: Tensor  # rows of the source that other ranks want, rank after rank
+    send_splits: list[int]  # how many each wants; none for this rank
+    receives: Tensor  # rows of the target that other ranks hold, rank after rank
+    receive_splits: list[int]
     num_rows: int  # of this rank in the target
     group: dist.ProcessGroup
-    rank: int
 
     @staticmethod
     def between(
-        lengths: Tensor,
-        source: Sequence[Jagged],
-        target: Sequence[Jagged],
-        group: dist.ProcessGroup,
-        device: torch.device,
+        line: Line, source: Tensor, target: Tensor, group: dist.ProcessGroup, device: torch.device
     ) -> Relayout:
-        """From the rows of `source` to those of `target`, one Jagged a rank, all on the host.
+        """From the rows of `source` to those of `target`: spans on the line, of all ranks.
 
-        lengths: int [B] of the whole sequences, which both count positions in.
         Raises ValueError if the target wants a position that no rank holds.
         """
-        starts = lengths_to_offsets(lengths)[:-1].long()
-        old, new = (
-            [starts[part.sequence_ids()] + part.positions for part in parts]
-            for parts in (source, target)
-        )
         rank = group.rank()
-        sends = [_shared_rows(old[rank], wanted) for wanted in new]
-        receives = [_shared_rows(new[rank], held) for held in old]
-        num_rows = new[rank].numel()
-        if sum(rows.numel() for rows in receives) != num_rows:
+        old, new = line.own(source, rank), line.own(target, rank)
+        sends, receives = _Rows.shared(line, old, target), _Rows.shared(line, new, source)
+        num_rows = int((new[:, 1] - new[:, 0]).sum())
+        if int(receives.sizes.sum()) != num_rows:
             raise ValueError("target: wants positions that no rank of the source holds")
+        lists = [rows.where(rows.rank == rank) for rows in (sends, receives)]
+        lists += [rows.where(rows.rank != rank) for rows in (sends, receives)]
+        # All lists in one: one copy to the device and a few launches there.
+        starts = torch.cat([rows.starts for rows in lists])
+        sizes = torch.cat([rows.sizes for rows in lists])
+        counts = [int(rows.sizes.sum()) for rows in lists]
+        stay_old, stay_new, send, receive = count_out(starts, sizes, device).split(counts)
+        send_splits, receive_splits = (rows.counts(group.size()) for rows in lists[2:])
         return Relayout(
-            tuple(rows.to(device, non_blocking=True) for rows in sends),
-            tuple(rows.to(device, non_blocking=True) for rows in receives),
-            num_rows,
-            group,
-            rank,
+            (stay_old, stay_new), send, send_splits, receive, receive_splits, num_rows, group
         )
 
     def reversed(self, num_rows: int) -> Relayout:
         """The move back, to the `num_rows` rows this rank held in the source."""
-        return Relayout(self.receives, self.sends, num_rows, self.group, self.rank)
+        return Relayout(
+            self.stays[::-1],
+            self.receives,
+            self.receive_splits,
+            self.sends,
+            self.send_splits,
+            num_rows,
+            self.group,
+        )
 
     def move(self, x: Tensor) -> Tensor:
         """Rows [source rows, ...] -> [target rows, ...]; what arrives at a row is summed."""
         out = x.new_zeros(self.num_rows, *x.shape[1:])
-        out[self.receives[self.rank]] = x[self.sends[self.rank]]
-        others = [r for r in range(self.group.size()) if r != self.rank]
-        send_splits = [0 if r == self.rank else rows.numel() for r, rows in enumerate(self.sends)]
-        splits = [0 if r == self.rank else rows.numel() for r, rows in enumerate(self.receives)]
-        send = torch.cat([x[:0], *(x[self.sends[r]] for r in others)])
-        received = x.new_empty(sum(splits), *x.shape[1:])
-        dist.all_to_all_single(received, send, splits, send_splits, group=self.group)
-        for r, rows in zip(others, received.split([splits[r] for r in others]), strict=True):
-            out[self.receives[r]] += rows
+        old, new = self.stays
+        out[new] = x[old]
+        received = x.new_empty(sum(self.receive_splits), *x.shape[1:])
+        dist.all_to_all_single(
+            received, x[self.sends], self.receive_splits, self.send_splits, group=self.group
+        )
+        by_rank = (received.split(self.receive_splits), self.receives.split(self.receive_splits))
+        for values, rows in zip(*by_rank, strict=True):
+            out[rows] += values
         return out
 
 
@@ -100,9 +102,29 @@ class _Relayout(torch.autograd.Function):
         return ctx.back.move(dout), None
 
 
-def _shared_rows(mine: Tensor, others: Tensor) -> Tensor:
-    """Indices into `mine` of the entries that `others` has too; both rising."""
-    if not others.numel():
-        return torch.zeros(0, dtype=torch.int64)
-    at = torch.searchsorted(others, mine).clamp(max=others.numel() - 1)
-    return (others[at] == mine).nonzero()[:, 0]
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of this rank, as spans, that another rank has too."""
+
+    starts: Tensor  # int64 [n]: the first row of each span
+    sizes: Tensor
+    rank: Tensor  # the other one; rising
+
+    @staticmethod
+    def shared(line: Line, mine: Tensor, others: Tensor) -> _Rows:
+        """mine: this rank's spans, see Line.own; others: those of all ranks."""
+        ranks = torch.arange(len(line.starts))
+        for_each = (mine + line.stride * ranks[:, None, None]).view(-1, 2)
+        shared = overlap(torch.cat([for_each, others]), 2)
+        rank = shared[:, 0] // line.stride
+        at = shared[:, 0] - rank * line.stride
+        sizes = mine[:, 1] - mine[:, 0]
+        rows_before = sizes.cumsum(0) - sizes
+        span = torch.searchsorted(mine[:, 0].contiguous(), at, right=True) - 1
+        return _Rows(rows_before[span] + at - mine[span, 0], shared[:, 1] - shared[:, 0], rank)
+
+    def where(self, chosen: Tensor) -> _Rows:
+        return _Rows(self.starts[chosen], self.sizes[chosen], self.rank[chosen])
+
+    def counts(self, ranks: int) -> list[int]:
+        return self.sizes.new_zeros(ranks).index_add_(0, self.rank, self.sizes).tolist()

@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.jagged import Jagged, lengths_to_offsets
 from parallel.relayout import Relayout
 from parallel.shard import Shard
+from parallel.spans import Line, overlap
 
 # (query rows, lengths [B], num_targets [B]) -> int32 [rows, 4], as in `kernels.masks`.
 Mask = Callable[[Jagged, Tensor, Tensor], Tensor]
@@ -35,36 +36,50 @@ class Visibility:
         return self._on_device(self.shard.whole)
 
     @cached_property
-    def seen_parts(self) -> tuple[Jagged, ...]:
-        """For each rank the positions that any of its queries sees, on the host."""
-        shard = self.shard
-        offsets = lengths_to_offsets(shard.lengths)
-        total = int(offsets[-1])
-        position = Jagged.whole(shard.lengths).positions
-        sequence = torch.repeat_interleave(torch.arange(shard.lengths.numel()), shard.lengths)
-        parts = []
-        for rows in shard.parts:
-            intervals = self.mask(rows, shard.lengths, shard.num_targets)
-            bounds = (intervals + offsets[rows.sequence_ids(), None]).long()
-            # +1 where an interval starts, -1 where it ends: the running sum counts who sees a row.
-            edges = torch.zeros(total + 1, dtype=torch.int32)
-            one = torch.ones(rows.num_rows, dtype=torch.int32)
-            for start, end in ((bounds[:, 0], bounds[:, 1]), (bounds[:, 2], bounds[:, 3])):
-                edges.index_add_(0, start, one).index_add_(0, end, -one)
-            seen = (edges.cumsum(0)[:-1] > 0).nonzero()[:, 0]
-            counts = torch.bincount(sequence[seen], minlength=shard.lengths.numel())
-            parts.append(Jagged(lengths_to_offsets(counts), position[seen]))
-        return tuple(parts)
+    def line(self) -> Line:
+        return Line.of(self.shard.lengths, self.shard.cp_size)
+
+    @cached_property
+    def held(self) -> Tensor:
+        """The rows of every rank, as spans of the line."""
+        return self.line.spans(self.shard.parts)
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """The rows that any of a rank's queries sees, for every rank, as spans of the line.
+
+        The two ends of a span of queries tell what all of it sees: see `kernels.masks`.
+        """
+        shard, cp_size = self.shard, self.shard.cp_size
+        sequence, starts = self.line.sequences(self.held)
+        offsets = lengths_to_offsets(torch.bincount(sequence, minlength=self.line.starts.numel()))
+        ends = torch.stack([self.held[:, 0], self.held[:, 1] - 1]) - starts
+        head, tail = (
+            self.mask(
+                Jagged(offsets, positions.int()),
+                shard.lengths.repeat(cp_size),
+                shard.num_targets.repeat(cp_size),
+            ).view(-1, 2, 2)
+            for positions in ends
+        )
+        lowest = torch.minimum(_start_or_infinity(head), _start_or_infinity(tail))
+        between = torch.stack([lowest, torch.maximum(head[..., 1], tail[..., 1])], -1)
+        between = (between + starts[:, None, None]).view(-1, 2)
+        return overlap(torch.cat([self.held, between[between[:, 0] < between[:, 1]]]), 1)
 
     @cached_property
     def halo(self) -> tuple[Relayout, Jagged]:
         """The move that brings this rank the rows it sees, and where they are, on the device."""
         shard = self.shard
         assert shard.group is not None
-        move = Relayout.between(
-            shard.lengths, shard.parts, self.seen_parts, shard.group, shard.device
-        )
-        return move, self.seen_parts[shard.rank].to(shard.device)
+        move = Relayout.between(self.line, self.held, self.seen, shard.group, shard.device)
+        return move, self.line.jagged(self.seen, shard.rank, shard.device)
 
     def _on_device(self, queries: Jagged) -> Tensor:
         return self.mask(queries, self.shard.device_lengths, self.shard.device_num_targets)
+
+
+def _start_or_infinity(intervals: Tensor) -> Tensor:
+    """int32 [..., 2] -> int64 [...]: an empty interval starts nowhere."""
+    start, end = intervals.long().unbind(-1)
+    return torch.where(start < end, start, torch.iinfo(torch.int32).max)

@@ -25,19 +25,17 @@ class Case:
     prefix: int = 0
 
     def intervals(self, queries: Jagged) -> Tensor:
+        return self.mask(queries, self.lengths, self.num_targets)
+
+    def mask(self, queries: Jagged, lengths: Tensor, num_targets: Tensor) -> Tensor:
+        """The mask over another batch."""
+        whole = (queries, lengths, num_targets)
         if self.local:
             return semi_local_intervals(
-                queries,
-                self.lengths,
-                self.num_targets,
-                num_contextual=self.num_contextual,
-                local=self.local,
-                prefix=self.prefix,
+                *whole, num_contextual=self.num_contextual, local=self.local, prefix=self.prefix
             )
         return hstu_intervals(
-            queries,
-            self.lengths,
-            self.num_targets,
+            *whole,
             num_contextual=self.num_contextual,
             window=self.window,
             full_suffix=self.full_suffix,

@@ -60,14 +60,10 @@ def attend(cp: int, layout: str, exchange: str, name: str):
     )
     shard = shard_batch(batch, LAYOUTS[layout](cp), mesh)
 
-    def mask(queries: Jagged, lengths: torch.Tensor, num_targets: torch.Tensor) -> torch.Tensor:
-        whole = {**vars(case), "lengths": lengths, "num_targets": num_targets}
-        return Case(**whole).intervals(queries)
-
     *qkv, dout = (x[shard.whole_rows[shard.rank]] for x in qkvd(int(shard.lengths.sum())))
     qkv = [x.requires_grad_() for x in qkv]
     out = context_parallel_attention(
-        *qkv, seen=Visibility(shard, mask), exchange=exchange, **SCALES
+        *qkv, seen=Visibility(shard, case.mask), exchange=exchange, **SCALES
     )
     gradients = torch.autograd.grad(out, qkv, dout)
     return (

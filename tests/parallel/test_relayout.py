@@ -7,8 +7,9 @@ import torch
 
 from kernels.jagged import Jagged, lengths_to_offsets
 from parallel.layout import LAYOUTS
-from parallel.mesh import build_mesh
+from parallel.mesh import Mesh, build_mesh
 from parallel.relayout import Relayout, relayout
+from parallel.spans import Line
 
 CPU = torch.device("cpu")
 LENGTHS = torch.tensor([0, 1, 2, 5, 40, 3, 7, 64], dtype=torch.int32)
@@ -27,11 +28,16 @@ def rows_of(part: Jagged) -> torch.Tensor:
     return lengths_to_offsets(LENGTHS)[:-1].long()[part.sequence_ids()] + part.positions
 
 
+def plan_move(old: list[Jagged], new: list[Jagged], mesh: Mesh) -> Relayout:
+    line = Line.of(LENGTHS, mesh.cp)
+    return Relayout.between(line, line.spans(old), line.spans(new), mesh.cp_group, CPU)
+
+
 def move(cp: int, source: str, target: str, keep: int):
     mesh = build_mesh(dp=1, cp=cp, device=CPU)
     old = [LAYOUTS[source](cp).positions(LENGTHS, r) for r in range(cp)]
     new = suffix_parts(LAYOUTS[target](cp), keep)
-    plan = Relayout.between(LENGTHS, old, new, mesh.cp_group, CPU)
+    plan = plan_move(old, new, mesh)
     whole = torch.arange(int(LENGTHS.sum()) * 2, dtype=torch.float64).view(-1, 2)
     x = whole[rows_of(old[mesh.rank])].requires_grad_()
     out = relayout(x, plan)
@@ -41,7 +47,7 @@ def move(cp: int, source: str, target: str, keep: int):
         rows_of(old[mesh.rank]), torch.cat([rows_of(part) for part in new])
     ).double()
     assert torch.equal(gradient, (x.detach() + 1) * survives[:, None])
-    return sum(rows.numel() for r, rows in enumerate(plan.sends) if r != mesh.rank)
+    return sum(plan.send_splits)
 
 
 @pytest.mark.parametrize("keep", [64, 6])
@@ -62,7 +68,7 @@ def want_too_much():
     wanted = [layout.positions(LENGTHS, r) for r in range(2)]
     if mesh.rank == 1:
         with pytest.raises(ValueError, match="target"):
-            Relayout.between(LENGTHS, held, wanted, mesh.cp_group, CPU)
+            plan_move(held, wanted, mesh)
 
 
 def test_positions_nobody_holds(run_in_world) -> None:

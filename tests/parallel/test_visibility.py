@@ -24,20 +24,30 @@ def make_shard(lengths: torch.Tensor, num_targets: torch.Tensor, layout: str, cp
     return Shard(lengths, num_targets, parts, {}, None, 0, CPU)
 
 
+def seen_by_rows(case: Case, part: Jagged) -> list[list[int]]:
+    """Of each sequence the positions that any row of `part` sees, asking every row."""
+    intervals = case.intervals(part)
+    rows = part.offsets.tolist()
+    return [
+        visible(intervals[rows[b] : rows[b + 1]], torch.arange(n)).any(0).nonzero()[:, 0].tolist()
+        for b, n in enumerate(case.lengths.tolist())
+    ]
+
+
+def positions(part: Jagged) -> list[list[int]]:
+    return [x.tolist() for x in part.positions.split(part.lengths().tolist())]
+
+
+@pytest.mark.parametrize("cp", [2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(case=cases())
-@settings(max_examples=50, deadline=None)
-def test_seen_parts_are_the_union_of_what_queries_see(layout: str, case: Case) -> None:
-    shard = make_shard(case.lengths, case.num_targets, layout, 3)
-    seen = Visibility(shard, lambda queries, _, __: case.intervals(queries))
-    whole = Jagged.whole(case.lengths)
-    for part, got in zip(shard.parts, seen.seen_parts, strict=True):
-        intervals = case.intervals(part)
-        q_offsets, k_offsets, g_offsets = (x.offsets.tolist() for x in (part, whole, got))
-        for b in range(len(case.lengths)):
-            keys = whole.positions[k_offsets[b] : k_offsets[b + 1]]
-            want = visible(intervals[q_offsets[b] : q_offsets[b + 1]], keys).any(0).nonzero()[:, 0]
-            assert got.positions[g_offsets[b] : g_offsets[b + 1]].tolist() == want.tolist()
+@settings(max_examples=100, deadline=None)
+def test_ends_of_spans_tell_what_every_row_sees(layout: str, cp: int, case: Case) -> None:
+    shard = make_shard(case.lengths, case.num_targets, layout, cp)
+    seen = Visibility(shard, case.mask)
+    for rank, part in enumerate(shard.parts):
+        assert positions(seen.line.jagged(seen.held, rank, CPU)) == positions(part)
+        assert positions(seen.line.jagged(seen.seen, rank, CPU)) == seen_by_rows(case, part)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -46,6 +56,7 @@ def test_a_halo_is_the_window_and_not_the_sequence(layout: str) -> None:
     lengths = torch.tensor([65_536], dtype=torch.int32)
     shard = make_shard(lengths, torch.zeros_like(lengths), layout, 2)
     seen = Visibility(shard, partial(semi_local_intervals, local=1024, prefix=128))
-    for part, needed in zip(shard.parts, seen.seen_parts, strict=True):
+    for rank, part in enumerate(shard.parts):
+        needed = seen.line.jagged(seen.seen, rank, CPU)
         foreign = (~torch.isin(needed.positions, part.positions)).sum()
         assert 0 <= foreign <= 0.05 * 32_768
