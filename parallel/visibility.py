@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.jagged import Jagged, lengths_to_offsets
 from parallel.relayout import Relayout
 from parallel.shard import Shard
-from parallel.spans import Line, overlap
+from parallel.spans import Line, count_out, overlap
 
 # (query rows, lengths [B], num_targets [B]) -> int32 [rows, 4], as in `kernels.masks`.
 Mask = Callable[[Jagged, Tensor, Tensor], Tensor]
@@ -74,6 +74,20 @@ class Visibility:
         assert shard.group is not None
         move = Relayout.between(self.line, self.held, self.seen, shard.group, shard.device)
         return move, self.line.jagged(self.seen, shard.rank, shard.device)
+
+    @cached_property
+    def most_rows(self) -> int:
+        """That any rank holds."""
+        return max(part.num_rows for part in self.shard.parts)
+
+    @cached_property
+    def padded_rows(self) -> Tensor:
+        """Where the rows of shard.whole lie when each rank's rows are padded to `most_rows`: int64,
+        on the device."""
+        counts = torch.tensor([part.num_rows for part in self.shard.parts])
+        starts = torch.arange(len(counts)) * self.most_rows
+        by_rank = count_out(starts, counts, self.shard.device)
+        return torch.empty_like(by_rank).index_copy_(0, self.shard.gathered_rows, by_rank)
 
     def _on_device(self, queries: Jagged) -> Tensor:
         return self.mask(queries, self.shard.device_lengths, self.shard.device_num_targets)

@@ -1,10 +1,17 @@
-"""All-gather exchange: every rank gets all keys and values at once. Simplest, most memory.
+"""All-gather exchange: every rank gets all keys and values, a few heads at a time.
 
-Only this rank's own keys and values are kept for the backward pass, which gathers them again.
+While attention runs on some heads, the keys and values of the next ones are on their way; in the
+backward pass, gradients of keys and values go home while attention goes on. Only this rank's own
+keys and values are kept for the backward pass, which gathers the others' again.
+
+Collectives want equal sizes, so every rank's rows are padded to the most that any rank has: by one
+row at most in this project's layouts, and correctly in any other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -12,77 +19,121 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.attention import attention_forward, key_value_gradients, query_gradient
-from parallel.shard import Shard
 from parallel.visibility import Visibility
+
+# The first gather and the last reduce-scatter hide behind the least work: chunks make them smaller.
+MAX_CHUNKS = 4
+CHUNK_BYTES = 16 << 20  # an all-gather of less does not get NVLink's speed
 
 
 def all_gather_attention(
     q: Tensor, k: Tensor, v: Tensor, *, seen: Visibility, alpha: float, scale: float
 ) -> Tensor:
     """See `parallel.attention.context_parallel_attention`."""
-    return _AllGatherAttention.apply(q, k, v, seen.shard, seen.intervals, alpha, scale)
+    return _AllGatherAttention.apply(q, k, v, seen, alpha, scale)
 
 
 class _AllGatherAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        shard: Shard,
-        intervals: Tensor,
-        alpha: float,
-        scale: float,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: Visibility, alpha: float, scale: float
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.shard = shard
+        ctx.seen = seen
         ctx.mask = dict(
-            queries=shard.device_rows,
-            keys=shard.whole,
-            intervals=intervals,
+            queries=seen.shard.device_rows,
+            keys=seen.shard.whole,
+            intervals=seen.intervals,
             alpha=alpha,
             scale=scale,
         )
-        whole_k, whole_v = _gather(k, v, shard)
-        out = attention_forward(q, whole_k, whole_v, **ctx.mask)
-        return out.to(q.dtype)
+        out = q.new_empty(*q.shape[:2], v.shape[2])
+        for heads, whole_k, whole_v in _arriving(k, v, seen):
+            part = q.new_empty(out[:, heads].shape)
+            out[:, heads] = attention_forward(q[:, heads], whole_k, whole_v, **ctx.mask, out=part)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
-        whole_k, whole_v = _gather(k, v, ctx.shard)
-        dk, dv = key_value_gradients(dout, q, whole_k, whole_v, **ctx.mask)
-        dq = query_gradient(dout, q, whole_k, whole_v, **ctx.mask)
-        dk, dv = _reduce_scatter(dk, dv, ctx.shard)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        before: _ReduceScatter | None = None
+        for heads, whole_k, whole_v in _arriving(k, v, ctx.seen):
+            block = (dout[:, heads], q[:, heads], whole_k, whole_v)
+            reduction = _ReduceScatter(*key_value_gradients(*block, **ctx.mask), heads, ctx.seen)
+            part = q.new_empty(block[1].shape)
+            dq[:, heads] = query_gradient(*block, **ctx.mask, out=part)
+            if before:
+                before.write(dk, dv)
+            before = reduction
+        assert before is not None
+        before.write(dk, dv)
+        return dq, dk, dv, None, None, None
 
 
-def _gather(k: Tensor, v: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
-    """Rows of all ranks, in sequence order. Padded to the largest shard for the collective."""
-    rows = max(part.num_rows for part in shard.parts)
-    mine = k.new_zeros(rows, k.shape[1], k.shape[2] + v.shape[2])
-    mine[: k.shape[0], :, : k.shape[2]] = k
-    mine[: k.shape[0], :, k.shape[2] :] = v
-    gathered = mine.new_empty(shard.cp_size * rows, *mine.shape[1:])
-    dist.all_gather_into_tensor(gathered, mine, group=shard.group)
-    whole = mine.new_empty(shard.whole.num_rows, *mine.shape[1:])
-    for block, part, index in zip(
-        gathered.split(rows) if rows else (), shard.parts, shard.whole_rows, strict=False
-    ):
-        whole[index] = block[: part.num_rows]
-    whole_k, whole_v = whole.split([k.shape[2], v.shape[2]], dim=-1)
-    return whole_k.contiguous(), whole_v.contiguous()
+def _arriving(k: Tensor, v: Tensor, seen: Visibility) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Each chunk's heads, and their keys and values of all ranks; the next chunk is under way."""
+    gathers = (_Gather(k, v, heads, seen) for heads in _chunks(k, v, seen))
+    for gather, _ in pairwise(chain(gathers, [None])):  # starts one ahead of what it yields
+        assert gather is not None
+        yield gather.heads, *gather.wait()
 
 
-def _reduce_scatter(dk: Tensor, dv: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
-    """Sum every rank's gradients of all rows; keep this rank's own rows."""
-    rows = max(part.num_rows for part in shard.parts)
-    whole = torch.cat([dk, dv], -1)
-    send = whole.new_zeros(shard.cp_size, rows, *whole.shape[1:])
-    for r, index in enumerate(shard.whole_rows):
-        send[r, : index.numel()] = whole[index]
-    mine = torch.empty_like(send[0])
-    dist.reduce_scatter_tensor(mine, send.view(-1, *whole.shape[1:]), group=shard.group)
-    dk_mine, dv_mine = mine[: shard.rows.num_rows].split([dk.shape[2], dv.shape[2]], dim=-1)
-    return dk_mine, dv_mine
+def _chunks(k: Tensor, v: Tensor, seen: Visibility) -> list[slice]:
+    """Of the heads; the same on every rank."""
+    heads, row = k.shape[1], k.shape[2] + v.shape[2]
+    total = seen.padded_rows.numel() * heads * row * k.element_size()
+    count = max(1, min(MAX_CHUNKS, heads, total // CHUNK_BYTES))
+    ends = accumulate(len(part) for part in torch.arange(heads).tensor_split(count))
+    return [slice(start, end) for start, end in pairwise([0, *ends])]
+
+
+class _Gather:
+    """Keys and values of some heads, on their way from every rank to every rank."""
+
+    def __init__(self, k: Tensor, v: Tensor, heads: slice, seen: Visibility) -> None:
+        self.heads, self.k, self.v, self.rows = heads, k[:, heads], v[:, heads], seen.padded_rows
+        own = torch.cat([self.k.flatten(1), self.v.flatten(1)], 1)
+        send = own.new_zeros(seen.most_rows, own.shape[1])
+        send[: len(own)] = own
+        self.padded = own.new_empty(seen.shard.cp_size * len(send), own.shape[1])
+        self.work = dist.all_gather_into_tensor(
+            self.padded, send, group=seen.shard.group, async_op=True
+        )
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """In the order of shard.whole."""
+        self.work.wait()
+        whole = self.padded.index_select(0, self.rows)
+        del self.padded  # not to be held while attention runs
+        return _split(whole, self.k, self.v)
+
+
+class _ReduceScatter:
+    """Gradients of all keys and values of some heads, on their way home to be summed there."""
+
+    def __init__(self, dk: Tensor, dv: Tensor, heads: slice, seen: Visibility) -> None:
+        self.heads = heads
+        dk, dv = dk.flatten(1), dv.flatten(1)
+        width = dk.shape[1] + dv.shape[1]
+        send = dk.new_zeros(seen.shard.cp_size * seen.most_rows, width)
+        send[:, : dk.shape[1]].index_copy_(0, seen.padded_rows, dk)
+        send[:, dk.shape[1] :].index_copy_(0, seen.padded_rows, dv)
+        self.own = send.new_empty(seen.most_rows, width)
+        self.work = dist.reduce_scatter_tensor(
+            self.own, send, group=seen.shard.group, async_op=True
+        )
+
+    def write(self, dk: Tensor, dv: Tensor) -> None:
+        """Into this rank's own gradients, of all heads."""
+        self.work.wait()
+        dk, dv = dk[:, self.heads], dv[:, self.heads]
+        own_k, own_v = _split(self.own[: len(dk)], dk, dv)
+        dk.copy_(own_k)
+        dv.copy_(own_v)
+
+
+def _split(rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's keys and its values, as views; heads and dims as in k and v."""
+    flat_k, flat_v = rows.split([k.shape[1:].numel(), v.shape[1:].numel()], 1)
+    return flat_k.unflatten(1, k.shape[1:]), flat_v.unflatten(1, v.shape[1:])

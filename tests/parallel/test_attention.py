@@ -79,7 +79,11 @@ def attend(cp: int, layout: str, exchange: str, name: str):
 @pytest.mark.parametrize("cp", [2, 3])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_process(run_in_world, name: str, cp: int, layout: str, exchange: str) -> None:
-    results = run_in_world(cp, attend, cp, layout, exchange, name)
+    check_against_one_process(run_in_world(cp, attend, cp, layout, exchange, name), name)
+
+
+def check_against_one_process(results: list, name: str) -> None:
+    """results: what `attend` returned on each rank."""
     lengths, num_targets = results[0][:2]
     case = Case(**{**vars(CASES[name]), "lengths": lengths, "num_targets": num_targets})
     whole = Jagged.whole(lengths)
