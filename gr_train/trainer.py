@@ -111,6 +111,7 @@ class Trainer:
 
     def step(self, step: int, shard: Shard) -> Tensor:
         """One update. Returns this rank's loss, whose mean over ranks is the global loss."""
+        self.mesh.watchdog.step = step
         follow_schedule(self.table_optimizer, self.config.embedding.lr, self.schedule)
         self.optimizer.zero_grad()
         loss = self.model.loss(shard, self._negatives(step))
@@ -195,8 +196,9 @@ class Trainer:
         )
         if self.mesh.cp > 1:
             exchange = choose_exchange(self.config.parallel.exchange, self.config.model.mask)
+            by = f"{exchange} by {self.mesh.transport.name}" if exchange == "ring" else exchange
             progress.say(
-                f"keys and values by {exchange} (parallel.exchange={self.config.parallel.exchange})"
+                f"keys and values by {by} (parallel.exchange={self.config.parallel.exchange})"
             )
         if first:
             progress.say(f"resumed after step {first}")

@@ -14,6 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from parallel.transport import Transport, build_transport
+from parallel.watchdog import Watchdog
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -22,6 +25,8 @@ class Mesh:
     device_mesh: DeviceMesh
     device: torch.device
     world: dist.ProcessGroup
+    transport: Transport  # of the cp group
+    watchdog: Watchdog
 
     @property
     def rank(self) -> int:
@@ -82,21 +87,29 @@ def build_mesh(*, dp: int, cp: int, device: torch.device, timeout_s: int = 600) 
     # Groups of our own making: those that a DeviceMesh makes do not get the timeout.
     ranks = torch.arange(world_size).view(dp, cp)
     dp_group = _own_group(ranks.T, timeout)
-    cp_group = _own_group(ranks, timeout)
+    cp_group = _own_group(ranks, timeout, hurried=device.type == "cuda")
     device_mesh = DeviceMesh.from_group(
         [dp_group, cp_group], device.type, mesh=ranks, mesh_dim_names=("dp", "cp")
     )
     # NCCL connects a group in its first collective, in which every rank must take part; a ring's
     # first message need not involve a rank without tokens.
     dist.all_reduce(torch.zeros(1, device=device), group=cp_group)
-    return Mesh(device_mesh, device, world)
+    watchdog = Watchdog(dist.get_rank(), timeout)
+    transport = build_transport(cp_group, device, watchdog)
+    return Mesh(device_mesh, device, world, transport, watchdog)
 
 
-def _own_group(ranks: Tensor, timeout: timedelta) -> dist.ProcessGroup:
-    """The group of the row that this process is in. Every process makes the groups of all rows."""
-    own = None
+def _own_group(ranks: Tensor, timeout: timedelta, hurried: bool = False) -> dist.ProcessGroup:
+    """The group of the row that this process is in. Every process makes the groups of all rows.
+
+    hurried: NCCL's kernels go before those of the model, which else fill the GPU and shut them out.
+    """
+    own, options = None, None
     for row in ranks.tolist():
-        group = dist.new_group(row, timeout=timeout)
+        if hurried:
+            options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+            options._timeout = timeout
+        group = dist.new_group(row, timeout=timeout, pg_options=options)
         if dist.get_rank() in row:
             own = group
     assert isinstance(own, dist.ProcessGroup)

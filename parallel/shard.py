@@ -20,6 +20,7 @@ from parallel.balance import deal
 from parallel.batch import JaggedBatch
 from parallel.layout import Layout
 from parallel.mesh import Mesh
+from parallel.transport import Transport
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Shard:
     group: dist.ProcessGroup | None  # the cp group; None if cp is 1
     rank: int  # in the cp group
     device: torch.device
+    transport: Transport | None = None  # of the cp group
 
     @property
     def cp_size(self) -> int:
@@ -106,8 +108,10 @@ def shard_batch(batch: JaggedBatch, layout: Layout, mesh: Mesh | None) -> Shard:
         lengths, num_targets, parts = trade.lengths, trade.num_targets, trade.parts
         payload = trade.run(payload, device)
     tokens = {name: payload[:, i].contiguous() for i, name in enumerate(names)}
-    group, rank = (None, 0) if mesh is None else (mesh.cp_group, mesh.cp_group.rank())
-    return Shard(lengths, num_targets, parts, tokens, group, rank, device)
+    if mesh is None:
+        return Shard(lengths, num_targets, parts, tokens, None, 0, device)
+    group = mesh.cp_group
+    return Shard(lengths, num_targets, parts, tokens, group, group.rank(), device, mesh.transport)
 
 
 @dataclass(frozen=True)

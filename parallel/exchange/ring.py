@@ -1,8 +1,13 @@
-"""Ring exchange: keys and values travel from rank to rank while attention runs on those in hand.
+"""Ring exchange: keys and values come rank by rank while attention runs on those in hand.
 
-HSTU attention has no softmax, so a step's result is simply added to the sum. In the backward pass
-the keys and values travel once more, and their gradients follow one hop behind, so that after cp
-hops each rank holds the gradients of its own rows, summed over all ranks in ring order.
+At step s, rank r works on the keys of rank r - s. HSTU attention has no softmax, so a step's result
+is simply added to the sum. In the backward pass the gradients of a rank's keys travel the ring: at
+step s every rank adds its own to what rank r - 1 found for the same keys one step before, so that
+the sums come home in ring order, the same in every run.
+
+What hides what, in the backward pass: dq of the rank's own keys hides the first keys on their way;
+then each step's dq hides its dk and dv on theirs; dk and dv of the own keys come last, and add what
+came home. The last step writes q's dtype: results need no further pass over memory.
 """
 
 from __future__ import annotations
@@ -10,135 +15,173 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from kernels.attention import attention_forward, key_value_gradients, query_gradient
-from parallel.shard import Shard
+from kernels.attention import accumulator, attention_forward, key_value_gradients, query_gradient
 from parallel.visibility import Visibility
+
+Block = tuple[Tensor, Tensor]  # keys and values of one rank, or their gradients
+KEYS, GRADIENTS = "keys and values", "gradients of keys and values"
 
 
 def ring_attention(
     q: Tensor, k: Tensor, v: Tensor, *, seen: Visibility, alpha: float, scale: float
 ) -> Tensor:
     """See `parallel.attention.context_parallel_attention`."""
-    return _RingAttention.apply(q, k, v, seen.shard, seen.intervals, alpha, scale)
+    return _RingAttention.apply(q, k, v, seen, alpha, scale)
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        shard: Shard,
-        intervals: Tensor,
-        alpha: float,
-        scale: float,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: Visibility, alpha: float, scale: float
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.shard, ctx.intervals, ctx.alpha, ctx.scale = shard, intervals, alpha, scale
-        parts, rank, size = shard.device_parts, shard.rank, shard.cp_size
-        out = None
-        block = _pack(k, v)
-        for step in range(size):
-            owner = (rank - step) % size
-            if step + 1 < size:
-                hop = _Hop(shard, block, _block_like(k, v, shard, (owner - 1) % size))
-            block_k, block_v = _unpack(block, k, v)
-            out = attention_forward(
-                q,
-                block_k,
-                block_v,
-                queries=parts[rank],
-                keys=parts[owner],
-                intervals=intervals,
-                alpha=alpha,
-                scale=scale,
-                add=out,
-                out=out,
-            )
-            if step + 1 < size:
-                block = hop.wait()
-        assert out is not None
-        return out.to(q.dtype)
+        ctx.seen, ctx.factors = seen, dict(alpha=alpha, scale=scale)
+        ring = _Ring(k, v, seen)
+        out, total = ring.result(q.shape[0], q.shape[1], v.shape[2]), None
+        for step in range(ring.size):
+            block = ring.block(step)
+            ring.fetch(step + 1)
+            if block:
+                mask, target = ring.mask(step) | ctx.factors, out if ring.is_last(step) else total
+                total = attention_forward(q, *block, **mask, add=total, out=target)
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
-        shard: Shard = ctx.shard
-        parts, rank, size = shard.device_parts, shard.rank, shard.cp_size
-        dq = None
-        block = _pack(k, v)
-        gradient_hop = None
-        for step in range(size):
-            owner = (rank - step) % size
-            if step + 1 < size:
-                hop = _Hop(shard, block, _block_like(k, v, shard, (owner - 1) % size))
-            block_k, block_v = _unpack(block, k, v)
-            tensors = (dout, q, block_k, block_v)
-            mask: dict[str, Any] = dict(
-                queries=parts[rank],
-                keys=parts[owner],
-                intervals=ctx.intervals,
-                alpha=ctx.alpha,
-                scale=ctx.scale,
+        ring = _Ring(k, v, ctx.seen)
+        dq, total = ring.result(*q.shape), None
+        for step in range(ring.size):
+            block = ring.block(step)
+            ring.fetch(step + 1)
+            mask = ring.mask(step) | ctx.factors
+            if step:
+                found, target = ring.gradients_so_far(step), ring.gradients_to_pass_on(step)
+                if block:
+                    key_value_gradients(dout, q, *block, **mask, add=found, out=target)
+                elif found:
+                    _copy(found, target)
+                ring.pass_gradients(step)
+            if block:
+                written = dq if ring.is_last(step) else total
+                total = query_gradient(dout, q, *block, **mask, add=total, out=written)
+
+        home = k.new_empty(k.shape), v.new_empty(v.shape)
+        found = ring.gradients_so_far(ring.size)
+        if ring.block(0):
+            mask = ring.mask(0) | ctx.factors
+            key_value_gradients(dout, q, k, v, **mask, add=found, out=home)
+        else:
+            _copy(found, home)
+        return dq, *home, None, None, None
+
+
+class _Ring:
+    """One pass over the ring: what this rank sees, sends and receives at which step."""
+
+    def __init__(self, k: Tensor, v: Tensor, seen: Visibility) -> None:
+        shard = seen.shard
+        assert shard.transport is not None
+        self.k, self.v, self.seen, self.transport = k, v, seen, shard.transport
+        self.parts, self.rank, self.size = shard.device_parts, shard.rank, shard.cp_size
+        self.steps_seen = [s for s in range(self.size) if self._sees(self.rank, self.rank - s)]
+        self.message = self._outbox(KEYS, self.rank, k.dtype)
+        _copy((k, v), self._split(self.message))
+
+    def result(self, *shape: int) -> Tensor:
+        """For the last step to write; zeros if there is none."""
+        return self.k.new_empty(shape) if self.steps_seen else self.k.new_zeros(shape)
+
+    def is_last(self, step: int) -> bool:
+        return step == self.steps_seen[-1]
+
+    def mask(self, step: int) -> dict[str, Any]:
+        keys = self.parts[self._owner(step)]
+        return dict(queries=self.parts[self.rank], keys=keys, intervals=self.seen.intervals)
+
+    def fetch(self, step: int) -> None:
+        """Have the keys and values of a step brought here, if they are seen; and send mine."""
+        if step < self.size:
+            owner, reader = self._owner(step), (self.rank + step) % self.size
+            self.keys_coming = self.transport.swap(
+                KEYS,
+                self.message,
+                reader if self._sees(reader, self.rank) else None,
+                self._inbox(step),
+                owner if self._sees(self.rank, owner) else None,
             )
-            dk, dv = key_value_gradients(*tensors, **mask)
-            dq = query_gradient(*tensors, **mask, add=dq, out=dq)
-            gradient = _pack(dk, dv)
-            if gradient_hop is not None:  # what the ranks before this one found for this owner
-                gradient += gradient_hop.wait()
-            receive = _block_like(k, v, shard, (owner - 1) % size, gradient.dtype)
-            gradient_hop = _Hop(shard, gradient, receive)
-            if step + 1 < size:
-                block = hop.wait()
-        assert dq is not None
-        assert gradient_hop is not None
-        dk, dv = _unpack(gradient_hop.wait(), k, v)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None
+
+    def block(self, step: int) -> Block | None:
+        """The keys and values of a step, when they are here; None if nothing of them is seen."""
+        if step not in self.steps_seen:
+            return None
+        if step == 0:
+            return self.k, self.v
+        self.keys_coming.wait()
+        return self._split(self._inbox(step))
+
+    def gradients_to_pass_on(self, step: int) -> Block:
+        """Where to write dk and dv of a step's keys, with what the ranks before found for them."""
+        self.gradients = self._outbox(GRADIENTS, self._owner(step), accumulator(self.k.dtype))
+        return self._split(self.gradients)
+
+    def pass_gradients(self, step: int) -> None:
+        """On to the next rank, which works on the same keys at its next step."""
+        self.gradients_coming = self.transport.swap(
+            GRADIENTS,
+            self.gradients,
+            (self.rank + 1) % self.size if self._found(self.rank, step) else None,
+            self._gradient_inbox(step + 1),
+            (self.rank - 1) % self.size if self._found(self.rank - 1, step) else None,
+        )
+
+    def gradients_so_far(self, step: int) -> Block | None:
+        """What the ranks before this one found for a step's keys; None if none of them sees any."""
+        if not self._found(self.rank - 1, step - 1):
+            return None
+        self.gradients_coming.wait()
+        return self._split(self._gradient_inbox(step))
+
+    def _found(self, rank: int, step: int) -> bool:
+        """Whether `rank` has gradients to pass on after a step, of its own or of ranks before."""
+        return any(self._sees(rank - s, rank - step) for s in range(step))
+
+    def _owner(self, step: int) -> int:
+        """Whose keys this rank works on."""
+        return (self.rank - step) % self.size
+
+    def _sees(self, rank: int, owner: int) -> bool:
+        return all(self.parts[r % self.size].num_rows > 0 for r in (rank, owner))
+
+    def _inbox(self, step: int) -> Tensor:
+        """Two take turns: one fills while the other is worked on."""
+        numel = self._numel(self._owner(step))
+        return self.transport.inbox(f"{KEYS} {step % 2}", numel, self.k.dtype)
+
+    def _gradient_inbox(self, step: int) -> Tensor:
+        """One will do: it fills again once the kernel that reads it has ended."""
+        numel = self._numel(self._owner(step))
+        return self.transport.inbox(GRADIENTS, numel, accumulator(self.k.dtype))
+
+    def _outbox(self, name: str, owner: int, dtype: torch.dtype) -> Tensor:
+        capacity = max(self._numel(rank) for rank in range(self.size))
+        return self.transport.outbox(name, self._numel(owner), capacity, dtype)
+
+    def _numel(self, owner: int) -> int:
+        row = self.k.shape[1] * (self.k.shape[2] + self.v.shape[2])
+        return self.parts[owner].num_rows * row
+
+    def _split(self, flat: Tensor) -> Block:
+        """A message as keys [rows, H, Dqk] and values [rows, H, Dv], each contiguous."""
+        heads, qk_dim, v_dim = *self.k.shape[1:], self.v.shape[2]
+        rows = flat.numel() // (heads * (qk_dim + v_dim))
+        k, v = flat.split([rows * heads * qk_dim, rows * heads * v_dim])
+        return k.view(rows, heads, qk_dim), v.view(rows, heads, v_dim)
 
 
-class _Hop:
-    """One message to the next rank and one from the rank before, under way until `wait`."""
-
-    def __init__(self, shard: Shard, send: Tensor, receive: Tensor) -> None:
-        assert shard.group is not None
-        size = shard.cp_size
-        following = dist.get_global_rank(shard.group, (shard.rank + 1) % size)
-        preceding = dist.get_global_rank(shard.group, (shard.rank - 1) % size)
-        # Both ends know all sizes, so an empty message is not sent at all.
-        ops = []
-        if send.numel():
-            ops.append(dist.P2POp(dist.isend, send, following, shard.group))
-        if receive.numel():
-            ops.append(dist.P2POp(dist.irecv, receive, preceding, shard.group))
-        self.work = dist.batch_isend_irecv(ops) if ops else []
-        self.send, self.receive = send, receive  # kept alive while the message is under way
-
-    def wait(self) -> Tensor:
-        for work in self.work:
-            work.wait()
-        return self.receive
-
-
-def _pack(k: Tensor, v: Tensor) -> Tensor:
-    """One flat message; k and v stay contiguous inside it."""
-    return torch.cat([k.reshape(-1), v.reshape(-1)])
-
-
-def _unpack(block: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of a block as keys and values, heads and dims as in k and v."""
-    row_k, row_v = k.shape[1] * k.shape[2], v.shape[1] * v.shape[2]
-    rows = block.numel() // (row_k + row_v)
-    flat_k, flat_v = block.split([rows * row_k, rows * row_v])
-    return flat_k.view(rows, *k.shape[1:]), flat_v.view(rows, *v.shape[1:])
-
-
-def _block_like(
-    k: Tensor, v: Tensor, shard: Shard, owner: int, dtype: torch.dtype | None = None
-) -> Tensor:
-    """An unwritten block for the rows of `owner`."""
-    row = k.shape[1] * k.shape[2] + v.shape[1] * v.shape[2]
-    return k.new_empty(shard.parts[owner].num_rows * row, dtype=dtype or k.dtype)
+def _copy(source: Block | None, target: Block) -> None:
+    """Zeros for None."""
+    for i, x in enumerate(target):
+        x.zero_() if source is None else x.copy_(source[i])

@@ -1,0 +1,229 @@
+"""How messages travel inside a cp group while the device computes: one interface, two roads.
+
+`CopyEngines` for GPUs that reach each other's memory: the receiver's copy engine reads the sender's
+buffer (symmetric memory), so that no multiprocessor is taken from the kernels. `SendReceive`
+elsewhere: NCCL's send and receive, or gloo's on a CPU. Buffers are allocated once and shared by all
+layers and steps; they grow when a batch needs more.
+"""
+
+from __future__ import annotations
+
+import socket
+from abc import ABC, abstractmethod
+
+import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
+from torch import Tensor
+
+from parallel.watchdog import Watchdog
+
+GROWTH = 1.25  # a new buffer's size over what is asked for
+
+
+class Arrival(ABC):
+    """An incoming message under way."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """What is enqueued from now on finds the message; on a CPU, the host waits."""
+
+
+class Transport(ABC):
+    """Messages between the ranks of a cp group, which are counted in the group.
+
+    A message is written into an outbox; `swap` moves it. Each rank's swaps must match its peers':
+    whom one sends to, receives. Both ends know all sizes, so empty messages are not sent at all.
+    """
+
+    name: str
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
+        self.group, self.device, self.watchdog = group, device, watchdog
+        self._inboxes: dict[str, Tensor] = {}
+
+    @abstractmethod
+    def outbox(self, name: str, numel: int, capacity: int, dtype: torch.dtype) -> Tensor:
+        """A buffer [numel] to write a message into, free once the last one in it has been read.
+
+        capacity: the largest numel of any rank of the group; the same on all of them.
+        """
+
+    def inbox(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
+        """A buffer [numel] to receive into."""
+        return _piece(self._inboxes, name, numel, dtype, self.device)
+
+    def swap(
+        self, name: str, message: Tensor, to: int | None, incoming: Tensor, source: int | None
+    ) -> Arrival:
+        """Send `message`, in this rank's outbox `name`; receive what `source` has in its own.
+
+        None: to or from nobody. Starts when what is enqueued so far is done, and waits for no more.
+        """
+        return self._swap(
+            name,
+            message,
+            to if message.numel() else None,
+            incoming,
+            source if incoming.numel() else None,
+        )
+
+    @abstractmethod
+    def _swap(
+        self, name: str, message: Tensor, to: int | None, incoming: Tensor, source: int | None
+    ) -> Arrival: ...
+
+
+def build_transport(
+    group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog
+) -> Transport:
+    """The best that this group's devices can do. Collective."""
+    if device.type == "cuda" and _reach_each_other(group, device):
+        return CopyEngines(group, device, watchdog)
+    return SendReceive(group, device, watchdog)
+
+
+class SendReceive(Transport):
+    """Point-to-point operations of the process group."""
+
+    name = "send and receive"
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
+        super().__init__(group, device, watchdog)
+        self._outboxes: dict[str, Tensor] = {}
+        self._leaving: dict[str, list[_Messages]] = {}
+
+    def outbox(self, name: str, numel: int, capacity: int, dtype: torch.dtype) -> Tensor:
+        for messages in self._leaving.pop(name, []):
+            messages.wait()
+        return _piece(self._outboxes, name, numel, dtype, self.device)
+
+    def _swap(
+        self, name: str, message: Tensor, to: int | None, incoming: Tensor, source: int | None
+    ) -> Arrival:
+        ops = []
+        if to is not None:
+            ops.append(dist.P2POp(dist.isend, message, group=self.group, group_peer=to))
+        if source is not None:
+            ops.append(dist.P2POp(dist.irecv, incoming, group=self.group, group_peer=source))
+        works = dist.batch_isend_irecv(ops) if ops else []
+        messages = _Messages(works, _say(name, to, source), self)
+        self._leaving.setdefault(name, []).append(messages)
+        return messages
+
+
+class _Messages(Arrival):
+    def __init__(self, works: list[dist.Work], operation: str, transport: Transport) -> None:
+        self.works, self.operation, self.transport = works, operation, transport
+
+    def wait(self) -> None:
+        if self.works:
+            with self.transport.watchdog.operation(self.operation, self.transport.device):
+                for work in self.works:
+                    work.wait()
+        self.works = []
+
+
+class CopyEngines(Transport):
+    """Copies out of the peers' memory, on a stream of their own."""
+
+    name = "copy engines"
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
+        super().__init__(group, device, watchdog)
+        # High priority: signals are tiny kernels, which else queue behind attention's blocks.
+        self.stream = torch.cuda.Stream(device, priority=-1)
+        self._outboxes: dict[str, _SymmetricBuffer] = {}
+
+    def outbox(self, name: str, numel: int, capacity: int, dtype: torch.dtype) -> Tensor:
+        size, buffer = capacity * dtype.itemsize, self._outboxes.get(name)
+        if buffer is not None and buffer.readers:
+            with self.watchdog.operation(f"{name} read by {buffer.readers}", self.device):
+                for reader in buffer.readers:
+                    buffer.handle.wait_signal(reader, READ)
+            buffer.readers.clear()
+        if buffer is None or buffer.size < size:
+            buffer = _SymmetricBuffer(int(size * GROWTH), self.group, self.device)
+            self._outboxes[name] = buffer
+        return buffer.local[: numel * dtype.itemsize].view(dtype)
+
+    def _swap(
+        self, name: str, message: Tensor, to: int | None, incoming: Tensor, source: int | None
+    ) -> Arrival:
+        buffer = self._outboxes[name]
+        assert not message.numel() or message.data_ptr() == buffer.local.data_ptr()
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            if to is not None:
+                buffer.handle.put_signal(to, WRITTEN)
+                buffer.readers.append(to)
+            if source is not None:
+                buffer.handle.wait_signal(source, WRITTEN)
+                there = buffer.peer(source)[: incoming.nbytes]
+                incoming.view(torch.uint8).copy_(there, non_blocking=True)
+                buffer.handle.put_signal(source, READ)
+            done = self.stream.record_event()
+        self.watchdog.watch(_say(name, to, source), done)
+        return _Copy(done, self.device)
+
+
+class _Copy(Arrival):
+    def __init__(self, done: torch.cuda.Event, device: torch.device) -> None:
+        self.done, self.device = done, device
+
+    def wait(self) -> None:
+        torch.cuda.current_stream(self.device).wait_event(self.done)
+
+
+WRITTEN, READ = 0, 1  # signal channels of a buffer: what its owner, and what its reader has done
+
+
+class _SymmetricBuffer:
+    """`size` bytes on every rank of the group, each readable by all. Collective; the host waits."""
+
+    def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.size = size
+        self.local = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+        self.handle = symmetric_memory.rendezvous(self.local, group)
+        self.readers: list[int] = []  # told of the message, and not known to have read it
+        self._peers: dict[int, Tensor] = {}
+
+    def peer(self, rank: int) -> Tensor:
+        if rank not in self._peers:
+            self._peers[rank] = self.handle.get_buffer(rank, (self.size,), torch.uint8)
+        return self._peers[rank]
+
+
+def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether all GPUs of the group are in one machine and can read each other's memory."""
+    hosts: list[str] = [""] * group.size()
+    dist.all_gather_object(hosts, socket.gethostname(), group=group)
+    others = (other for other in range(torch.cuda.device_count()) if other != device.index)
+    works = len(set(hosts)) == 1 and all(
+        torch.cuda.can_device_access_peer(device, other) for other in others
+    )
+    agreed = torch.tensor([works], dtype=torch.int32)
+    dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
+    if not agreed.item():
+        return False
+    try:
+        _SymmetricBuffer(1, group, device)
+    except RuntimeError:
+        agreed.zero_()
+    dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
+    return bool(agreed.item())
+
+
+def _piece(
+    store: dict[str, Tensor], name: str, numel: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    size = numel * dtype.itemsize
+    if name not in store or store[name].numel() < size:
+        store[name] = torch.empty(int(size * GROWTH), dtype=torch.uint8, device=device)
+    return store[name][:size].view(dtype)
+
+
+def _say(name: str, to: int | None, source: int | None) -> str:
+    """E.g. "keys and values to rank 1, from rank 3 of the cp group"."""
+    ends = [f"to rank {to}"] * (to is not None) + [f"from rank {source}"] * (source is not None)
+    return f"{name} {', '.join(ends)} of the cp group"

@@ -1,0 +1,72 @@
+"""Ends a process whose device waits too long for another rank, and says where it stopped.
+
+A GPU that waits in a kernel raises nothing by itself. Operations that wait for others are put on a
+list with an event behind them; a thread looks whether the oldest goes on. On a CPU the process
+group's own timeout raises, and the error gets the same words.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """What `torch.cuda.Event` offers here."""
+
+    def query(self) -> bool: ...
+
+
+class Watchdog:
+    """Of one process. Set `step`, for the message."""
+
+    def __init__(self, rank: int, timeout: timedelta) -> None:
+        self.rank, self.timeout, self.step = rank, timeout, 0
+        self._pending: deque[tuple[float, str, Event]] = deque()
+        self._thread: threading.Thread | None = None
+
+    def watch(self, operation: str, event: Event) -> None:
+        """`event` is recorded behind `operation`, and must come within the timeout."""
+        self._pending.append((time.monotonic(), f"step {self.step}: {operation}", event))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
+            self._thread.start()
+
+    @contextmanager
+    def operation(self, operation: str, device: torch.device) -> Iterator[None]:
+        """Around a wait for another rank that the host (CPU) or the current stream (GPU) makes."""
+        try:
+            yield
+        except RuntimeError as error:
+            message = f"rank {self.rank}: step {self.step}: {operation}: {error}"
+            raise RuntimeError(message) from error
+        if device.type == "cuda":
+            self.watch(operation, torch.cuda.current_stream(device).record_event())
+
+    def _look(self) -> None:
+        timeout = self.timeout.total_seconds()
+        moved = time.monotonic()
+        while True:
+            time.sleep(min(1.0, timeout / 10))
+            while self._pending and self._pending[0][2].query():
+                self._pending.popleft()
+                moved = time.monotonic()
+            if self._pending:
+                since, operation, _ = self._pending[0]
+                if time.monotonic() - max(since, moved) > timeout:
+                    print(
+                        f"rank {self.rank}: {operation}: nothing for {timeout:.0f} s "
+                        "(parallel.timeout_s); another rank hangs or has died. Ending the job.",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    os._exit(1)  # the device cannot be stopped, and waiting threads neither
