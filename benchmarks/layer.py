@@ -4,9 +4,9 @@
     python -m benchmarks.layer --lengths 410-4096 --width 512 --dim 128 --dropout 0.1
     python -m benchmarks.layer --policy projections --kernels --json out.json
 
-Random data under bf16 autocast with, as in training, a float32 residual stream. Times of the whole
-are CUDA events, the median; its split into attention, matrix products and the rest is the sum of
-the kernels' own times in a profile. `plain` is the same layer in PyTorch's operations around the
+Random data under bf16 autocast, by default with a bf16 residual stream as in training. Times of the
+whole are CUDA events, the median; its split into attention, matrix products and the rest is the sum
+of the kernels' own times in a profile. `plain` is the same layer in PyTorch's operations around the
 same attention. Attention's plan, made once per batch for all layers, is not in the times.
 """
 
@@ -49,7 +49,9 @@ class PlainLayer(HSTULayer):
     """The same layer, one PyTorch operation after the other."""
 
     def forward(self, x: Tensor, seen: Visibility) -> Tensor:
-        u, v, q, k = F.silu(self.uvqk(self.input_norm(x))).split(self.splits, dim=-1)
+        bias = torch.cat([self.u_bias, self.vqk_bias])
+        projected = F.linear(self.input_norm(x), self.uvqk.weight, bias)
+        u, v, q, k = F.silu(projected).split(self.splits, dim=-1)
         attended = context_parallel_attention(
             q.unflatten(-1, (self.heads, self.qk_dim)),
             k.unflatten(-1, (self.heads, self.qk_dim)),
@@ -159,7 +161,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256, help="of a head")
     parser.add_argument("--lengths", default="4096", help="4096, or 410-4096 for uniform")
     parser.add_argument("--tokens", type=int, default=65536)
-    parser.add_argument("--residual", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--residual", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--kernels", action="store_true", help="every kernel's time too")

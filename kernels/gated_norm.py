@@ -1,7 +1,7 @@
-"""y = dropout(norm(a) * silu(u)): what HSTU puts between attention and its output projection.
+"""y = dropout(norm(a) * silu(u + c)): what HSTU puts between attention and its output projection.
 
-For layers of a model (arXiv 2402.17152, eq. 3, with the SiLU of eq. 1 for U). One pass over a and u
-each way. The mask of the dropout is a function of a seed: it is never stored.
+For layers of a model (arXiv 2402.17152, eq. 3, with the bias and the SiLU of eq. 1 for U). One pass
+over a and u each way. The mask of the dropout is a function of a seed: it is never stored.
 """
 
 from __future__ import annotations
@@ -16,14 +16,22 @@ from torch import Tensor
 from kernels.backend import takes_triton
 from kernels.differentiate import vector_jacobian
 from kernels.norm import naive_layer_norm
+from kernels.projection import GradientBuffer
 
 
 def naive_gated_norm(
-    a: Tensor, u: Tensor, weight: Tensor, bias: Tensor, eps: float, mask: Tensor | None = None
+    a: Tensor,
+    u: Tensor,
+    u_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """norm(a) * silu(u) * mask in float32 at least, to a's dtype. mask: [rows, width] or None."""
+    """norm(a) * silu(u + u_bias) * mask in float32 at least, to a's dtype. mask: as a, or None."""
     compute = torch.promote_types(a.dtype, torch.float32)
-    out = naive_layer_norm(a, weight, bias, eps, compute) * F.silu(u.to(compute))
+    gate = F.silu(u.to(compute) + u_bias.to(compute))
+    out = naive_layer_norm(a, weight, bias, eps, compute) * gate
     return (out if mask is None else out * mask).to(a.dtype)
 
 
@@ -42,18 +50,21 @@ def draw_seed(device: torch.device) -> Tensor:
 def gated_norm(
     a: Tensor,
     u: Tensor,
+    u_bias: Tensor,
     weight: Tensor,
     bias: Tensor,
     *,
     eps: float,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    u_gradient: GradientBuffer | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """dropout(norm(a) * silu(u)), [rows, width] in a's dtype; norm has affine weight and bias.
+    """dropout(norm(a) * silu(u + u_bias)), [rows, width] in a's dtype; weight and bias are norm's.
 
     a, u: [rows, width] of one dtype, rows contiguous in themselves; u may be columns of a wider
-    buffer. weight, bias: [width].
+    buffer. u_bias, weight, bias: [width].
+    u_gradient: of the `silu_linear` that made u, whose backward then finds u's gradient in place.
     dropout: probability of a zero, in [0, 1); wants seed, int64 [1] (`draw_seed`). The same seed
     drops the same elements, in the forward, the backward and when computed again.
     Kept for the backward: a, u and two float32 numbers a row. backend: see `kernels.backend`.
@@ -65,7 +76,7 @@ def gated_norm(
         raise ValueError(
             f"u: {u.dtype} {tuple(u.shape)} does not match a's {a.dtype} {tuple(a.shape)}"
         )
-    for name, vector in (("weight", weight), ("bias", bias)):
+    for name, vector in (("u_bias", u_bias), ("weight", weight), ("bias", bias)):
         if vector.shape != a.shape[1:]:
             raise ValueError(f"{name}: shape {tuple(vector.shape)} for rows of width {a.shape[1]}")
     if not 0 <= dropout < 1:
@@ -73,7 +84,8 @@ def gated_norm(
     if dropout and seed is None:
         raise ValueError("seed: dropout needs one")
     triton = takes_triton(backend, a)
-    return _GatedNorm.apply(a, u, weight, bias, seed if dropout else None, eps, dropout, triton)
+    seed = seed if dropout else None
+    return _GatedNorm.apply(a, u, u_bias, weight, bias, seed, eps, dropout, u_gradient, triton)
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -82,32 +94,36 @@ class _GatedNorm(torch.autograd.Function):
         ctx: Any,
         a: Tensor,
         u: Tensor,
+        u_bias: Tensor,
         weight: Tensor,
         bias: Tensor,
         seed: Tensor | None,
         eps: float,
         dropout: float,
+        u_gradient: GradientBuffer | None,
         triton: bool,
     ) -> Tensor:
-        ctx.eps, ctx.dropout, ctx.triton = eps, dropout, triton
+        ctx.eps, ctx.dropout, ctx.u_gradient, ctx.triton = eps, dropout, u_gradient, triton
         if triton:
             from kernels.triton import gated_norm
 
-            out, mean, rstd = gated_norm.forward(a, u, weight, bias, seed, eps, dropout)
-            ctx.save_for_backward(a, u, weight, bias, seed, mean, rstd)
+            out, mean, rstd = gated_norm.forward(a, u, u_bias, weight, bias, seed, eps, dropout)
+            ctx.save_for_backward(a, u, u_bias, weight, bias, seed, mean, rstd)
             return out
-        ctx.save_for_backward(a, u, weight, bias, seed)
+        ctx.save_for_backward(a, u, u_bias, weight, bias, seed)
         mask = None if seed is None else naive_dropout_mask(seed, a.shape, dropout)
-        return naive_gated_norm(a, u, weight, bias, eps, mask)
+        return naive_gated_norm(a, u, u_bias, weight, bias, eps, mask)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.triton:
             from kernels.triton import gated_norm
 
-            grads = gated_norm.backward(dout, ctx.saved_tensors, ctx.dropout)
-            return *grads, None, None, None, None
+            u = ctx.saved_tensors[1]
+            du = torch.empty_like(u) if ctx.u_gradient is None else ctx.u_gradient.columns(u)
+            grads = gated_norm.backward(dout, ctx.saved_tensors, ctx.dropout, du)
+            return *grads, None, None, None, None, None
         *inputs, seed = ctx.saved_tensors
         mask = None if seed is None else naive_dropout_mask(seed, dout.shape, ctx.dropout)
         function = partial(naive_gated_norm, eps=ctx.eps, mask=mask)
-        return *vector_jacobian(function, inputs, dout), None, None, None, None
+        return *vector_jacobian(function, inputs, dout), None, None, None, None, None

@@ -1,8 +1,8 @@
 """The two linear layers of an HSTU layer, each with the elementwise work next to it fused.
 
-For layers of a model. `silu_linear` is eq. 1 of arXiv 2402.17152 (U's SiLU is left to
+For layers of a model. `silu_linear` is eq. 1 of arXiv 2402.17152 (U's bias and SiLU are left to
 `kernels.gated_norm`), `residual_linear` the end of the layer. Matrix products are PyTorch's; what
-is fused are the SiLUs and, backward, their derivative, casts and the sums that bias gradients are.
+is fused are the biases, the SiLUs and, backward, their derivatives and the residual sum.
 """
 
 from __future__ import annotations
@@ -18,105 +18,144 @@ from kernels.backend import compute_dtype, takes_triton
 from kernels.differentiate import vector_jacobian
 
 
+class GradientBuffer:
+    """One gradient for all parts of a `silu_linear`, in which another backward writes the first's.
+
+    The product that follows wants the gradients of all parts side by side. What computes the first
+    part's allocates them all and writes its own columns, instead of having them copied.
+    """
+
+    def __init__(self) -> None:
+        self.whole: Tensor | None = None
+
+    def columns(self, part: Tensor) -> Tensor:
+        """Uninitialized: for the gradient of the first part, laid out as that is."""
+        self.whole = part.new_empty(part.shape[0], part.stride(0))
+        return self.whole[:, : part.shape[1]]
+
+    def take(self, dpart: Tensor) -> Tensor | None:
+        """The whole, if the first part's gradient lies there: it does not if it is a sum of two."""
+        whole, self.whole = self.whole, None
+        return whole if whole is not None and whole.data_ptr() == dpart.data_ptr() else None
+
+
 def naive_silu_linear(
     x: Tensor, weight: Tensor, bias: Tensor, splits: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """Columns of x W^T + b: the first of `splits` as they are, the others through silu."""
-    first, *others = F.linear(x, weight, bias).split(list(splits), dim=-1)
-    return first, *map(F.silu, others)
+    """Columns of x W^T: the first of `splits` as they are, the others plus b and through silu."""
+    first, others = F.linear(x, weight).split([splits[0], sum(splits[1:])], dim=-1)
+    return first, *F.silu(others + bias).split(list(splits[1:]), dim=-1)
 
 
 def silu_linear(
-    x: Tensor, weight: Tensor, bias: Tensor, splits: Sequence[int], *, backend: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    splits: Sequence[int],
+    *,
+    gradient: GradientBuffer | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, ...]:
-    """[rows, splits[i]] each: columns of x W^T + b, all but the first part through silu.
+    """[rows, splits[i]] each: columns of x W^T, all but the first part plus b and through silu.
 
-    x: [rows, in]; weight: [sum(splits), in] and bias [sum(splits)] in any dtype, cast to x's.
+    x: [rows, in]; weight: [sum(splits), in] in any dtype, cast to x's; bias: [sum(splits[1:])].
     The parts are columns of wider buffers: their rows are strided. Kept for the backward: x and
-    the sums before the silu. backend: of the elementwise part, see `kernels.backend`.
+    the product. gradient: a new one for each call, handed to the user of the first part as well.
+    backend: of the elementwise part, see `kernels.backend`.
     Raises ValueError for shapes that do not fit.
     """
     if weight.shape != (sum(splits), x.shape[-1]) or x.dim() != 2:
         raise ValueError(
             f"weight: shape {tuple(weight.shape)} for x of shape {tuple(x.shape)} and {splits=}"
         )
-    return _SiluLinear.apply(x, weight, bias, tuple(splits), takes_triton(backend, x))
+    if bias.shape != (sum(splits[1:]),):
+        raise ValueError(f"bias: shape {tuple(bias.shape)} for {splits=}; the first has none")
+    triton = takes_triton(backend, x)
+    return _SiluLinear.apply(x, weight, bias, tuple(splits), gradient or GradientBuffer(), triton)
 
 
-def residual_linear(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto"
-) -> Tensor:
-    """x + y W^T + b in x's dtype: [rows, out].
+def residual_linear(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """x + y W^T in x's dtype: [rows, out].
 
-    x: [rows, out]; y: [rows, in]; weight: [out, in] and bias [out] in any dtype, cast to y's.
-    Kept for the backward: y. backend: as in `silu_linear`. Raises ValueError for shapes that do not
-    fit.
+    x: [rows, out]; y: [rows, in]; weight: [out, in] in any dtype, cast to y's. There is no bias:
+    its gradient would be one more pass over the rows. Kept for the backward: y.
+    Raises ValueError for shapes that do not fit.
     """
     if weight.shape != (x.shape[-1], y.shape[-1]) or x.dim() != 2:
         raise ValueError(
             f"weight: shape {tuple(weight.shape)} for x of shape {tuple(x.shape)} and "
             f"y of shape {tuple(y.shape)}"
         )
-    return _ResidualLinear.apply(x, y, weight, bias, takes_triton(backend, x))
+    return _ResidualLinear.apply(x, y, weight)
 
 
 class _SiluLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, splits: tuple[int, ...], triton: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        splits: tuple[int, ...],
+        gradient: GradientBuffer,
+        triton: bool,
     ) -> tuple[Tensor, ...]:
-        ctx.splits, ctx.triton = splits, triton
+        ctx.splits, ctx.gradient, ctx.triton = splits, gradient, triton
         x = x.to(compute_dtype(x))
-        hidden = F.linear(x, weight.to(x.dtype), bias.to(x.dtype))
-        ctx.save_for_backward(x, weight, hidden)
+        hidden = F.linear(x, weight.to(x.dtype))
+        ctx.save_for_backward(x, weight, bias, hidden)
         first, others = hidden[:, : splits[0]], hidden[:, splits[0] :]
         if triton:
             from kernels.triton import pointwise
 
-            others = pointwise.silu(others)
+            others = pointwise.forward(others, bias)
         else:
-            others = F.silu(others)
+            others = _naive_silu(others, bias)
         return first, *others.split(list(splits[1:]), dim=-1)
 
     @staticmethod
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, hidden = ctx.saved_tensors
-        dhidden = torch.empty_like(hidden)
-        parts = zip(douts, hidden.split(ctx.splits, -1), dhidden.split(ctx.splits, -1), strict=True)
+        x, weight, bias, hidden = ctx.saved_tensors
+        first = ctx.splits[0]
+        dhidden = ctx.gradient.take(douts[0])
+        if dhidden is None:
+            dhidden = torch.empty_like(hidden)
+            dhidden[:, :first] = douts[0]
         dbias = []
-        for i, (dout, before, dbefore) in enumerate(parts):
-            dbias.append(_gradient(dout, before if i else None, dbefore, ctx.triton))
-        dx = dhidden @ weight.to(x.dtype)
+        for dout, before, shift, dbefore in zip(
+            douts[1:],
+            hidden[:, first:].split(ctx.splits[1:], -1),
+            bias.split(ctx.splits[1:]),
+            dhidden[:, first:].split(ctx.splits[1:], -1),
+            strict=True,
+        ):
+            if ctx.triton:
+                from kernels.triton import pointwise
+
+                dbias.append(pointwise.backward(dout, before, shift, dbefore))
+            else:
+                into, dshift = vector_jacobian(_naive_silu, [before, shift], dout)
+                dbefore.copy_(into)
+                dbias.append(dshift)
         dweight = (dhidden.t() @ x).to(weight.dtype)
-        return dx, dweight, torch.cat(dbias).to(weight.dtype), None, None
+        dx = dhidden @ weight.to(x.dtype)
+        return dx, dweight, torch.cat(dbias).to(bias.dtype), None, None, None
 
 
 class _ResidualLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, triton: bool
-    ) -> Tensor:
-        ctx.triton = triton
+    def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(y, weight)
-        return (x + F.linear(y, weight.to(y.dtype), bias.to(y.dtype))).to(x.dtype)
+        return (x + F.linear(y, weight.to(y.dtype))).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         y, weight = ctx.saved_tensors
-        dlinear = torch.empty_like(dout, dtype=y.dtype)
-        dbias = _gradient(dout, None, dlinear, ctx.triton)
-        dy = dlinear @ weight.to(y.dtype)
-        dweight = (dlinear.t() @ y).to(weight.dtype)
-        return dout, dy, dweight, dbias.to(weight.dtype), None
+        dproduct = dout.to(y.dtype)
+        dweight = (dproduct.t() @ y).to(weight.dtype)
+        return dout, dproduct @ weight.to(y.dtype), dweight
 
 
-def _gradient(dout: Tensor, before: Tensor | None, dbefore: Tensor, triton: bool) -> Tensor:
-    """dout times silu'(before), or dout alone, into dbefore; returns the sum over its rows."""
-    if triton:
-        from kernels.triton import pointwise
-
-        return pointwise.gradient(dout, before, dbefore)
-    if before is not None:
-        (dout,) = vector_jacobian(F.silu, [before], dout)
-    dbefore.copy_(dout)
-    return dout.sum(0)
+def _naive_silu(x: Tensor, bias: Tensor) -> Tensor:
+    """silu(x + bias) in x's dtype."""
+    return F.silu(x + bias).to(x.dtype)

@@ -7,12 +7,13 @@
 
 The paper's bias by relative position and time is replaced by encodings added to the input
 (`gr_train.model.inputs`), as its authors' later models do; attention then needs q, k, v alone.
-U's SiLU is computed where U is used, in the gate. What a layer keeps for its backward pass is
-ModelConfig.recompute's choice.
+U's bias and SiLU are computed where U is used, in the gate. W2 goes without a bias. What a layer
+keeps for its backward pass is ModelConfig.recompute's choice.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from gr_train.config import ModelConfig
@@ -20,7 +21,7 @@ from gr_train.model.inputs import init_linear
 from gr_train.model.recompute import Recomputation
 from kernels.gated_norm import draw_seed, gated_norm
 from kernels.norm import branch_norm
-from kernels.projection import residual_linear, silu_linear
+from kernels.projection import GradientBuffer, residual_linear, silu_linear
 from parallel.attention import context_parallel_attention
 from parallel.visibility import Visibility
 
@@ -35,9 +36,11 @@ class HSTULayer(nn.Module):
         self.exchange, self.dropout, self.recompute = exchange, config.dropout, config.recompute
         self.splits = [self.heads * d for d in (self.v_dim, self.v_dim, self.qk_dim, self.qk_dim)]
         self.input_norm = nn.LayerNorm(config.width, eps=EPS)
-        self.uvqk = init_linear(nn.Linear(config.width, sum(self.splits)))
+        self.uvqk = init_linear(nn.Linear(config.width, sum(self.splits), bias=False))
+        self.u_bias = nn.Parameter(torch.zeros(self.splits[0]))
+        self.vqk_bias = nn.Parameter(torch.zeros(sum(self.splits[1:])))
         self.output_norm = nn.LayerNorm(self.heads * self.v_dim, eps=EPS)
-        self.output = init_linear(nn.Linear(self.heads * self.v_dim, config.width))
+        self.output = init_linear(nn.Linear(self.heads * self.v_dim, config.width, bias=False))
 
     def forward(self, x: Tensor, seen: Visibility) -> Tensor:
         """x: [rows, width] -> [rows, width]."""
@@ -57,7 +60,8 @@ class HSTULayer(nn.Module):
 
     def _forward(self, x: Tensor, seen: Visibility, seed: Tensor | None) -> tuple[Tensor, ...]:
         """The result, attention's, and one tensor of each buffer that is cheap to compute again."""
-        normed, x, u, v, q, k = self._project(x)
+        du = GradientBuffer()
+        normed, x, u, v, q, k = self._project(x, du)
         attended = context_parallel_attention(
             q.unflatten(-1, (self.heads, self.qk_dim)),
             k.unflatten(-1, (self.heads, self.qk_dim)),
@@ -67,20 +71,29 @@ class HSTULayer(nn.Module):
             scale=self.scale,
             exchange=self.exchange,
         ).flatten(1)
-        gated = self._gate(attended, u, seed)
-        out = residual_linear(x, gated, self.output.weight, self.output.bias)
+        gated = self._gate(attended, u, seed, du)
+        out = residual_linear(x, gated, self.output.weight)
         return out, attended, normed, u, v, gated
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """norm(x), x, U before its SiLU, V, Q, K."""
-        norm, linear = self.input_norm, self.uvqk
+    def _project(self, x: Tensor, du: GradientBuffer | None = None) -> tuple[Tensor, ...]:
+        """norm(x), x, U before its bias and SiLU, V, Q, K."""
+        norm, weight = self.input_norm, self.uvqk.weight
         normed, x = branch_norm(x, norm.weight, norm.bias, eps=norm.eps)
-        return normed, x, *silu_linear(normed, linear.weight, linear.bias, self.splits)
+        return normed, x, *silu_linear(normed, weight, self.vqk_bias, self.splits, gradient=du)
 
-    def _gate(self, attended: Tensor, u: Tensor, seed: Tensor | None) -> Tensor:
+    def _gate(
+        self, attended: Tensor, u: Tensor, seed: Tensor | None, du: GradientBuffer | None = None
+    ) -> Tensor:
         """dropout(norm(A V) * silu(U))."""
         norm = self.output_norm
-        dropout = 0.0 if seed is None else self.dropout
         return gated_norm(
-            attended, u, norm.weight, norm.bias, eps=norm.eps, dropout=dropout, seed=seed
+            attended,
+            u,
+            self.u_bias,
+            norm.weight,
+            norm.bias,
+            eps=norm.eps,
+            dropout=0.0 if seed is None else self.dropout,
+            seed=seed,
+            u_gradient=du,
         )

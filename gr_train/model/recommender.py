@@ -21,6 +21,7 @@ from gr_train.model.hstu import HSTULayer
 from gr_train.model.inputs import InputEncoder, Inputs, init_linear, make_inputs
 from gr_train.model.mask import choose_exchange, mask_intervals
 from gr_train.model.sasrec import SASRecLayer
+from kernels.backend import compute_dtype
 from parallel.embedding.lookup import lookup
 from parallel.embedding.tables import Table
 from parallel.shard import Shard
@@ -48,6 +49,7 @@ class DenseModel(nn.Module):
         super().__init__()
         model, max_length = config.model, config.data.max_length
         self.mask, self.num_contextual = model.mask, len(info.contextual)
+        self.fp32_residual = config.train.fp32_residual
         self.encoder = InputEncoder(model.width, max_length, model.time_buckets, model.dropout)
         exchange = choose_exchange(config.parallel.exchange, model.mask)
         count = model.num_layers
@@ -68,6 +70,8 @@ class DenseModel(nn.Module):
         """[label rows, width] for retrieval, logits [label rows, tasks] for ranking."""
         seen = Visibility(shard, partial(mask_intervals, self.mask, self.num_contextual))
         x = self.encoder(embedded, inputs, shard)
+        if not self.fp32_residual:
+            x = x.to(compute_dtype(x))
         for layer in self.layers:
             x = layer(x, seen)
         return self.head(self.norm(x.index_select(0, inputs.label_rows)))

@@ -1,4 +1,4 @@
-"""y = dropout(norm(a) * silu(u)) and its backward: one pass over a and u each way.
+"""y = dropout(norm(a) * silu(u + c)) and its backward: one pass over a and u each way.
 
 The mask of the dropout is a function of the seed and the element's index (the counter-based
 generator Philox: Salmon et al., SC 2011), so that the backward draws the same one again.
@@ -29,6 +29,7 @@ from kernels.triton.rows import (
 def forward(
     a: Tensor,
     u: Tensor,
+    u_bias: Tensor,
     weight: Tensor,
     bias: Tensor,
     seed: Tensor | None,
@@ -45,6 +46,7 @@ def forward(
         gated_norm_forward_kernel[(triton.cdiv(rows, block_rows),)](
             a,
             u,
+            u_bias,
             weight,
             bias,
             seed,
@@ -66,24 +68,26 @@ def forward(
 
 
 def backward(
-    dout: Tensor, saved: Sequence[Tensor], dropout: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """da and du in a's dtype; dweight and dbias in weight's.
+    dout: Tensor, saved: Sequence[Tensor], dropout: float, du: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """da in a's dtype, du, and the gradients of u_bias, weight and bias in weight's dtype.
 
     saved: the forward's tensor arguments, then mean and rstd of its results.
+    du: written; as u, perhaps columns of a wider buffer.
     """
-    a, u, weight, bias, seed, mean, rstd = saved
+    a, u, u_bias, weight, bias, seed, mean, rstd = saved
     rows, width = a.shape
     dout, a, u = (t if t.stride(1) == 1 else t.contiguous() for t in (dout, a, u))
-    da, du = (torch.empty(rows, width, dtype=a.dtype, device=a.device) for _ in range(2))
+    da = torch.empty(rows, width, dtype=a.dtype, device=a.device)
     block_rows, block, warps = block_shape(max(width, 4))
     programs = min(triton.cdiv(rows, block_rows), summing_programs(a.device))
-    sums = torch.empty(2, programs, width, dtype=torch.float32, device=a.device)
+    sums = torch.empty(3, programs, width, dtype=torch.float32, device=a.device)
     if rows:
         gated_norm_backward_kernel[(programs,)](
             dout,
             a,
             u,
+            u_bias,
             weight,
             bias,
             seed,
@@ -96,6 +100,7 @@ def backward(
             dout.stride(0),
             a.stride(0),
             u.stride(0),
+            du.stride(0),
             dropout,
             WIDTH=width,
             ROWS=block_rows,
@@ -104,8 +109,8 @@ def backward(
             STAGES=STAGES,
             num_warps=warps,
         )
-    dweight, dbias = add_up(sums).to(weight.dtype)
-    return da, du, dweight, dbias
+    du_bias, dweight, dbias = add_up(sums).to(weight.dtype)
+    return da, du, du_bias, dweight, dbias
 
 
 @triton.jit
@@ -125,6 +130,7 @@ def _mask(seed_ptr, rows, dropout, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLU
 def gated_norm_forward_kernel(
     a_ptr,
     u_ptr,
+    u_bias_ptr,
     weight_ptr,
     bias_ptr,
     seed_ptr,
@@ -146,7 +152,8 @@ def gated_norm_forward_kernel(
     inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
     a = tl.load(a_ptr + rows[:, None] * a_stride + columns[None, :], mask=inside, other=0)
     u = tl.load(u_ptr + rows[:, None] * u_stride + columns[None, :], mask=inside, other=0)
-    u = u.to(tl.float32)
+    u_bias = tl.load(u_bias_ptr + columns, mask=columns < WIDTH, other=0).to(tl.float32)
+    u = u.to(tl.float32) + u_bias[None, :]
     normed, mean, rstd = normalize(a.to(tl.float32), inside, eps, WIDTH)
     weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0).to(tl.float32)
     bias = tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0).to(tl.float32)
@@ -164,6 +171,7 @@ def gated_norm_backward_kernel(
     dout_ptr,
     a_ptr,
     u_ptr,
+    u_bias_ptr,
     weight_ptr,
     bias_ptr,
     seed_ptr,
@@ -176,6 +184,7 @@ def gated_norm_backward_kernel(
     dout_stride,
     a_stride,
     u_stride,
+    du_stride,
     dropout,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
@@ -185,8 +194,10 @@ def gated_norm_backward_kernel(
 ):
     """Grid: programs, each with every so-manieth block of rows."""
     columns = tl.arange(0, COLUMNS)
+    u_bias = tl.load(u_bias_ptr + columns, mask=columns < WIDTH, other=0).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0).to(tl.float32)
     bias = tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0).to(tl.float32)
+    du_bias = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     dweight = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     dbias = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for block in tl.range(
@@ -200,21 +211,24 @@ def gated_norm_backward_kernel(
         dout = tl.load(dout_at, mask=inside, other=0).to(tl.float32)
         if DROPOUT:
             dout *= _mask(seed_ptr, rows, dropout, WIDTH, ROWS, COLUMNS)
-        u = u.to(tl.float32)
+        u = u.to(tl.float32) + u_bias[None, :]
         sigmoid = tl.sigmoid(u)
         mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0)
         normed = tl.where(inside, (a.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
 
-        out_at = rows[:, None] * WIDTH + columns[None, :]
         # silu'(u) = sigmoid(u) (1 + u (1 - sigmoid(u)))
         slope = sigmoid * (1 + u * (1 - sigmoid))
         du = dout * (normed * weight[None, :] + bias[None, :]) * slope
-        tl.store(du_ptr + out_at, du.to(du_ptr.dtype.element_ty), mask=inside)
+        du_at = du_ptr + rows[:, None] * du_stride + columns[None, :]
+        tl.store(du_at, du.to(du_ptr.dtype.element_ty), mask=inside)
         daffine = dout * u * sigmoid
         da = normalize_backward(daffine * weight[None, :], normed, rstd, WIDTH)
-        tl.store(da_ptr + out_at, da.to(da_ptr.dtype.element_ty), mask=inside)
+        da_at = da_ptr + rows[:, None] * WIDTH + columns[None, :]
+        tl.store(da_at, da.to(da_ptr.dtype.element_ty), mask=inside)
+        du_bias += du
         dweight += daffine * normed
         dbias += daffine
-    store_sums(sums_ptr, 0, dweight, columns, WIDTH)
-    store_sums(sums_ptr, 1, dbias, columns, WIDTH)
+    store_sums(sums_ptr, 0, du_bias, columns, WIDTH)
+    store_sums(sums_ptr, 1, dweight, columns, WIDTH)
+    store_sums(sums_ptr, 2, dbias, columns, WIDTH)

@@ -1,4 +1,4 @@
-"""SiLU over columns of a buffer; its gradient, a cast and the sum over rows in one pass."""
+"""silu(x + bias) over columns of a buffer; its gradients, the bias's too, in one pass."""
 
 # ruff: noqa: N803 (Triton's constants are written in capitals)
 # mypy: disallow-untyped-defs=False
@@ -14,8 +14,8 @@ from kernels.triton.rows import STAGES, add_up, block_shape, store_sums, summing
 MAX_COLUMNS = 1024  # of a block: here it need not hold whole rows
 
 
-def silu(x: Tensor) -> Tensor:
-    """silu(x), contiguous, in x's dtype. x: [rows, width], rows contiguous in themselves."""
+def forward(x: Tensor, bias: Tensor) -> Tensor:
+    """silu(x + bias), contiguous, in x's dtype. x: [rows, width], rows contiguous in themselves."""
     rows, width = x.shape
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     if rows:
@@ -23,6 +23,7 @@ def silu(x: Tensor) -> Tensor:
         grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block))
         silu_forward_kernel[grid](
             x,
+            bias,
             out,
             rows,
             x.stride(0),
@@ -34,10 +35,10 @@ def silu(x: Tensor) -> Tensor:
     return out
 
 
-def gradient(dout: Tensor, before: Tensor | None, dbefore: Tensor) -> Tensor:
-    """dout * silu'(before), or dout if that is None, into dbefore; its sum over rows, float32.
+def backward(dout: Tensor, x: Tensor, bias: Tensor, dx: Tensor) -> Tensor:
+    """dout * silu'(x + bias) into dx; its sum over rows, float32.
 
-    All [rows, width]; before and dbefore may be columns of wider buffers, dbefore of another dtype.
+    dout, x, dx: [rows, width], x and dx perhaps columns of wider buffers.
     """
     rows, width = dout.shape
     dout = dout if dout.stride(1) == 1 else dout.contiguous()
@@ -49,17 +50,17 @@ def gradient(dout: Tensor, before: Tensor | None, dbefore: Tensor) -> Tensor:
     if rows:
         silu_backward_kernel[(programs, column_blocks)](
             dout,
-            before,
-            dbefore,
+            x,
+            bias,
+            dx,
             sums,
             rows,
             dout.stride(0),
-            0 if before is None else before.stride(0),
-            dbefore.stride(0),
+            x.stride(0),
+            dx.stride(0),
             WIDTH=width,
             ROWS=block_rows,
             COLUMNS=block,
-            SILU=before is not None,
             STAGES=STAGES,
             num_warps=warps,
         )
@@ -69,6 +70,7 @@ def gradient(dout: Tensor, before: Tensor | None, dbefore: Tensor) -> Tensor:
 @triton.jit(do_not_specialize=["num_rows"])
 def silu_forward_kernel(
     x_ptr,
+    bias_ptr,
     out_ptr,
     num_rows,
     x_stride,
@@ -80,7 +82,8 @@ def silu_forward_kernel(
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
     x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0)
-    x = x.to(tl.float32)
+    bias = tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0).to(tl.float32)
+    x = x.to(tl.float32) + bias[None, :]
     out_at = out_ptr + rows[:, None] * WIDTH + columns[None, :]
     tl.store(out_at, (x * tl.sigmoid(x)).to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -88,21 +91,22 @@ def silu_forward_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def silu_backward_kernel(
     dout_ptr,
-    before_ptr,
-    dbefore_ptr,
+    x_ptr,
+    bias_ptr,
+    dx_ptr,
     sums_ptr,
     num_rows,
     dout_stride,
-    before_stride,
-    dbefore_stride,
+    x_stride,
+    dx_stride,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
-    SILU: tl.constexpr,
 ):
     """Grid: programs, each with every so-manieth block of rows, x blocks of columns."""
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    bias = tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0).to(tl.float32)
     total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for block in tl.range(
         tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES
@@ -110,14 +114,13 @@ def silu_backward_kernel(
         rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
         inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
         dout_at = dout_ptr + rows[:, None] * dout_stride + columns[None, :]
-        dbefore = tl.load(dout_at, mask=inside, other=0).to(tl.float32)
-        if SILU:
-            before_at = before_ptr + rows[:, None] * before_stride + columns[None, :]
-            x = tl.load(before_at, mask=inside, other=0).to(tl.float32)
-            sigmoid = tl.sigmoid(x)
-            # silu'(x) = sigmoid(x) (1 + x (1 - sigmoid(x)))
-            dbefore *= sigmoid * (1 + x * (1 - sigmoid))
-        dbefore_at = dbefore_ptr + rows[:, None] * dbefore_stride + columns[None, :]
-        tl.store(dbefore_at, dbefore.to(dbefore_ptr.dtype.element_ty), mask=inside)
-        total += dbefore
+        dout = tl.load(dout_at, mask=inside, other=0).to(tl.float32)
+        x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0)
+        x = x.to(tl.float32) + bias[None, :]
+        sigmoid = tl.sigmoid(x)
+        # silu'(x) = sigmoid(x) (1 + x (1 - sigmoid(x)))
+        dx = dout * sigmoid * (1 + x * (1 - sigmoid))
+        dx_at = dx_ptr + rows[:, None] * dx_stride + columns[None, :]
+        tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        total += dx
     store_sums(sums_ptr, 0, total, columns, WIDTH)

@@ -79,7 +79,8 @@ def step(
     parameters = [p for layer in layers for p in layer.parameters()]
     seen = Visibility(shard, hstu_intervals)
     torch.manual_seed(4)
-    x = torch.randn(shard.rows.num_rows, WIDTH, requires_grad=True)
+    dtype = torch.bfloat16 if autocast else torch.float32
+    x = torch.randn(shard.rows.num_rows, WIDTH, dtype=dtype, requires_grad=True)
     torch.manual_seed(5)  # of the dropout
     with Allocations([x, seen.intervals, *parameters]) as allocations:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

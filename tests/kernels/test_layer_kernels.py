@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from kernels.gated_norm import draw_seed, gated_norm, naive_gated_norm
 from kernels.norm import branch_norm
-from kernels.projection import naive_silu_linear, residual_linear, silu_linear
+from kernels.projection import GradientBuffer, naive_silu_linear, residual_linear, silu_linear
 from kernels.triton import rows as row_blocks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,14 +64,14 @@ def test_branch_norm(rows: int, width: int, padding: int) -> None:
 @settings(max_examples=12, deadline=None)
 def test_gated_norm(rows: int, width: int, padding: int) -> None:
     a, u = random(rows, width), random(rows, width, padding=padding)
-    inputs = [a, u, random(width), random(width)]
+    inputs = [a, u, random(width), random(width), random(width)]
     check_twins(lambda *a, backend: gated_norm(*a, eps=EPS, backend=backend), inputs)
 
 
 @given(rows=ROWS, width=WIDTHS, splits=st.lists(st.integers(1, 40), min_size=2, max_size=4))
 @settings(max_examples=10, deadline=None)
 def test_silu_linear(rows: int, width: int, splits: list[int]) -> None:
-    inputs = [random(rows, width), random(sum(splits), width), random(sum(splits))]
+    inputs = [random(rows, width), random(sum(splits), width), random(sum(splits[1:]))]
 
     def function(x: Tensor, weight: Tensor, bias: Tensor, backend: str) -> tuple[Tensor, ...]:
         if backend == "autograd":  # both twins share a backward written by hand
@@ -84,25 +84,62 @@ def test_silu_linear(rows: int, width: int, splits: list[int]) -> None:
 @given(rows=ROWS, width=WIDTHS, padding=st.integers(0, 3))
 @settings(max_examples=8, deadline=None)
 def test_residual_linear(rows: int, width: int, padding: int) -> None:
-    inputs = [random(rows, 6), random(rows, width), random(6, width), random(6)]
-    inputs[0] = random(rows, 6, padding=padding)
+    inputs = [random(rows, 6, padding=padding), random(rows, width), random(6, width)]
 
-    def function(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, backend: str) -> Tensor:
+    def function(x: Tensor, y: Tensor, weight: Tensor, backend: str) -> Tensor:
         if backend == "autograd":
-            return x + torch.nn.functional.linear(y, weight, bias)
-        return residual_linear(x, y, weight, bias, backend=backend)
+            return x + torch.nn.functional.linear(y, weight)
+        return residual_linear(x, y, weight)
 
-    check_twins(function, inputs, ("autograd", "naive", "triton"))
+    check_twins(function, inputs, ("autograd", "by hand"))
+
+
+@pytest.mark.parametrize("backend", ["naive", "triton"])
+@pytest.mark.parametrize("used_twice", [False, True])
+def test_gradient_written_in_place(backend: str, used_twice: bool) -> None:
+    """The gate's backward writes into the projection's, unless U's gradient is a sum."""
+    a, x, weight, bias = random(50, 8), random(50, 16), random(32, 16), random(24)
+    vectors = [random(8) for _ in range(3)]
+
+    def gate(**shared: GradientBuffer) -> Tensor:
+        u, v, q, k = silu_linear(
+            x, weight, bias, [8] * 4, backend=backend, gradient=shared.get("u_gradient")
+        )
+        out = gated_norm(a, u, *vectors, eps=EPS, backend=backend, **shared)
+        return (out + u if used_twice else out) * v * q * k
+
+    inputs = [a, x, weight, bias, *vectors]
+    dout = torch.randn(50, 8, device=DEVICE)
+    want = torch.autograd.grad(gate(), inputs, dout)
+    out = gate(u_gradient=GradientBuffer())
+    for retain_graph in (True, False):  # the second pass finds no trace of the first
+        got = torch.autograd.grad(out, inputs, dout, retain_graph=retain_graph)
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_gradient_buffer() -> None:
+    u = torch.randn(4, 24)[:, :8]
+    buffer = GradientBuffer()
+    du = buffer.columns(u)
+    assert (du.shape, du.stride()) == (u.shape, u.stride())
+    whole = buffer.take(du)
+    assert whole is not None
+    assert whole.shape == (4, 24)
+    assert whole.data_ptr() == du.data_ptr()
+    assert buffer.take(du) is None
+    buffer.columns(u)
+    assert buffer.take(du) is None
 
 
 @pytest.mark.parametrize("backend", ["naive", "triton"])
 def test_dropout(backend: str) -> None:
     """One mask forward and backward, a function of the seed, with the right rate and scale."""
     a, u = random(200, 50), random(200, 50)
-    weight, bias = random(50), random(50)
+    vectors = [random(50) for _ in range(3)]
 
     def gate(seed: Tensor) -> Tensor:
-        return gated_norm(a, u, weight, bias, eps=EPS, dropout=0.3, seed=seed, backend=backend)
+        return gated_norm(a, u, *vectors, eps=EPS, dropout=0.3, seed=seed, backend=backend)
 
     torch.manual_seed(0)
     seed, other = draw_seed(DEVICE), draw_seed(DEVICE)
@@ -113,9 +150,9 @@ def test_dropout(backend: str) -> None:
     assert abs(float(kept.float().mean()) - 0.7) < 0.02  # 4 standard deviations
     assert kept.float().mean(0).min() > 0.5  # no column, no row
     assert kept.float().mean(1).min() > 0.4
-    want = naive_gated_norm(a, u, weight, bias, EPS, kept / 0.7)
+    want = naive_gated_norm(a, u, *vectors, EPS, kept / 0.7)
     dout = torch.randn_like(out)
-    inputs = [a, u, weight, bias]
+    inputs = [a, u, *vectors]
     grads = torch.autograd.grad(out, inputs, dout)
     for got, expected in zip(
         [out, *grads], [want, *torch.autograd.grad(want, inputs, dout)], strict=True
@@ -124,20 +161,22 @@ def test_dropout(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["naive", "triton"])
-def test_under_autocast(backend: str) -> None:
-    """float32 rows in, bf16 to the matrix products, a float32 residual sum; grads as parameters."""
-    x, weight, bias = random(20, 16), random(16), random(16)
-    w1, b1, w2, b2 = random(32, 16), random(32), random(16, 8), random(16)
+@pytest.mark.parametrize("residual", [torch.float32, torch.bfloat16])
+def test_under_autocast(backend: str, residual: torch.dtype) -> None:
+    """bf16 to the matrix products, the residual sum in its own dtype; grads as parameters."""
+    x = random(20, 16).detach().to(residual).requires_grad_()
+    weight, bias, w1, b1, w2 = (random(*n) for n in ((16,), (16,), (32, 16), (24,), (16, 8)))
+    u_bias = random(8)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         normed, past = branch_norm(x, weight, bias, eps=EPS, backend=backend)
         u, v, _, _ = silu_linear(normed, w1, b1, [8] * 4, backend=backend)
-        gated = gated_norm(v, u, weight[:8], bias[:8], eps=EPS, backend=backend)
-        out = residual_linear(past, gated, w2, b2, backend=backend)
+        gated = gated_norm(v, u, u_bias, weight[:8], bias[:8], eps=EPS, backend=backend)
+        out = residual_linear(past, gated, w2)
     assert [y.dtype for y in (normed, u, v, gated)] == [torch.bfloat16] * 4
-    assert out.dtype == torch.float32
-    parameters = [x, weight, bias, w1, b1, w2, b2]
-    for grad in torch.autograd.grad(out.sum(), parameters):
-        assert grad.dtype == torch.float32
+    assert out.dtype == residual
+    parameters = [x, weight, bias, w1, b1, u_bias, w2]
+    for parameter, grad in zip(parameters, torch.autograd.grad(out.sum(), parameters), strict=True):
+        assert grad.dtype == parameter.dtype
         assert grad.isfinite().all()
 
 
@@ -147,12 +186,13 @@ def test_under_autocast(backend: str) -> None:
         (lambda: branch_norm(random(3), random(3), random(3), eps=EPS), "x:"),
         (lambda: branch_norm(random(2, 3), random(3), random(2), eps=EPS), "bias:"),
         (lambda: branch_norm(random(2, 3), random(3), random(3), eps=EPS, backend="no"), "backend"),
-        (lambda: gated_norm(random(2, 3), random(2, 2), random(3), random(3), eps=EPS), "u:"),
-        (lambda: gated_norm(*[random(2, 2)] * 2, random(3), random(2), eps=EPS), "weight:"),
-        (lambda: gated_norm(*[random(2, 2)] * 2, *[random(2)] * 2, eps=EPS, dropout=1), "dropout"),
-        (lambda: gated_norm(*[random(2, 2)] * 2, *[random(2)] * 2, eps=EPS, dropout=0.5), "seed"),
+        (lambda: gated_norm(random(2, 3), random(2, 2), *[random(3)] * 3, eps=EPS), "u:"),
+        (lambda: gated_norm(*[random(2, 2)] * 2, random(3), *[random(2)] * 2, eps=EPS), "u_bias:"),
+        (lambda: gated_norm(*[random(2, 2)] * 2, *[random(2)] * 3, eps=EPS, dropout=1), "dropout"),
+        (lambda: gated_norm(*[random(2, 2)] * 2, *[random(2)] * 3, eps=EPS, dropout=0.5), "seed"),
         (lambda: silu_linear(random(2, 3), random(4, 3), random(4), [2, 3]), "weight"),
-        (lambda: residual_linear(random(2, 3), random(2, 3), random(4, 3), random(4)), "weight"),
+        (lambda: silu_linear(random(2, 3), random(5, 3), random(5), [2, 3]), "bias"),
+        (lambda: residual_linear(random(2, 3), random(2, 3), random(4, 3)), "weight"),
     ],
 )
 def test_errors_name_the_argument(call: Callable[[], object], name: str) -> None:
