@@ -68,6 +68,18 @@ class Visibility:
         return overlap(torch.cat([self.held, between[between[:, 0] < between[:, 1]]]), 1)
 
     @cached_property
+    def meets(self) -> list[list[bool]]:
+        """[rank][owner]: whether any query of `rank` sees any of the rows of `owner`."""
+        cp_size, stride = self.shard.cp_size, self.line.stride
+        found = torch.zeros(cp_size, cp_size, dtype=torch.bool)
+        to_each_rank = torch.arange(cp_size)[:, None, None] * stride
+        for owner in range(cp_size):
+            held = (self.line.own(self.held, owner) + to_each_rank).flatten(0, 1)
+            both = overlap(torch.cat([self.seen, held]), 2)
+            found[both[:, 0] // stride, owner] = True
+        return found.tolist()
+
+    @cached_property
     def halo(self) -> tuple[Relayout, Jagged]:
         """The move that brings this rank the rows it sees, and where they are, on the device."""
         shard = self.shard

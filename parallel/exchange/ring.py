@@ -153,7 +153,7 @@ class _Ring:
         return (self.rank - step) % self.size
 
     def _sees(self, rank: int, owner: int) -> bool:
-        return all(self.parts[r % self.size].num_rows > 0 for r in (rank, owner))
+        return self.seen.meets[rank % self.size][owner % self.size]
 
     def _inbox(self, step: int) -> Tensor:
         """Two take turns: one fills while the other is worked on."""

@@ -82,6 +82,13 @@ def test_equals_one_process(run_in_world, name: str, cp: int, layout: str, excha
     check_against_one_process(run_in_world(cp, attend, cp, layout, exchange, name), name)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["window", "causal"])
+def test_a_ring_passes_ranks_that_see_nothing(run_in_world, name: str, layout: str) -> None:
+    """Contiguous parts under a window: a rank sees its neighbour's keys and no others'."""
+    check_against_one_process(run_in_world(4, attend, 4, layout, "ring", name), name)
+
+
 def check_against_one_process(results: list, name: str) -> None:
     """results: what `attend` returned on each rank."""
     lengths, num_targets = results[0][:2]

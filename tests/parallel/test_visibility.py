@@ -47,7 +47,11 @@ def test_ends_of_spans_tell_what_every_row_sees(layout: str, cp: int, case: Case
     seen = Visibility(shard, case.mask)
     for rank, part in enumerate(shard.parts):
         assert positions(seen.line.jagged(seen.held, rank, CPU)) == positions(part)
-        assert positions(seen.line.jagged(seen.seen, rank, CPU)) == seen_by_rows(case, part)
+        wanted = seen_by_rows(case, part)
+        assert positions(seen.line.jagged(seen.seen, rank, CPU)) == wanted
+        for owner, held in enumerate(shard.parts):
+            both = zip(wanted, positions(held), strict=True)
+            assert seen.meets[rank][owner] == any(set(a) & set(b) for a, b in both)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
