@@ -119,9 +119,10 @@ class _GatedNorm(torch.autograd.Function):
         if ctx.triton:
             from kernels.triton import gated_norm
 
-            u = ctx.saved_tensors[1]
+            saved = ctx.saved_tensors  # once: each access would have them computed again
+            u = saved[1]
             du = torch.empty_like(u) if ctx.u_gradient is None else ctx.u_gradient.columns(u)
-            grads = gated_norm.backward(dout, ctx.saved_tensors, ctx.dropout, du)
+            grads = gated_norm.backward(dout, saved, ctx.dropout, du)
             return *grads, None, None, None, None, None
         *inputs, seed = ctx.saved_tensors
         mask = None if seed is None else naive_dropout_mask(seed, dout.shape, ctx.dropout)

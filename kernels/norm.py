@@ -27,12 +27,12 @@ def naive_layer_norm(
 def branch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, *, eps: float, backend: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """norm(x), for the branch, and x itself, for the residual sum.
+    """norm(x), for the branch, and a copy of x, to which `residual_linear` adds the branch's end.
 
     x: [rows, width], rows contiguous in themselves. weight, bias: [width].
-    Returns [rows, width] in the dtype of matrix products (autocast's), and x. Use the returned x
-    in the sum: its gradient is then added inside the norm's backward. Kept for the backward: x and
-    two float32 numbers a row. backend: see `kernels.backend`.
+    Returns [rows, width] in the dtype of matrix products (autocast's), and in x's. The gradient of
+    the copy is added inside the norm's backward. Kept for the backward: x and two float32 numbers a
+    row. backend: see `kernels.backend`.
     Raises ValueError for shapes that do not fit.
     """
     if x.dim() != 2:
@@ -52,12 +52,12 @@ class _BranchNorm(torch.autograd.Function):
         if triton:
             from kernels.triton import layer_norm
 
-            out, mean, rstd = layer_norm.forward(x, weight, bias, eps, dtype)
+            out, past, mean, rstd = layer_norm.forward(x, weight, bias, eps, dtype)
             ctx.save_for_backward(x, weight, mean, rstd)
         else:
-            out = naive_layer_norm(x, weight, bias, eps, dtype)
+            out, past = naive_layer_norm(x, weight, bias, eps, dtype), x.clone()
             ctx.save_for_backward(x, weight, bias)
-        return out, x
+        return out, past
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor, dx_past: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]

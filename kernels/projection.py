@@ -75,10 +75,11 @@ def silu_linear(
 
 
 def residual_linear(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """x + y W^T in x's dtype: [rows, out].
+    """x + y W^T, written into x: [rows, out].
 
-    x: [rows, out]; y: [rows, in]; weight: [out, in] in any dtype, cast to y's. There is no bias:
-    its gradient would be one more pass over the rows. Kept for the backward: y.
+    x: [rows, out]; y: [rows, in]; weight: [out, in] in any dtype, cast to y's. Where x is of y's
+    dtype, the sum is part of the product. There is no bias: its gradient would be one more pass
+    over the rows. Kept for the backward: y.
     Raises ValueError for shapes that do not fit.
     """
     if weight.shape != (x.shape[-1], y.shape[-1]) or x.dim() != 2:
@@ -137,7 +138,7 @@ class _SiluLinear(torch.autograd.Function):
                 into, dshift = vector_jacobian(_naive_silu, [before, shift], dout)
                 dbefore.copy_(into)
                 dbias.append(dshift)
-        dweight = (dhidden.t() @ x).to(weight.dtype)
+        dweight = _weight_gradient(dhidden, x, weight.dtype)
         dx = dhidden @ weight.to(x.dtype)
         return dx, dweight, torch.cat(dbias).to(bias.dtype), None, None, None
 
@@ -146,14 +147,23 @@ class _ResidualLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(y, weight)
-        return (x + F.linear(y, weight.to(y.dtype))).to(x.dtype)
+        ctx.mark_dirty(x)
+        weight = weight.to(y.dtype)
+        return x.addmm_(y, weight.t()) if x.dtype == y.dtype else x.add_(F.linear(y, weight))
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         y, weight = ctx.saved_tensors
         dproduct = dout.to(y.dtype)
-        dweight = (dproduct.t() @ y).to(weight.dtype)
+        dweight = _weight_gradient(dproduct, y, weight.dtype)
         return dout, dproduct @ weight.to(y.dtype), dweight
+
+
+def _weight_gradient(dout: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dout^T x. The product of 16-bit tensors is a float32 sum, which a GPU need not round."""
+    if dout.is_cuda and dout.element_size() == 2 and dtype == torch.float32:
+        return torch.mm(dout.t(), x, out_dtype=dtype)
+    return (dout.t() @ x).to(dtype)
 
 
 def _naive_silu(x: Tensor, bias: Tensor) -> Tensor:

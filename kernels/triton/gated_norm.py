@@ -79,7 +79,8 @@ def backward(
     rows, width = a.shape
     dout, a, u = (t if t.stride(1) == 1 else t.contiguous() for t in (dout, a, u))
     da = torch.empty(rows, width, dtype=a.dtype, device=a.device)
-    block_rows, block, warps = block_shape(max(width, 4))
+    # Three sums want registers: half a block, and to have as many bytes under way, one more stage.
+    block_rows, block, warps = block_shape(max(width, 4), share=2)
     programs = min(triton.cdiv(rows, block_rows), summing_programs(a.device))
     sums = torch.empty(3, programs, width, dtype=torch.float32, device=a.device)
     if rows:
@@ -106,7 +107,7 @@ def backward(
             ROWS=block_rows,
             COLUMNS=block,
             DROPOUT=seed is not None,
-            STAGES=STAGES,
+            STAGES=STAGES + 1,
             num_warps=warps,
         )
     du_bias, dweight, dbias = add_up(sums).to(weight.dtype)

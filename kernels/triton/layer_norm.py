@@ -1,4 +1,4 @@
-"""Layer norm of rows, and its backward together with the gradient that comes past the branch."""
+"""Layer norm and a copy of rows; its backward together with the gradient of the copy."""
 
 # ruff: noqa: N803 (Triton's constants are written in capitals)
 # mypy: disallow-untyped-defs=False
@@ -22,11 +22,12 @@ from kernels.triton.rows import (
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """norm(x) in `dtype`; mean and 1 / standard deviation of each row, float32 [rows]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """norm(x) in `dtype`; x; mean and 1 / standard deviation of each row, float32 [rows]."""
     rows, width = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(rows, width, dtype=dtype, device=x.device)
+    past = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device)
     if rows:
         block_rows, block, warps = block_shape(width)
@@ -35,6 +36,7 @@ def forward(
             weight,
             bias,
             out,
+            past,
             mean,
             rstd,
             rows,
@@ -45,7 +47,7 @@ def forward(
             COLUMNS=block,
             num_warps=warps,
         )
-    return out, mean, rstd
+    return out, past, mean, rstd
 
 
 def backward(
@@ -88,6 +90,7 @@ def layer_norm_forward_kernel(
     weight_ptr,
     bias_ptr,
     out_ptr,
+    past_ptr,
     mean_ptr,
     rstd_ptr,
     num_rows,
@@ -105,8 +108,9 @@ def layer_norm_forward_kernel(
     weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0).to(tl.float32)
     bias = tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0).to(tl.float32)
     out = normed * weight[None, :] + bias[None, :]
-    out_at = out_ptr + rows[:, None] * WIDTH + columns[None, :]
-    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=inside)
+    at = rows[:, None] * WIDTH + columns[None, :]
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(past_ptr + at, x, mask=inside)
     tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 

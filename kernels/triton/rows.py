@@ -23,10 +23,13 @@ STAGES = 2  # of loops over blocks: while one is in hand, the next is under way
 PROGRAMS_PER_PROCESSOR = 8  # of kernels that sum over rows
 
 
-def block_shape(width: int) -> tuple[int, int, int]:
-    """Rows and columns of a block that holds whole rows of this width; warps for it."""
-    columns = triton.next_power_of_2(width)
-    return max(1, ELEMENTS // columns), columns, max(1, columns // ELEMENTS) * WARPS
+def block_shape(width: int, share: int = 1) -> tuple[int, int, int]:
+    """Rows and columns of a block that holds whole rows of this width; warps for it.
+
+    share: blocks that take the place of one, in kernels that need more registers.
+    """
+    columns, elements = triton.next_power_of_2(width), ELEMENTS // share
+    return max(1, elements // columns), columns, max(1, columns // elements) * WARPS
 
 
 @cache

@@ -13,10 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gr_train.config import Config, ModelConfig
+from gr_train.model import hstu
 from gr_train.model.hstu import HSTULayer
 from gr_train.model.recommender import DenseModel
 from gr_train.model.recompute import Recomputation
+from kernels import gated_norm, norm, projection
 from kernels.masks import hstu_intervals
+from kernels.norm import branch_norm
 from parallel.attention import EXCHANGES
 from parallel.batch import JaggedBatch
 from parallel.layout import ZigzagLayout
@@ -107,6 +110,19 @@ def check(shard: Shard, exchange: str, dropout: float, autocast: bool) -> tuple[
 def test_one_process(dropout: float, autocast: bool) -> None:
     left, left_less = check(make_shard(1, [400, 0, 1, 170]), "ring", dropout, autocast)
     assert left_less <= left  # the first step also fills what a shard caches
+
+
+@pytest.mark.parametrize("backend", ["naive", "triton"])
+def test_rebuilds_a_layer_once(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved tensors are asked for once each by every backward, of the fused kernels as well."""
+    for module in (norm, projection, gated_norm):
+        monkeypatch.setattr(module, "takes_triton", lambda *_: backend == "triton")
+    calls = []
+    monkeypatch.setattr(
+        hstu, "branch_norm", lambda *a, **k: calls.append(0) or branch_norm(*a, **k)
+    )
+    step(make_shard(1, [30, 7]), "projections", "ring", 0.3, False)
+    assert len(calls) == 2 * 2  # layers, forward and rebuilt
 
 
 def in_group(exchange: str, autocast: bool) -> None:

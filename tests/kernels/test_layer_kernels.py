@@ -39,6 +39,7 @@ def check_twins(
     function: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: list[Tensor],
     backends: tuple[str, ...] = ("naive", "triton"),
+    tolerance: float = 1e-4,
 ) -> None:
     """function(*inputs, backend=...) gives the same results and gradients with all backends."""
     results = {}
@@ -50,7 +51,7 @@ def check_twins(
         results[backend] = [*outs, *torch.autograd.grad(outs, inputs, douts)]
     for backend in backends[1:]:
         for got, want in zip(results[backend], results[backends[0]], strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 @given(rows=ROWS, width=WIDTHS, padding=st.integers(0, 3))
@@ -89,9 +90,31 @@ def test_residual_linear(rows: int, width: int, padding: int) -> None:
     def function(x: Tensor, y: Tensor, weight: Tensor, backend: str) -> Tensor:
         if backend == "autograd":
             return x + torch.nn.functional.linear(y, weight)
-        return residual_linear(x, y, weight)
+        return residual_linear(x.clone(), y, weight)
 
     check_twins(function, inputs, ("autograd", "by hand"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_residual_branch(dtype: torch.dtype) -> None:
+    """The sum is formed in the norm's copy of x, in x's dtype, and leaves x as it is."""
+    x, weight, bias, w = random(40, 8), random(8), random(8), random(8, 8)
+
+    def branch(x: Tensor, weight: Tensor, bias: Tensor, w: Tensor, backend: str) -> Tensor:
+        if backend == "autograd":
+            normed = torch.nn.functional.layer_norm(x, (8,), weight, bias, EPS)
+            return x + normed.to(dtype).float() @ w.to(dtype).float().T
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
+            normed, past = branch_norm(x, weight, bias, eps=EPS, backend=backend)
+            assert normed.dtype == dtype
+            before, address = x.detach().clone(), past.data_ptr()
+            out = residual_linear(past, normed, w)
+        assert out.data_ptr() == address != x.data_ptr()
+        assert torch.equal(x, before)
+        return out
+
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    check_twins(branch, [x, weight, bias, w], ("autograd", "naive", "triton"), tolerance)
 
 
 @pytest.mark.parametrize("backend", ["naive", "triton"])
