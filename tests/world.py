@@ -40,8 +40,11 @@ class World:
     """`size` processes with the environment that torchrun gives."""
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torchrec"])
+        # The preloaded libraries touch the GPU where there is one, and its state cannot be forked.
+        method = "spawn" if torch.cuda.is_available() else "forkserver"
+        context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload(["torch", "torchrec"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

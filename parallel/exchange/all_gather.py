@@ -22,7 +22,7 @@ from kernels.attention import attention_forward, key_value_gradients, query_grad
 from parallel.visibility import Visibility
 
 # The first gather and the last reduce-scatter hide behind the least work: chunks make them smaller.
-MAX_CHUNKS = 4
+MAX_CHUNKS = 2  # one head of a few long sequences does not fill a GPU
 CHUNK_BYTES = 16 << 20  # an all-gather of less does not get NVLink's speed
 
 

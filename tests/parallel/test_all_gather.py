@@ -34,6 +34,7 @@ def attend_in_chunks(cp: int, layout: str, name: str):
 
     with (
         patch.object(all_gather, "CHUNK_BYTES", 1),
+        patch.object(all_gather, "MAX_CHUNKS", 4),  # which the heads do not divide by
         patch.object(dist, "all_gather_into_tensor", spy),
         patch.dict(LAYOUTS, lopsided=Lopsided),
     ):
@@ -46,5 +47,4 @@ def attend_in_chunks(cp: int, layout: str, name: str):
 @pytest.mark.parametrize("layout", ["zigzag", "lopsided"])
 @pytest.mark.parametrize("name", ["causal", "targets", "one_token", "nothing"])
 def test_chunks_of_heads_equal_one_process(run_in_world, name: str, layout: str) -> None:
-    assert HEADS % all_gather.MAX_CHUNKS, "chunks must differ in size"
     check_against_one_process(run_in_world(3, attend_in_chunks, 3, layout, name), name)

@@ -1,0 +1,66 @@
+"""The ring over both transports on two GPUs, against one GPU; also buffers that grow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels.attention import hstu_attention
+from kernels.jagged import Jagged
+from kernels.masks import hstu_intervals
+from parallel.attention import context_parallel_attention
+from parallel.batch import JaggedBatch
+from parallel.layout import ZigzagLayout
+from parallel.mesh import build_mesh, local_device
+from parallel.shard import shard_batch
+from parallel.transport import CopyEngines, SendReceive
+from parallel.visibility import Visibility
+
+BATCHES = [[700, 3, 0, 1], [2000, 513, 40], [5, 9]]  # the second outgrows the first one's buffers
+FACTORS = dict(alpha=0.1, scale=0.01)
+
+
+def tensors(rows: int, device: torch.device) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(4, rows, 2, 64, generator=generator)
+    return list(x.to(device, torch.bfloat16))
+
+
+def ring(transport: str, exchange: str) -> list[list[torch.Tensor]]:
+    """Relative errors of out, dq, dk, dv on this rank, each batch twice."""
+    device = local_device()
+    mesh = build_mesh(dp=1, cp=2, device=device)
+    made = {"copy": CopyEngines, "send": SendReceive}[transport]
+    mesh.__dict__["transport"] = made(mesh.cp_group, device, mesh.watchdog)
+    errors = []
+    for lengths in [batch for batch in BATCHES for _ in range(2)]:
+        mine = torch.tensor(lengths[mesh.rank :: 2], dtype=torch.int32)
+        ids = {"id": torch.zeros(int(mine.sum()), dtype=torch.int64)}
+        batch = JaggedBatch(mine, torch.zeros_like(mine), ids)
+        shard = shard_batch(batch, ZigzagLayout(2), mesh)
+        seen = Visibility(shard, hstu_intervals)
+        *qkv, dout = tensors(int(shard.lengths.sum()), device)
+        own = shard.whole_rows[shard.rank]
+        mine_qkv = [x[own].requires_grad_() for x in qkv]
+        out = context_parallel_attention(*mine_qkv, seen=seen, exchange=exchange, **FACTORS)
+        got = [out, *torch.autograd.grad(out, mine_qkv, dout[own])]
+
+        rows = Jagged.whole(shard.lengths).to(device)
+        intervals = hstu_intervals(rows, shard.device_lengths, shard.device_num_targets)
+        whole = [x.float().requires_grad_() for x in qkv]
+        out = hstu_attention(*whole, queries=rows, keys=rows, intervals=intervals, **FACTORS)
+        want = [out, *torch.autograd.grad(out, whole, dout.float())]
+        errors.append(
+            [((g - w[own]).norm() / w[own].norm()).item() for g, w in zip(got, want, strict=True)]
+        )
+    return errors
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(
+    ("transport", "exchange"),
+    [("copy", "ring"), ("send", "ring"), ("send", "all_gather"), ("send", "halo")],
+)
+def test_two_gpus_equal_one(run_in_world, transport: str, exchange: str) -> None:
+    for errors in run_in_world(2, ring, transport, exchange):
+        assert all(error < 4e-3 for batch in errors for error in batch), errors
