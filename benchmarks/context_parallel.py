@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import json
 import re
 import statistics
@@ -35,8 +36,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.attention import Work, milliseconds
+from gr_train.ahead import Ahead
 from gr_train.config import load_config
 from gr_train.model.mask import mask_intervals
+from gr_train.model.recommender import Prepared
 from gr_train.trainer import Trainer
 from kernels.masks import hstu_intervals, interval_lengths, semi_local_intervals
 from parallel.attention import EXCHANGES, context_parallel_attention
@@ -220,12 +223,20 @@ def step(args: argparse.Namespace) -> list[dict]:
     trainer = Trainer(config)
     trainer.dense.train()
     batches = list(islice(trainer.loader, args.batches))
+    made = itertools.count(1)
+
+    def make() -> Prepared:
+        torch.cuda.set_device(trainer.device)
+        number = next(made)
+        return trainer.prepare(number, batches[number % len(batches)])
+
+    prepared = iter(Ahead(make, 10**9, threaded=True))
     steps = 0
 
     def call() -> None:
         nonlocal steps
         steps += 1
-        trainer.step(steps, trainer.shard(batches[steps % len(batches)]))
+        trainer.step(steps, next(prepared))
 
     row = measure(call, args)
     row |= {"exchange": config.parallel.exchange if world > 1 else "-"}

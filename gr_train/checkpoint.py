@@ -48,9 +48,12 @@ class Checkpointer:
         self.optimizer, self.schedule, self.loader = optimizer, schedule, loader
         self.device = device
 
-    def save(self, step: int) -> None:
-        """Write step_N and remove the oldest beyond `keep`. Collective."""
-        dcp.save(self._state(step), checkpoint_id=self.folder / f"step_{step:08d}")
+    def save(self, step: int, loader_state: dict[str, Any]) -> None:
+        """Write step_N and remove the oldest beyond `keep`. Collective.
+
+        loader_state: the loader's after this step's batch; it may be a batch ahead by now.
+        """
+        dcp.save(self._state(step, loader_state), checkpoint_id=self.folder / f"step_{step:08d}")
         if dist.get_rank() == 0:
             for old in self._complete()[: -self.config.keep]:
                 shutil.rmtree(old)
@@ -65,7 +68,7 @@ class Checkpointer:
         if not complete:
             return 0
         path = complete[-1]
-        state = self._state(0)
+        state = self._state(0, self.loader.state_dict())
         # A rank may hold no row of a table. The default planner would drop that table's entry and
         # then take the checkpoint for one of an old format.
         planner = dcp.DefaultLoadPlanner(flatten_sharded_tensors=False)
@@ -89,11 +92,11 @@ class Checkpointer:
             torch.cuda.set_rng_state(own["cuda_rng"], self.device)
         return own["step"]
 
-    def _state(self, step: int) -> dict[str, Any]:
+    def _state(self, step: int, loader_state: dict[str, Any]) -> dict[str, Any]:
         own = {
             "step": step,
             "schedule": self.schedule.state_dict(),
-            "loader": self.loader.state_dict(),
+            "loader": loader_state,
             "rng": torch.get_rng_state(),
         }
         if self.device.type == "cuda":

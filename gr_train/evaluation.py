@@ -28,7 +28,8 @@ def evaluate(
     world: dist.ProcessGroup | None,
 ) -> dict[str, float]:
     """Metric name -> value over all samples of all ranks. Collective: equal numbers of batches."""
-    predicted = [model.predict(shard(batch)) for batch in batches]
+    prepared = (model.prepare(shard(batch), last_only=True) for batch in batches)
+    predicted = [model.predict(batch) for batch in prepared]
     if config.model.task == "ranking":
         binary = BinaryMetrics(model.info.tasks)
         for logits, labels, _ in predicted:
@@ -55,8 +56,9 @@ def full_ranks(
     ranks = torch.ones_like(labels)
     for first in range(0, model.info.num_items, chunk):
         last = min(first + chunk, model.info.num_items)
-        items = torch.arange(first, last, device=labels.device)
-        embeddings = unit_rows(model.item_embeddings(items))
+        items = torch.arange(first, last)
+        embeddings = unit_rows(model.item_embeddings(items, labels.device))
+        items = items.to(labels.device)
         for some in torch.arange(len(users), device=labels.device).split(USERS):
             scores = users[some] @ embeddings.T
             not_worse = ~(scores < target_scores[some]) & (items != labels[some, None])

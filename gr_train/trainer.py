@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gr_train.ahead import Ahead
 from gr_train.checkpoint import Checkpointer
 from gr_train.config import Config, ConfigError, save_config
 from gr_train.data.loader import build_loader, dataset_info, item_counts
 from gr_train.evaluation import evaluate, popularity_metrics
 from gr_train.meter import Meter
 from gr_train.model.mask import choose_exchange
-from gr_train.model.recommender import DenseModel, Recommender, tables
+from gr_train.model.recommender import DenseModel, Prepared, Recommender, tables
 from gr_train.optim import build_optimizer, build_schedule, follow_schedule
 from gr_train.progress import Progress, set_aside
 from parallel.batch import JaggedBatch
@@ -29,6 +31,15 @@ from parallel.embedding.tables import fused_optimizer, shard_tables
 from parallel.layout import LAYOUTS
 from parallel.mesh import build_mesh, local_device
 from parallel.shard import Shard, shard_batch
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """One step's, and what a checkpoint needs to go on after it."""
+
+    prepared: Prepared
+    num_tokens: int  # that this process read
+    loader_state: dict[str, Any]
 
 
 class Trainer:
@@ -62,8 +73,9 @@ class Trainer:
         )
         self.dense = dense
         precision = _precision(config.train.precision, self.device)
+        exchange = choose_exchange(parallel.exchange, config.model.mask)
         self.model = Recommender(
-            config.model, self.info, embeddings, dense, self.mesh.world, precision
+            config.model, self.info, embeddings, dense, self.mesh.world, precision, exchange
         )
         self.optimizer = build_optimizer(dense, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, config.train.steps)
@@ -90,9 +102,9 @@ class Trainer:
         progress = self._start_progress(first)
         meter, loss = Meter(self.device), float("nan")
         self.dense.train()
-        batches = islice(self.loader, config.train.steps - first)
+        batches = self._batches(first)
         for step, batch in enumerate(batches, start=first + 1):
-            meter.add(self.step(step, self.shard(batch)), batch.num_tokens)
+            meter.add(self.step(step, batch.prepared), batch.num_tokens)
             last = step == config.train.steps
             if last or _due(step, config.train.log_every):
                 loss, tokens_per_s = meter.read()
@@ -101,20 +113,26 @@ class Trainer:
                     progress.train(step, loss, tokens_per_s, lr)
             if _due(step, config.eval.every) and not last:
                 with meter.paused():
+                    batches.settle()
                     metrics = self.evaluate()
                 if progress:
                     progress.evaluation(step, metrics)
             if last or _due(step, config.checkpoint.every):
                 with meter.paused():
-                    self.checkpointer.save(step)
+                    batches.settle()
+                    self.checkpointer.save(step, batch.loader_state)
         return self._finish(progress, loss, meter.tokens_per_s)
 
-    def step(self, step: int, shard: Shard) -> Tensor:
+    def prepare(self, step: int, batch: JaggedBatch) -> Prepared:
+        """The host's part of a step."""
+        return self.model.prepare(self.shard(batch), self._negatives(step))
+
+    def step(self, step: int, batch: Prepared) -> Tensor:
         """One update. Returns this rank's loss, whose mean over ranks is the global loss."""
         self.mesh.watchdog.step = step
         follow_schedule(self.table_optimizer, self.config.embedding.lr, self.schedule)
         self.optimizer.zero_grad()
-        loss = self.model.loss(shard, self._negatives(step))
+        loss = self.model.loss(batch)
         loss.backward()  # updates the tables too: their optimizer is part of their backward pass
         if self.config.optim.clip_norm:
             nn.utils.clip_grad_norm_(self.dense.parameters(), self.config.optim.clip_norm)
@@ -124,6 +142,20 @@ class Trainer:
 
     def shard(self, batch: JaggedBatch) -> Shard:
         return shard_batch(batch, self.layout, self.mesh)
+
+    def _batches(self, first: int) -> Ahead[_Batch]:
+        """Of the steps after `first`. On a GPU the host makes each while the one before trains."""
+        loader, steps = iter(self.loader), itertools.count(first + 1)
+
+        def make() -> _Batch:
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)  # a thread's own
+            batch = next(loader)
+            state = self.loader.state_dict()
+            return _Batch(self.prepare(next(steps), batch), batch.num_tokens, state)
+
+        count = self.config.train.steps - first
+        return Ahead(make, count, threaded=self.device.type == "cuda")
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of the held-out split, over all ranks."""
@@ -210,13 +242,12 @@ class Trainer:
         )
 
     def _negatives(self, step: int) -> Tensor | None:
-        """Item ids shared by all ranks: the step's own draw, whatever the number of processes."""
+        """Item ids shared by all ranks, on the host: the step's own draw, whatever their number."""
         if self.config.model.task == "ranking":
             return None
         generator = torch.Generator().manual_seed(self.config.train.seed * 1_000_003 + step)
         size = (self.config.model.num_negatives,)
-        drawn = torch.randint(self.info.num_items, size, generator=generator)
-        return drawn.to(self.device, non_blocking=True)
+        return torch.randint(self.info.num_items, size, generator=generator)
 
 
 def _precision(precision: str, device: torch.device) -> torch.dtype | None:

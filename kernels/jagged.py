@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.transfer import copy_together
+
 
 def lengths_to_offsets(lengths: Tensor) -> Tensor:
     """Exclusive prefix sum: lengths [B] -> int32 offsets [B + 1], on the same device."""
@@ -61,6 +63,4 @@ class Jagged:
         return torch.repeat_interleave(ids, self.lengths(), output_size=self.num_rows)
 
     def to(self, device: torch.device) -> Jagged:
-        return Jagged(
-            self.offsets.to(device, non_blocking=True), self.positions.to(device, non_blocking=True)
-        )
+        return Jagged(*copy_together([self.offsets, self.positions], device))

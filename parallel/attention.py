@@ -19,6 +19,15 @@ EXCHANGES = {
 }
 
 
+def make_ready(seen: Visibility, exchange: str) -> None:
+    """Do the host's work for a batch's first attention: it may run beside the step before."""
+    if seen.shard.cp_size > 1 and exchange == "ring":
+        _ = seen.meets
+    elif seen.shard.cp_size > 1 and exchange == "halo":
+        _ = seen.halo
+    _ = seen.intervals
+
+
 def context_parallel_attention(
     q: Tensor,
     k: Tensor,

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.jagged import Jagged, lengths_to_offsets
+from kernels.transfer import copy_together
 from parallel.balance import deal
 from parallel.batch import JaggedBatch
 from parallel.layout import Layout
@@ -28,13 +29,14 @@ class Shard:
     """What one cp rank holds of its group's batch of B sequences.
 
     Host-side lengths decide the size of every message and index list, so a step never waits for
-    the device to tell the host a number.
+    the device to tell the host a number. Tokens are on the host as well: what is looked up where is
+    decided there.
     """
 
     lengths: Tensor  # int32 [B], host: whole sequences
     num_targets: Tensor  # int32 [B], host
     parts: tuple[Jagged, ...]  # host: the rows of every cp rank
-    tokens: dict[str, Tensor]  # device: int64 [rows of this rank]
+    tokens: dict[str, Tensor]  # host: int64 [rows of this rank]
     group: dist.ProcessGroup | None  # the cp group; None if cp is 1
     rank: int  # in the cp group
     device: torch.device
@@ -51,33 +53,36 @@ class Shard:
 
     @cached_property
     def device_parts(self) -> tuple[Jagged, ...]:
-        return tuple(part.to(self.device) for part in self.parts)
+        both = [x for part in self.parts for x in (part.offsets, part.positions)]
+        copies = copy_together(both, self.device)
+        return tuple(Jagged(*pair) for pair in zip(copies[::2], copies[1::2], strict=True))
 
     @cached_property
     def device_rows(self) -> Jagged:
         return self.device_parts[self.rank]
 
     @cached_property
-    def device_lengths(self) -> Tensor:
-        return self.lengths.to(self.device, non_blocking=True)
+    def _device_sizes(self) -> list[Tensor]:
+        return copy_together([self.lengths, self.num_targets], self.device)
 
-    @cached_property
+    @property
+    def device_lengths(self) -> Tensor:
+        return self._device_sizes[0]
+
+    @property
     def device_num_targets(self) -> Tensor:
-        return self.num_targets.to(self.device, non_blocking=True)
+        return self._device_sizes[1]
 
     @cached_property
     def whole(self) -> Jagged:
         """All rows of the group's sequences in order, on the device."""
-        return Jagged.whole(self.lengths).to(self.device)
+        return Jagged.whole(self.device_lengths, sum(part.num_rows for part in self.parts))
 
     @cached_property
     def whole_rows(self) -> tuple[Tensor, ...]:
         """Where each rank's rows lie in `whole`: int64 indices on the device."""
-        starts = lengths_to_offsets(self.lengths)[:-1].long()
-        return tuple(
-            (starts[part.sequence_ids()] + part.positions).to(self.device, non_blocking=True)
-            for part in self.parts
-        )
+        starts = lengths_to_offsets(self.device_lengths)[:-1].long()
+        return tuple(starts[part.sequence_ids()] + part.positions for part in self.device_parts)
 
     @cached_property
     def gathered_rows(self) -> Tensor:
@@ -87,6 +92,8 @@ class Shard:
 
 def shard_batch(batch: JaggedBatch, layout: Layout, mesh: Mesh | None) -> Shard:
     """This rank's own samples in, this rank's slices of its cp group's samples out. Collective.
+
+    All of it is the host's work, messages included: on a GPU job it may run beside a step.
 
     batch: whole sequences that no other rank reads; ranks may hold different numbers of sequences,
     also none. All must hold the same token features, and all or none costs.
@@ -100,18 +107,17 @@ def shard_batch(batch: JaggedBatch, layout: Layout, mesh: Mesh | None) -> Shard:
     if mesh is None or (size == 1 and batch.costs is None):
         parts: tuple[Jagged, ...] = (layout.positions(batch.lengths, 0),)
         lengths, num_targets = batch.lengths, batch.num_targets
-        device = torch.device("cpu") if mesh is None else mesh.device
-        payload = payload.to(device, non_blocking=True)
     else:
-        device = mesh.device
         trade = _Trade.plan(batch, layout, mesh)
         lengths, num_targets, parts = trade.lengths, trade.num_targets, trade.parts
-        payload = trade.run(payload, device)
+        payload = trade.run(payload)
     tokens = {name: payload[:, i].contiguous() for i, name in enumerate(names)}
     if mesh is None:
-        return Shard(lengths, num_targets, parts, tokens, None, 0, device)
+        return Shard(lengths, num_targets, parts, tokens, None, 0, torch.device("cpu"))
     group = mesh.cp_group
-    return Shard(lengths, num_targets, parts, tokens, group, group.rank(), device, mesh.transport)
+    return Shard(
+        lengths, num_targets, parts, tokens, group, group.rank(), mesh.device, mesh.transport
+    )
 
 
 @dataclass(frozen=True)
@@ -152,10 +158,10 @@ class _Trade:
         receives.index_add_(0, reader[own], rows_each)
         return _Trade(lengths[own], num_targets[own], parts, sends, receives.tolist(), group)
 
-    def run(self, payload: Tensor, device: torch.device) -> Tensor:
+    def run(self, payload: Tensor) -> Tensor:
         """[my tokens, F] -> [my rows of the group's sequences, F], in the order of the batch."""
-        send = payload[torch.cat(self.sends)].to(device, non_blocking=True)
-        received = torch.empty(sum(self.receives), send.shape[1], dtype=send.dtype, device=device)
+        send = payload[torch.cat(self.sends)]
+        received = send.new_empty(sum(self.receives), send.shape[1])
         splits = [rows.numel() for rows in self.sends]
         dist.all_to_all_single(received, send, self.receives, splits, group=self.group)
         return received

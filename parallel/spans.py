@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels.jagged import Jagged, lengths_to_offsets
+from kernels.transfer import copy_to
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,3 @@ def count_out(starts: Tensor, sizes: Tensor, device: torch.device) -> Tensor:
     shift, sizes = copy_to(torch.stack([starts - ends + sizes, sizes]), device)
     shift = torch.repeat_interleave(shift, sizes, output_size=total)
     return shift.add_(torch.arange(total, device=device))
-
-
-def copy_to(x: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device, by a copy that the host does not wait for."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

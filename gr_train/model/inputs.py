@@ -1,7 +1,7 @@
 """From a shard of ids to the rows a model reads.
 
 Which kind of token sits where follows from (position, length, targets), known on the host for every
-rank; so all index lists are made there and nothing waits for the device. Two input styles:
+rank; so all index lists are made there, in advance, and nothing waits for the device. Two styles:
 
 interleaved  contextual..., item, action, item, action, ..., candidate, candidate, ...
 merged       contextual..., item + action, item + action, ..., candidate, candidate, ...
@@ -16,17 +16,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kernels.transfer import copy_together
 from parallel.shard import Shard
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one forward pass looks up and where it goes. Index tensors are int64, on the device."""
+    """What one forward pass looks up and where it goes: int64, on the device but for ids."""
 
-    ids: dict[str, Tensor]  # embedding feature -> ids
+    ids: dict[str, Tensor]  # embedding feature -> ids, on the host
     rows: dict[str, Tensor]  # the same features -> rows of this rank they are added to
+    gaps: Tensor  # [rows]: seconds since the token before
     label_rows: Tensor  # rows that predict something
     labels: Tensor  # what they predict: the next item (retrieval), a bitmask of tasks (ranking)
+    label_ids: Tensor  # the same, on the host
 
 
 def make_inputs(
@@ -59,16 +62,20 @@ def make_inputs(
     elif last_only:
         predicts = predicts & (position == history - 1)
 
-    def on_device(mask: Tensor) -> Tensor:
-        return mask.nonzero()[:, 0].to(shard.device, non_blocking=True)
+    def where(mask: Tensor) -> Tensor:
+        return mask.nonzero()[:, 0]
 
-    where = {"item": on_device(is_item), "action": on_device(is_action)}
+    at = {"item": where(is_item), "action": where(is_action)}
     for index, name in enumerate(contextual):
-        where[name] = on_device((position == index) & ~is_target)
+        at[name] = where((position == index) & ~is_target)
     source = {"action": shard.tokens["action" if style == "merged" else "id"]}
-    ids = {name: source.get(name, shard.tokens["id"])[index] for name, index in where.items()}
-    label_rows = on_device(predicts)
-    return Inputs(ids, where, label_rows, shard.tokens["label"][label_rows])
+    ids = {name: source.get(name, shard.tokens["id"])[index] for name, index in at.items()}
+    label_rows = where(predicts)
+    label_ids = shard.tokens["label"][label_rows]
+    gaps, label_rows, labels, *indices = copy_together(
+        [shard.tokens["gap"], label_rows, label_ids, *at.values()], shard.device
+    )
+    return Inputs(ids, dict(zip(at, indices, strict=True)), gaps, label_rows, labels, label_ids)
 
 
 def position_ids(shard: Shard) -> Tensor:
@@ -97,7 +104,7 @@ class InputEncoder(nn.Module):
         """[rows, width] from feature -> [n, width]."""
         x = self.position(position_ids(shard))
         if self.time is not None:
-            x = x + self.time(time_buckets(shard.tokens["gap"], self.time.num_embeddings))
+            x = x + self.time(time_buckets(inputs.gaps, self.time.num_embeddings))
         for name, rows in inputs.rows.items():
             x = x.index_add(0, rows, embedded[name])
         return self.dropout(x)

@@ -7,12 +7,14 @@ ordinary single-process module, which is how the tests check the distributed one
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
+from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from gr_train.config import Config, ModelConfig
 from gr_train.data.sample import DatasetInfo
@@ -22,7 +24,9 @@ from gr_train.model.inputs import InputEncoder, Inputs, init_linear, make_inputs
 from gr_train.model.mask import choose_exchange, mask_intervals
 from gr_train.model.sasrec import SASRecLayer
 from kernels.backend import compute_dtype
-from parallel.embedding.lookup import lookup
+from kernels.transfer import copy_to
+from parallel.attention import make_ready
+from parallel.embedding.lookup import Routed, route
 from parallel.embedding.tables import Table
 from parallel.shard import Shard
 from parallel.visibility import Visibility
@@ -48,7 +52,6 @@ class DenseModel(nn.Module):
     def __init__(self, config: Config, info: DatasetInfo) -> None:
         super().__init__()
         model, max_length = config.model, config.data.max_length
-        self.mask, self.num_contextual = model.mask, len(info.contextual)
         self.fp32_residual = config.train.fp32_residual
         self.encoder = InputEncoder(model.width, max_length, model.time_buckets, model.dropout)
         exchange = choose_exchange(config.parallel.exchange, model.mask)
@@ -66,10 +69,9 @@ class DenseModel(nn.Module):
             else nn.Identity()
         )
 
-    def forward(self, embedded: dict[str, Tensor], inputs: Inputs, shard: Shard) -> Tensor:
+    def forward(self, embedded: dict[str, Tensor], inputs: Inputs, seen: Visibility) -> Tensor:
         """[label rows, width] for retrieval, logits [label rows, tasks] for ranking."""
-        seen = Visibility(shard, partial(mask_intervals, self.mask, self.num_contextual))
-        x = self.encoder(embedded, inputs, shard)
+        x = self.encoder(embedded, inputs, seen.shard)
         if not self.fp32_residual:
             x = x.to(compute_dtype(x))
         for layer in self.layers:
@@ -77,90 +79,114 @@ class DenseModel(nn.Module):
         return self.head(self.norm(x.index_select(0, inputs.label_rows)))
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A shard, made ready by the host for one pass of the model; tensors are on the device."""
+
+    inputs: Inputs
+    seen: Visibility
+    routed: Routed
+    negatives: Tensor | None
+
+
 class Recommender:
-    """Joins tables and dense model. Calls are collective over all processes."""
+    """Joins tables and dense model. Calls are collective over all processes.
+
+    `prepare` is the host's work and may run ahead; `loss` and `predict` never wait for the device.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         info: DatasetInfo,
-        embeddings: nn.Module,
+        embeddings: EmbeddingCollection | ShardedEmbeddingCollection,
         dense: nn.Module,
         world: dist.ProcessGroup | None,
         precision: torch.dtype | None = None,
+        exchange: str = "ring",
     ) -> None:
-        """precision: of the dense model's matrix products; None leaves them in float32."""
+        """precision: of the dense model's matrix products; None leaves them in float32.
+
+        exchange: the dense model's, to be prepared for.
+        """
         self.config, self.info = config, info
         self.embeddings, self.dense, self.world = embeddings, dense, world
-        self.precision = precision
+        self.precision, self.exchange = precision, exchange
+        self.mask = partial(mask_intervals, config.mask, len(info.contextual))
         self.features = [name for table in tables(config, info) for name in table.features]
 
-    def loss(self, shard: Shard, negatives: Tensor | None = None) -> Tensor:
-        """The mean loss over the labels of *all* ranks, as a number whose gradient DDP can average.
+    def prepare(
+        self, shard: Shard, negatives: Tensor | None = None, *, last_only: bool = False
+    ) -> Prepared:
+        """negatives: int64 [M] item ids on the host, the same on every rank, for retrieval's loss.
 
-        negatives: int64 [M] item ids, the same on every rank (retrieval).
-        Each rank returns world size * its sum / global count: the mean over ranks, of the value and
-        of every gradient, is then the global mean. TorchRec averages gradients over ranks as well.
+        last_only: retrieval predicts from each sequence's last history token alone.
         """
-        inputs = self._inputs(shard, last_only=False)
-        if self.config.task == "retrieval":
-            assert negatives is not None
-            hidden, found = self._forward(
-                shard, inputs, {"label": inputs.labels, "negative": negatives}
-            )
-            total = sampled_softmax_loss(
-                hidden,
-                inputs.labels,
-                found["label"],
-                negatives,
-                found["negative"],
-                self.config.temperature,
-            )
-        else:
-            logits, _ = self._forward(shard, inputs, {})
-            total = binary_tasks_loss(logits, inputs.labels)
-        count = torch.full((), inputs.labels.numel(), dtype=torch.float32, device=shard.device)
-        size = 1
-        if self.world is not None:
-            dist.all_reduce(count, group=self.world)
-            size = self.world.size()
-        return total * size / count.clamp(min=1)
-
-    def predict(self, shard: Shard) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What the label rows say, their labels, and the labels' embeddings (retrieval).
-
-        Retrieval predicts from each sequence's last history token alone.
-        """
-        inputs = self._inputs(shard, last_only=True)
-        labels = {"label": inputs.labels} if self.config.task == "retrieval" else {}
-        out, found = self._forward(shard, inputs, labels)
-        return out, inputs.labels, found.get("label")
-
-    def item_embeddings(self, items: Tensor) -> Tensor:
-        """[n, width] of item ids [n]; every rank may ask for other items."""
-        return self._lookup({"item": items})["item"]
-
-    def _inputs(self, shard: Shard, *, last_only: bool) -> Inputs:
-        return make_inputs(
+        inputs = make_inputs(
             shard,
             contextual=list(self.info.contextual),
             task=self.config.task,
             style=self.config.input_style,
             last_only=last_only,
         )
+        ids = dict(inputs.ids)
+        if self.config.task == "retrieval":
+            ids["label"] = inputs.label_ids
+        if negatives is not None:
+            ids["negative"] = negatives
+            negatives = copy_to(negatives, shard.device)
+        seen = Visibility(shard, self.mask)
+        make_ready(seen, self.exchange)
+        return Prepared(inputs, seen, self._route(ids, shard.device), negatives)
 
-    def _forward(
-        self, shard: Shard, inputs: Inputs, more: dict[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        found = self._lookup({**inputs.ids, **more})
+    def loss(self, batch: Prepared) -> Tensor:
+        """The mean loss over the labels of *all* ranks, as a number whose gradient DDP can average.
+
+        Each rank returns world size * its sum / global count: the mean over ranks, of the value and
+        of every gradient, is then the global mean. TorchRec averages gradients over ranks as well.
+        """
+        out, found = self._forward(batch)
+        labels = batch.inputs.labels
+        if self.config.task == "retrieval":
+            assert batch.negatives is not None
+            total = sampled_softmax_loss(
+                out,
+                labels,
+                found["label"],
+                batch.negatives,
+                found["negative"],
+                self.config.temperature,
+            )
+        else:
+            total = binary_tasks_loss(out, labels)
+        count = torch.full((), labels.numel(), dtype=torch.float32, device=labels.device)
+        size = 1
+        if self.world is not None:
+            dist.all_reduce(count, group=self.world)
+            size = self.world.size()
+        return total * size / count.clamp(min=1)
+
+    def predict(self, batch: Prepared) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the label rows say, their labels, and the labels' embeddings (retrieval)."""
+        out, found = self._forward(batch)
+        labelled = self.config.task == "retrieval"
+        return out, batch.inputs.labels, found["label"] if labelled else None
+
+    def item_embeddings(self, items: Tensor, device: torch.device) -> Tensor:
+        """[n, width] of item ids [n] on the host; every rank may ask for other items."""
+        return self._route({"item": items}, device).look_up()["item"]
+
+    def _forward(self, batch: Prepared) -> tuple[Tensor, dict[str, Tensor]]:
+        found = batch.routed.look_up()
         # Losses and ranks stay outside: they compare items whose scores half precision would tie.
         autocast = torch.autocast(
-            shard.device.type, self.precision, enabled=self.precision is not None
+            batch.seen.shard.device.type, self.precision, enabled=self.precision is not None
         )
         with autocast:
-            return self.dense(found, inputs, shard), found
+            return self.dense(found, batch.inputs, batch.seen), found
 
-    def _lookup(self, ids: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _route(self, ids: dict[str, Tensor], device: torch.device) -> Routed:
         """Sharded tables want every feature in every call: those not asked for get no ids."""
-        none = next(iter(ids.values()))[:0]
-        return lookup(self.embeddings, {name: ids.get(name, none) for name in self.features})
+        none = torch.zeros(0, dtype=torch.int64)
+        every = {name: ids.get(name, none) for name in self.features}
+        return route(self.embeddings, every, device)

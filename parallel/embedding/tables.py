@@ -15,6 +15,7 @@ from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.optim.keyed import KeyedOptimizer
 
+from parallel.embedding.lookup import route_on_host
 from parallel.embedding.plan import embedding_plan
 from parallel.mesh import Mesh
 
@@ -79,6 +80,7 @@ def shard_tables(
         ShardingEnv.from_process_group(mesh.world),
         mesh.device,
     )
+    route_on_host(sharded, (feature for table in tables for feature in table.features))
     initialize(sharded, seed)
     return sharded
 

@@ -14,6 +14,8 @@ from parallel.embedding.tables import embedding_collection
 
 INFO = DatasetInfo(num_items=37, num_actions=2)
 
+CPU = torch.device("cpu")
+
 
 def make_model() -> Recommender:
     torch.manual_seed(0)
@@ -27,8 +29,8 @@ def test_ranks_equal_a_sort() -> None:
     model = make_model()
     labels = torch.randint(37, (20,))
     users = unit_rows(torch.randn(20, 6))
-    targets = unit_rows(model.item_embeddings(labels))
-    scores = users @ unit_rows(model.item_embeddings(torch.arange(37))).T
+    targets = unit_rows(model.item_embeddings(labels, CPU))
+    scores = users @ unit_rows(model.item_embeddings(torch.arange(37), CPU)).T
     want = (scores.argsort(1, descending=True) == labels[:, None]).nonzero()[:, 1] + 1
     for chunk in (1, 5, 37, 100):
         assert torch.equal(full_ranks(model, users, labels, targets, chunk), want)
@@ -40,7 +42,7 @@ def test_a_collapsed_model_ranks_last() -> None:
     model = make_model()
     labels = torch.tensor([3, 4])
     for users in (torch.zeros(2, 6), torch.full((2, 6), torch.nan)):
-        ranks = full_ranks(model, users, labels, unit_rows(model.item_embeddings(labels)), 10)
+        ranks = full_ranks(model, users, labels, unit_rows(model.item_embeddings(labels, CPU)), 10)
         assert ranks.tolist() == [37, 37]
 
 

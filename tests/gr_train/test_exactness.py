@@ -7,6 +7,7 @@ group, no DDP, whole sequences. Tables are trained with SGD, whose updates show 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,15 +18,16 @@ from gr_train.config import Config, ModelConfig, ParallelConfig
 from gr_train.data.collate import collate
 from gr_train.data.sample import DatasetInfo
 from gr_train.model.inputs import make_inputs
-from gr_train.model.mask import sequence_flops
+from gr_train.model.mask import mask_intervals, sequence_flops
 from gr_train.model.recommender import DenseModel, Recommender, tables
 from parallel.batch import JaggedBatch
 from parallel.dense import replicate
-from parallel.embedding.lookup import lookup
+from parallel.embedding.lookup import route
 from parallel.embedding.tables import embedding_collection, shard_tables
 from parallel.layout import ZigzagLayout
 from parallel.mesh import build_mesh
 from parallel.shard import shard_batch
+from parallel.visibility import Visibility
 from tests.gr_train.samples import INFO, make_samples
 
 CPU = torch.device("cpu")
@@ -124,7 +126,7 @@ def distributed_step(
     if balance:
         batch = replace(batch, costs=sequence_flops(config.model, len(info.contextual), batch))
     shard = shard_batch(batch, ZigzagLayout(cp), mesh)
-    loss = model.loss(shard, NEGATIVES)
+    loss = model.loss(model.prepare(shard, NEGATIVES))
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in dense.module.named_parameters()}
     mean_loss = loss.detach() / mesh.size
@@ -155,8 +157,9 @@ def single_step(task: str, style: str, kind: str, before: dict[str, torch.Tensor
     labels, ids = inputs.labels, dict(inputs.ids)
     if task == "retrieval":
         ids |= {"label": labels, "negative": NEGATIVES}
-    found = lookup(embeddings, ids)
-    out = dense(found, inputs, shard)
+    found = route(embeddings, ids, CPU).look_up()
+    mask = partial(mask_intervals, config.model.mask, len(info.contextual))
+    out = dense(found, inputs, Visibility(shard, mask))
     if task == "retrieval":
         unit = {name: F.normalize(found[name], dim=-1) for name in ("label", "negative")}
         out = F.normalize(out, dim=-1)

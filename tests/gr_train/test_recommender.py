@@ -9,8 +9,10 @@ from gr_train.config import Config, ModelConfig, TrainConfig
 from gr_train.data.collate import collate
 from gr_train.model.inputs import make_inputs
 from gr_train.model.recommender import DenseModel
+from kernels.masks import hstu_intervals
 from parallel.layout import ZigzagLayout
 from parallel.shard import shard_batch
+from parallel.visibility import Visibility
 from tests.gr_train.samples import INFO, make_samples
 
 
@@ -44,7 +46,7 @@ def test_residual_stream(kind: str, autocast: bool, fp32_residual: bool, want: t
     for layer in dense.layers:
         layer.register_forward_hook(lambda _, x, out: streams.extend([x[0].dtype, out.dtype]))
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = dense(embedded, inputs, shard)
+        out = dense(embedded, inputs, Visibility(shard, hstu_intervals))
     assert streams == [want] * 4
     out.float().sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in dense.parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parallel.embedding.lookup import lookup
+from parallel.embedding.lookup import route
 from parallel.embedding.tables import Table, embedding_collection, shard_tables
 from parallel.mesh import build_mesh
 
@@ -43,7 +43,7 @@ def train_once(size: int):
         seed=3,
     )
     before = full_tables(sharded)
-    found = lookup(sharded, ids_of(mesh.rank))
+    found = route(sharded, ids_of(mesh.rank), CPU).look_up()
     sum((i + 1) * (x**2).sum() for i, x in enumerate(found.values())).backward()
     return before, {k: x.detach() for k, x in found.items()}, full_tables(sharded)
 
@@ -56,7 +56,7 @@ def test_equals_plain_tables(run_in_world, size: int) -> None:
     plain.load_state_dict(before)
     loss = 0.0
     for rank in range(size):
-        found = lookup(plain, ids_of(rank))
+        found = route(plain, ids_of(rank), CPU).look_up()
         for key, x in found.items():
             torch.testing.assert_close(results[rank][1][key], x.detach())
         loss += sum((i + 1) * (x**2).sum() for i, x in enumerate(found.values()))

@@ -1,0 +1,91 @@
+"""Making the next batch beside a step: order, one ahead and no more, errors; no waits on a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from gr_train.ahead import Ahead
+from gr_train.config import load_config
+from gr_train.trainer import Trainer
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_in_order_and_no_more_than_asked_for(threaded: bool) -> None:
+    numbers, threads = itertools.count(), set()
+
+    def make() -> int:
+        threads.add(threading.current_thread())
+        return next(numbers)
+
+    assert list(Ahead(make, 4, threaded=threaded)) == [0, 1, 2, 3]
+    assert next(numbers) == 4
+    assert (threading.current_thread() in threads) != threaded
+
+
+def test_one_ahead_once_settled() -> None:
+    made: list[int] = []
+
+    def make() -> int:
+        made.append(len(made))
+        return made[-1]
+
+    ahead = Ahead(make, 10, threaded=True)
+    for used, number in enumerate(ahead):
+        ahead.settle()
+        assert number == used
+        assert made == list(range(min(used + 2, 10)))
+
+
+def test_an_error_reaches_the_user() -> None:
+    def make() -> int:
+        raise OSError("no such file")
+
+    ahead = Ahead(make, 2, threaded=True)
+    with pytest.raises(OSError, match="no such file"):
+        next(iter(ahead))
+    ahead.settle()
+
+
+def steps_without_waiting(run_dir: str, overrides: list[str]) -> list[float]:
+    world = torch.cuda.device_count()
+    shared = [
+        "data.max_length=256",
+        "data.batch_size=8",
+        "model.width=64",
+        "model.num_heads=2",
+        "train.steps=8",
+        f"run_dir={run_dir}",
+    ]
+    config = load_config(None, [*shared, f"parallel.cp={world}", *overrides], world_size=world)
+    trainer = Trainer(config)
+    trainer.dense.train()
+    losses = []
+    for step, batch in enumerate(trainer._batches(0), start=1):
+        if step == 5:  # compiled, buffers grown
+            torch.cuda.set_sync_debug_mode("error")
+        losses.append(trainer.step(step, batch.prepared))
+    torch.cuda.set_sync_debug_mode("default")
+    return torch.stack(losses).tolist()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["parallel.exchange=ring", "model.dropout=0.1"],
+        ["model.mask.local=32", "model.mask.prefix=8"],
+        ["model.task=ranking", "parallel.exchange=all_gather", "model.recompute=projections"],
+    ],
+    ids=["ring", "halo", "all_gather"],
+)
+def test_a_step_never_waits_for_the_gpu(
+    run_in_world: Any, tmp_path: Any, overrides: list[str]
+) -> None:
+    world = torch.cuda.device_count()
+    for losses in run_in_world(world, steps_without_waiting, str(tmp_path), overrides):
+        assert all(loss == loss for loss in losses)
