@@ -9,8 +9,9 @@
 One process a GPU, started anew for every cp; one table. `efficiency` is time at cp = 1 over cp
 times the time here. `exposed` is the share of the time in which the GPU communicates, or waits for
 another, and computes nothing, from a profiler's trace; `sent` is what a rank sends, the messages'
-own bytes. Times are medians of the slowest rank; FLOPs count as in `benchmarks.attention` (backward
-2.5 times forward), of matrix products 6 a weight and token.
+own bytes; `host` the time until a call has been enqueued. Times are medians of the slowest rank;
+FLOPs count as in `benchmarks.attention` (backward 2.5 times forward), of matrix products 6 a weight
+and token.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ COLUMNS = {  # of the table: title and format
     "cp": "d",
     "exchange": "s",
     "ms": ".2f",
+    "host ms": ".2f",
     "tokens/s": ",.0f",
     "TFLOP/s a GPU": ".0f",
     "efficiency": ".3f",
@@ -115,13 +117,18 @@ def _leaving(name: str, given: dict[str, Any], group: Any) -> int:
     return send.nbytes - splits[group.rank()] * send[:1].nbytes
 
 
-def exposed_share(call: Callable[[], object], calls: int) -> float:
-    """Of the time from the first kernel to the last, how much only communicates."""
+def exposed_share(call: Callable[[], object], calls: int, trace: str | None) -> float:
+    """Of the time from the first kernel to the last, how much only communicates.
+
+    trace: file to keep what the profiler saw in.
+    """
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
         for _ in range(calls):
             call()
         torch.cuda.synchronize()
+    if trace and dist.get_rank() == 0:
+        profiler.export_chrome_trace(trace)
     spans: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:
@@ -146,7 +153,7 @@ def _length(spans: list[tuple[float, float]]) -> float:
     return sum(end - start for start, end in spans)
 
 
-def measure(call: Callable[[], object], args: argparse.Namespace) -> dict[str, Any]:
+def measure(call: Callable[[], object], args: argparse.Namespace, name: str) -> dict[str, Any]:
     """ms, bytes sent, exposed share and peak memory of one call on this rank."""
     for _ in range(args.warmup):
         call()
@@ -159,14 +166,17 @@ def measure(call: Callable[[], object], args: argparse.Namespace) -> dict[str, A
     start = time.perf_counter()
     for _ in range(args.repeats):
         call()
+    enqueued = time.perf_counter() - start
     torch.cuda.synchronize()
     mean = (time.perf_counter() - start) * 1000 / args.repeats
     peak = torch.cuda.max_memory_allocated()
+    trace = f"{args.trace}-{name}-cp{args.worker}.json.gz" if args.trace else None
     return {
         "ms": max(ms, mean) if args.what == "step" else ms,
+        "host ms": enqueued * 1000 / args.repeats,
         "sent MB": traffic.bytes / 1e6,
         "peak GiB": peak / 2**30,
-        "exposed %": 100 * exposed_share(call, 3),
+        "exposed %": 100 * exposed_share(call, 3, trace),
     }
 
 
@@ -207,7 +217,7 @@ def attention(args: argparse.Namespace) -> list[dict]:
             )
             torch.autograd.grad(out, tensors, dout)
 
-        row = measure(call, args)
+        row = measure(call, args, exchange)
         name = f"ring, {mesh.transport.name}" if exchange == "ring" else exchange
         row |= {"exchange": name if world > 1 else "-"}
         row |= {"flops": flops, "tokens": int(lengths.sum())}
@@ -238,7 +248,7 @@ def step(args: argparse.Namespace) -> list[dict]:
         steps += 1
         trainer.step(steps, next(prepared))
 
-    row = measure(call, args)
+    row = measure(call, args, "step")
     row |= {"exchange": config.parallel.exchange if world > 1 else "-"}
     flops, tokens = 0.0, 0
     for batch in batches:
@@ -301,6 +311,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", help="file for all numbers")
+    parser.add_argument("--trace", help="start of the names of files for the profiler's traces")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     group = parser.add_argument_group("attention")
