@@ -13,8 +13,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton.forward import load_bounds, sees, store_rows
-from kernels.triton.runs import RECORD, SPLITS_AT, find_block, load_runs
+from kernels.triton.forward import load_bounds, load_rows, store_rows
+from kernels.triton.runs import (
+    FULL_RUNS,
+    KINDS,
+    MASKED_RUNS,
+    RECORD,
+    find_block,
+    load_runs,
+    query_rows,
+)
 from kernels.triton.silu import UNSEEN, silu_and_twice_slope
 
 
@@ -62,25 +70,22 @@ def key_value_kernel(
     v = v_desc.load([row0, head * V_DIM])
     dk = tl.zeros([BLOCK_N, QK_DIM], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, V_DIM], dtype=tl.float32)
-    keys = (row0 + tl.arange(0, BLOCK_N))[:, None]
-    first_split = tl.load(record + SPLITS_AT)
-    second_split = tl.load(record + SPLITS_AT + 1)
+    rows = row0 + tl.arange(0, BLOCK_N)
+    keys = rows[:, None]
 
-    blocks, full_blocks, runs = load_runs(record, BLOCK_M)
-    for masked in tl.static_range(2):
-        for block in tl.range(full_blocks * masked, blocks if masked else full_blocks):
-            row = find_block(runs, block, BLOCK_M)
+    for kind in tl.static_range(KINDS):
+        blocks, runs = load_runs(record, kind, MASKED_RUNS if kind > 0 else FULL_RUNS, BLOCK_M)
+        for block in tl.range(blocks):
+            row, end = find_block(runs, block, BLOCK_M)
             q = q_desc.load([row, head * QK_DIM])
             half_scores = tl.dot(k, q.T, input_precision=PRECISION) * half_alpha
             dout = dout_desc.load([row, head * V_DIM])
             if KEY:
                 dweights = tl.dot(v, dout.T, input_precision=PRECISION)
-            if masked:
+            if kind > 0:
                 queries = row + tl.arange(0, BLOCK_M)
-                end = tl.where(row < second_split, second_split, num_rows)
-                end = tl.where(row < first_split, first_split, end)
-                bounds = load_bounds(bounds_ptr, num_rows, queries, end, 0)
-                half_scores = tl.where(sees(bounds, keys), half_scores, UNSEEN)
+                low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, queries < end, 0)
+                half_scores = tl.where((keys >= low) & (keys < high), half_scores, UNSEEN)
             weights, slope = silu_and_twice_slope(half_scores, FAST)
             if VALUE:
                 dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
@@ -89,16 +94,18 @@ def key_value_kernel(
 
     if KEY:
         dk *= scale * half_alpha
-        store_rows(dk_ptr, add_k_ptr, dk, row0, row_end, HEADS * QK_DIM, head * QK_DIM)
+        store_rows(dk_ptr, add_k_ptr, dk, rows, rows < row_end, HEADS * QK_DIM, head * QK_DIM)
     if VALUE:
         dv *= scale
-        store_rows(dv_ptr, add_v_ptr, dv, row0, row_end, HEADS * V_DIM, head * V_DIM)
+        store_rows(dv_ptr, add_v_ptr, dv, rows, rows < row_end, HEADS * V_DIM, head * V_DIM)
 
 
 @triton.jit(do_not_specialize=["num_rows", "half_alpha", "scale"])
 def query_kernel(
-    dout_desc,
-    q_desc,
+    dout_ptr,
+    q_ptr,
+    dout_stride,
+    q_stride,
     k_desc,
     v_desc,
     add_ptr,
@@ -122,31 +129,30 @@ def query_kernel(
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS % PARTS
     record = tiles_ptr + (tl.program_id(0) // (HEADS * PARTS)).to(tl.int64) * RECORD
-    row0 = tl.load(record) + part * BLOCK_M
-    row_end = tl.load(record + 1)
-    if row0 >= row_end:
+    queries, inside, some = query_rows(record, part, TILE, BLOCK_M)
+    if not some:
         return
 
-    q = q_desc.load([row0, head * QK_DIM])
-    dout = dout_desc.load([row0, head * V_DIM])
+    q = load_rows(q_ptr, queries, inside, q_stride, head * QK_DIM, QK_DIM)
+    dout = load_rows(dout_ptr, queries, inside, dout_stride, head * V_DIM, V_DIM)
     dq = tl.zeros([BLOCK_M, QK_DIM], dtype=tl.float32)
-    queries = row0 + tl.arange(0, BLOCK_M)
 
-    blocks, full_blocks, runs = load_runs(record, BLOCK_N)
-    for masked in tl.static_range(2):
-        if masked:
-            bounds = load_bounds(bounds_ptr, num_rows, queries, row_end, 1)
-        for block in tl.range(full_blocks * masked, blocks if masked else full_blocks):
-            row = find_block(runs, block, BLOCK_N)
+    for kind in tl.static_range(KINDS):
+        blocks, runs = load_runs(record, kind, 2, BLOCK_N)
+        if kind > 0:
+            low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, inside, 1)
+        for block in tl.range(blocks):
+            row, _ = find_block(runs, block, BLOCK_N)
             k = k_desc.load([row, head * QK_DIM])
             half_scores = tl.dot(q, k.T, input_precision=PRECISION) * half_alpha
             v = v_desc.load([row, head * V_DIM])
             dweights = tl.dot(dout, v.T, input_precision=PRECISION)
-            if masked:
+            if kind > 0:
                 keys = (row + tl.arange(0, BLOCK_N))[None, :]
-                half_scores = tl.where(sees(bounds, keys), half_scores, UNSEEN)
+                half_scores = tl.where((keys >= low) & (keys < high), half_scores, UNSEEN)
             _, slope = silu_and_twice_slope(half_scores, FAST)
             dq = tl.dot((dweights * slope).to(k.dtype), k, dq, input_precision=PRECISION)
 
+    queries, inside, _ = query_rows(record, part, TILE, BLOCK_M)  # again: registers are dear
     dq *= scale * half_alpha
-    store_rows(dq_ptr, add_ptr, dq, row0, row_end, HEADS * QK_DIM, head * QK_DIM)
+    store_rows(dq_ptr, add_ptr, dq, queries, inside, HEADS * QK_DIM, head * QK_DIM)

@@ -22,9 +22,11 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Config:
-    """One shape of problem. `tile`, the plan's, is a multiple of every block."""
+    """One shape of problem. The plan's `tile` is a multiple of `part` and of the forward's blocks;
+    `part` is one of the backward's."""
 
     tile: int
+    part: int
     forward: Blocks
     query: Blocks
     key: Blocks
@@ -34,9 +36,10 @@ class Config:
 # By the larger of the two head dims, padded to a power of two. On Hopper two blocks of 4 warps
 # share a multiprocessor where they fit: one computes SiLU while the other's products run.
 HOPPER = {
-    64: Config(128, Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
-    128: Config(128, Blocks(128, 64, 4, 2), Blocks(128, 64, 8, 3), Blocks(64, 64, 4, 2)),
+    64: Config(128, 64, Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
+    128: Config(128, 64, Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
     256: Config(
+        128,
         128,
         Blocks(128, 64, 8, 2),
         Blocks(64, 64, 4, 2),
@@ -45,15 +48,15 @@ HOPPER = {
     ),
 }
 # Sequences of a few hundred tokens are a few blocks each: latency and memory rule, not products.
-HOPPER_SHORT = Config(64, Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
+HOPPER_SHORT = Config(64, 64, Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
 SHORT = 512
 CONSERVATIVE = {
-    64: Config(128, Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
-    128: Config(128, Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2)),
-    256: Config(128, Blocks(64, 32, 8, 1), Blocks(64, 16, 8, 1), Blocks(16, 64, 8, 1)),
+    64: Config(128, 64, Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    128: Config(128, 64, Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2)),
+    256: Config(128, 64, Blocks(64, 32, 8, 1), Blocks(64, 16, 8, 1), Blocks(16, 64, 8, 1)),
 }
 # Float32, as three tf32 products each: correct before fast.
-SINGLE = Config(64, Blocks(64, 32, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 64, 4, 1))
+SINGLE = Config(64, 64, Blocks(64, 32, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 64, 4, 1))
 
 
 def config_for(dim: int, mean_length: int, dtype: torch.dtype, device: torch.device) -> Config:

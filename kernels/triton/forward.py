@@ -7,54 +7,45 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton.runs import RECORD, find_block, load_runs
+from kernels.triton.runs import KINDS, RECORD, find_block, load_runs, query_rows
 from kernels.triton.silu import UNSEEN, silu
 
 
 @triton.jit
-def load_bounds(bounds_ptr, num_rows, queries, end, AXIS: tl.constexpr):
-    """What queries see, none from `end` on: key rows [low, high) but for a hole [low, high).
+def load_bounds(bounds_ptr, num_rows, interval: tl.constexpr, queries, inside, AXIS: tl.constexpr):
+    """One of two intervals of key rows [low, high) that queries see, empty if not `inside`.
 
     AXIS: 1 makes them a column, for scores [queries, keys]; 0 a row.
     """
-    inside = queries < end
-    at = bounds_ptr + queries
+    at = bounds_ptr + num_rows.to(tl.int64) * (2 * interval) + queries
     low = tl.load(at, mask=inside, other=0)
     high = tl.load(at + num_rows.to(tl.int64), mask=inside, other=0)
-    hole_low = tl.load(at + num_rows.to(tl.int64) * 2, mask=inside, other=0)
-    hole_high = tl.load(at + num_rows.to(tl.int64) * 3, mask=inside, other=0)
-    return (
-        tl.expand_dims(low, AXIS),
-        tl.expand_dims(high, AXIS),
-        tl.expand_dims(hole_low, AXIS),
-        tl.expand_dims(hole_high, AXIS),
-    )
+    return tl.expand_dims(low, AXIS), tl.expand_dims(high, AXIS)
 
 
 @triton.jit
-def sees(bounds, keys):
-    """Which pairs are visible. Queries may be the rows or the columns."""
-    low, high, hole_low, hole_high = bounds
-    return (keys >= low) & (keys < high) & ((keys < hole_low) | (keys >= hole_high))
+def load_rows(ptr, rows, inside, row_stride, column0, COLUMNS: tl.constexpr):
+    """Rows of a matrix [ROWS, COLUMNS], zeros for those that are not inside."""
+    at = rows.to(tl.int64)[:, None] * row_stride + column0 + tl.arange(0, COLUMNS)[None, :]
+    return tl.load(ptr + at, mask=inside[:, None], other=0)
 
 
 @triton.jit
-def store_rows(ptr, add_ptr, x, row0, row_end, row_stride, column0):
-    """x [ROWS, COLUMNS] to rows of a matrix, but none from row_end on.
+def store_rows(ptr, add_ptr, x, rows, inside, row_stride, column0):
+    """x [ROWS, COLUMNS] to rows of a matrix, but for those that are not inside.
 
     add_ptr: another matrix, whose rows are added first; None for none, `ptr` itself if you like.
     """
-    rows = row0 + tl.arange(0, x.shape[0])
     at = rows.to(tl.int64)[:, None] * row_stride + column0 + tl.arange(0, x.shape[1])[None, :]
-    inside = (rows < row_end)[:, None]
     if add_ptr is not None:
-        x += tl.load(add_ptr + at, mask=inside, other=0)
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=inside)
+        x += tl.load(add_ptr + at, mask=inside[:, None], other=0)
+    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["num_rows", "half_alpha", "scale"])
 def forward_kernel(
-    q_desc,
+    q_ptr,
+    q_stride,
     k_desc,
     v_desc,
     add_ptr,
@@ -78,27 +69,26 @@ def forward_kernel(
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS % PARTS
     record = tiles_ptr + (tl.program_id(0) // (HEADS * PARTS)).to(tl.int64) * RECORD
-    row0 = tl.load(record) + part * BLOCK_M
-    row_end = tl.load(record + 1)
-    if row0 >= row_end:
+    queries, inside, some = query_rows(record, part, TILE, BLOCK_M)
+    if not some:
         return
 
-    q = q_desc.load([row0, head * QK_DIM])
+    q = load_rows(q_ptr, queries, inside, q_stride, head * QK_DIM, QK_DIM)
     acc = tl.zeros([BLOCK_M, V_DIM], dtype=tl.float32)
-    queries = row0 + tl.arange(0, BLOCK_M)
-    blocks, full_blocks, runs = load_runs(record, BLOCK_N)
-    for masked in tl.static_range(2):  # two loops: the full blocks' never looks at the mask
-        if masked:
-            bounds = load_bounds(bounds_ptr, num_rows, queries, row_end, 1)
-        for block in tl.range(full_blocks * masked, blocks if masked else full_blocks):
-            row = find_block(runs, block, BLOCK_N)
+    for kind in tl.static_range(KINDS):  # a loop each: the full blocks' never looks at the mask
+        blocks, runs = load_runs(record, kind, 2, BLOCK_N)
+        if kind > 0:
+            low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, inside, 1)
+        for block in tl.range(blocks):
+            row, _ = find_block(runs, block, BLOCK_N)
             k = k_desc.load([row, head * QK_DIM])
             half_scores = tl.dot(q, k.T, input_precision=PRECISION) * half_alpha
-            if masked:
+            if kind > 0:
                 keys = (row + tl.arange(0, BLOCK_N))[None, :]
-                half_scores = tl.where(sees(bounds, keys), half_scores, UNSEEN)
+                half_scores = tl.where((keys >= low) & (keys < high), half_scores, UNSEEN)
             weights = silu(half_scores, FAST)
             v = v_desc.load([row, head * V_DIM])
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
 
-    store_rows(out_ptr, add_ptr, acc * scale, row0, row_end, HEADS * V_DIM, head * V_DIM)
+    queries, inside, _ = query_rows(record, part, TILE, BLOCK_M)  # again: registers are dear
+    store_rows(out_ptr, add_ptr, acc * scale, queries, inside, HEADS * V_DIM, head * V_DIM)

@@ -36,11 +36,13 @@ def forward(
         return _nothing(add, out)
     q, k, v = _padded(q), _padded(k), _padded(v)
     config = _config(q, v, queries)
-    plan = plan_for(queries, keys, intervals, config.tile)
+    plan = plan_for(queries, keys, intervals, config.tile, config.part)
     blocks, tiles = config.forward, plan.query_tiles
+    q_matrix = _matrix(q)
     target = _Target(out, add, v.shape[2])
     forward_kernel[(len(tiles) * (config.tile // blocks.m) * q.shape[1],)](
-        _descriptor(q, blocks.m),
+        q_matrix,
+        q_matrix.stride(0),
         _descriptor(k, blocks.n),
         _descriptor(v, blocks.n),
         target.add,
@@ -74,12 +76,15 @@ def query_gradient(
         return _nothing(add, out)
     dout, q, k, v = _padded(dout.to(q.dtype)), _padded(q), _padded(k), _padded(v)
     config = _config(q, v, queries)
-    plan = plan_for(queries, keys, intervals, config.tile)
-    blocks, tiles = config.query, plan.query_tiles
+    plan = plan_for(queries, keys, intervals, config.tile, config.part)
+    blocks, tiles = config.query, plan.query_parts
+    dout_matrix, q_matrix = _matrix(dout), _matrix(q)
     target = _Target(out, add, q.shape[2])
-    query_kernel[(len(tiles) * (config.tile // blocks.m) * q.shape[1],)](
-        _descriptor(dout, blocks.m),
-        _descriptor(q, blocks.m),
+    query_kernel[(len(tiles) * (config.part // blocks.m) * q.shape[1],)](
+        dout_matrix,
+        q_matrix,
+        dout_matrix.stride(0),
+        q_matrix.stride(0),
         _descriptor(k, blocks.n),
         _descriptor(v, blocks.n),
         target.add,
@@ -89,7 +94,7 @@ def query_gradient(
         len(q),
         alpha / 2,
         scale,
-        **_constants(q, v, config.tile, blocks),
+        **_constants(q, v, config.part, blocks),
     )
     return target.finish()
 
@@ -114,14 +119,14 @@ def key_value_gradients(
         return _nothing(add_k, out[0]), _nothing(add_v, out[1])
     dout, q, k, v = _padded(dout.to(q.dtype)), _padded(q), _padded(k), _padded(v)
     config = _config(q, v, queries)
-    plan = plan_for(queries, keys, intervals, config.tile)
-    tiles = plan.key_tiles
+    plan = plan_for(queries, keys, intervals, config.tile, config.part)
+    tiles = plan.key_parts
     key, value = _Target(out[0], add_k, k.shape[2]), _Target(out[1], add_v, v.shape[2])
     launches = [(config.key, True, config.value is None)]
     if config.value is not None:
         launches.append((config.value, False, True))
     for blocks, with_key, with_value in launches:
-        key_value_kernel[(len(tiles) * (config.tile // blocks.n) * q.shape[1],)](
+        key_value_kernel[(len(tiles) * (config.part // blocks.n) * q.shape[1],)](
             _descriptor(dout, blocks.m),
             _descriptor(q, blocks.m),
             _descriptor(k, blocks.n),
@@ -137,7 +142,7 @@ def key_value_gradients(
             scale,
             KEY=with_key,
             VALUE=with_value,
-            **_constants(q, v, config.tile, blocks),
+            **_constants(q, v, config.part, blocks),
         )
     return key.finish(), value.finish()
 
@@ -175,12 +180,17 @@ def _padded(x: Tensor) -> Tensor:
 
 
 def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
-    """Blocks of rows of one head, out of x [T, H, D] seen as the matrix [T, H * D]."""
+    """Blocks of rows of one head, out of x [T, H, D]."""
+    return TensorDescriptor.from_tensor(_matrix(x), [block, x.shape[2]])
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """x [T, H, D] as [T, H * D], aligned as descriptors want it."""
     matrix = x.flatten(1)
     bytes_per_row = matrix.stride(0) * matrix.element_size()
     if matrix.stride(1) != 1 or bytes_per_row % 16 or matrix.data_ptr() % 16:
         matrix = matrix.clone(memory_format=torch.contiguous_format)
-    return TensorDescriptor.from_tensor(matrix, [block, x.shape[2]])
+    return matrix
 
 
 def _constants(q: Tensor, v: Tensor, tile: int, blocks: Blocks) -> dict[str, object]:

@@ -1,9 +1,10 @@
 """How a kernel walks the rows its tile has to visit: the record that `plan.py` writes, read back.
 
 A record is int32: the tile's first row, the row after its last one (of its sequence, so it may lie
-beyond the tile), then the runs of rows to visit as (start, end), the full ones before the masked.
-Runs that are not the last of their kind are whole multiples of the plan's tile, or end where rows
-begin that no block may overrun: at the two splits, of key tiles. Unused runs are empty.
+beyond the tile), the same of other rows that ride along behind these, then runs of rows to visit as
+(start, end); what is unused is empty. There are three kinds of runs: full ones, where every query
+sees every key, and those where the queries' first interval is to be tested, or their second. A full
+run is a multiple of every block.
 """
 
 from __future__ import annotations
@@ -13,34 +14,51 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+KINDS = tl.constexpr(3)
 FULL_RUNS = tl.constexpr(2)
-MASKED_RUNS = tl.constexpr(4)
-FULL_AT = tl.constexpr(2)
-MASKED_AT = tl.constexpr(6)
-SPLITS_AT = tl.constexpr(14)
-RECORD = tl.constexpr(16)
+MASKED_RUNS = tl.constexpr(4)  # per interval
+RIDERS_AT = tl.constexpr(2)
+RUNS_AT = tl.constexpr(4)
+RECORD = tl.constexpr(32)
 
 
 @triton.jit
-def load_runs(record, BLOCK: tl.constexpr):
-    """How many blocks the runs have, how many of them are full, and what `find_block` needs."""
+def run_at(kind: tl.constexpr, run):
+    """Where in a record a run is."""
+    before: tl.constexpr = FULL_RUNS + (kind - 1) * MASKED_RUNS if kind > 0 else 0
+    return RUNS_AT + 2 * (before + run)
+
+
+@triton.jit
+def query_rows(record, part, TILE: tl.constexpr, BLOCK: tl.constexpr):
+    """The rows of a part of a tile, which of them there are, and whether there are any."""
+    row0 = tl.load(record)
+    own = tl.minimum(tl.load(record + 1) - row0, TILE)
+    rider0 = tl.load(record + RIDERS_AT)
+    all = own + tl.load(record + RIDERS_AT + 1) - rider0
+    at = part * BLOCK + tl.arange(0, BLOCK)
+    return tl.where(at < own, row0, rider0 - own) + at, at < all, part * BLOCK < all
+
+
+@triton.jit
+def load_runs(record, kind: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """How many blocks the first COUNT runs of a kind have, and what `find_block` needs."""
     blocks = 0
-    full_blocks = 0
     runs = ()
-    for run in tl.static_range(FULL_RUNS + MASKED_RUNS):
-        start = tl.load(record + FULL_AT + 2 * run)
-        end = tl.load(record + FULL_AT + 2 * run + 1)
-        runs = runs + ((blocks, start - blocks * BLOCK),)  # type: ignore[assignment] # noqa: RUF005
+    for run in tl.static_range(COUNT):
+        start = tl.load(record + run_at(kind, run))
+        end = tl.load(record + run_at(kind, run) + 1)
+        runs = runs + ((blocks, start - blocks * BLOCK, end),)  # type: ignore[assignment] # noqa: RUF005
         blocks += tl.cdiv(tl.maximum(end - start, 0), BLOCK)
-        if run < FULL_RUNS:
-            full_blocks = blocks
-    return blocks, full_blocks, runs
+    return blocks, runs
 
 
 @triton.jit
 def find_block(runs, block, BLOCK: tl.constexpr):
-    """The first row of a block. Each run knows its first block and, as it were, block 0's row."""
+    """The first row of a block and the end of its run, which a masked run's block may overrun."""
     row = runs[0][1]
+    end = runs[0][2]
     for run in tl.static_range(1, len(runs)):
         row = tl.where(block >= runs[run][0], runs[run][1], row)
-    return row + block * BLOCK
+        end = tl.where(block >= runs[run][0], runs[run][2], end)
+    return row + block * BLOCK, end

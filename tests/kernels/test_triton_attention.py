@@ -28,7 +28,7 @@ TARGETS = (6, 0, 1, 0, 2)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles, and tiles of several blocks, in a short sequence. dv has its own launch."""
     block = configs.Blocks(16, 16, 4, 1)
-    monkeypatch.setattr(configs, "SINGLE", configs.Config(32, block, block, block, block))
+    monkeypatch.setattr(configs, "SINGLE", configs.Config(32, 16, block, block, block, block))
 
 
 @dataclass

@@ -1,0 +1,113 @@
+"""The plan of Triton attention, read as its kernels read it: every visible pair once, no other."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+pytest.importorskip("triton")
+
+from kernels.jagged import Jagged
+from kernels.triton.plan import Plan
+from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, RIDERS_AT, RUNS_AT
+from tests.kernels.cases import Case, cases
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TILE, PART = 16, 8
+
+
+def visible(queries: Jagged, keys: Jagged, intervals: Tensor) -> Tensor:
+    """bool [Tq, Tk]."""
+    a0, a1, b0, b1 = intervals[:, :, None].unbind(1)
+    at = keys.positions[None]
+    same = queries.sequence_ids()[:, None] == keys.sequence_ids()[None]
+    return same & ((at >= a0) & (at < a1) | (at >= b0) & (at < b1))
+
+
+def runs_of(record: list[int]) -> list[list[tuple[int, int]]]:
+    """The runs of each kind."""
+    pairs = list(zip(record[RUNS_AT.value :: 2], record[RUNS_AT.value + 1 :: 2], strict=True))
+    first, second = FULL_RUNS.value, FULL_RUNS.value + MASKED_RUNS.value
+    return [pairs[:first], pairs[first:second], pairs[second : second + MASKED_RUNS.value]]
+
+
+def visited(plan: Plan, records: Tensor, tile: int, by_keys: bool) -> Tensor:
+    """How often a kernel counts each pair: int [Tq, Tk]."""
+    count = torch.zeros(plan.queries.num_rows, plan.keys.num_rows, dtype=torch.int32)
+    key_rows = torch.arange(plan.keys.num_rows)
+    bounds = plan.bounds.cpu()[:, :, None]
+    seen = [
+        (key_rows >= 0).expand(len(count), -1),
+        (key_rows >= bounds[0]) & (key_rows < bounds[1]),
+        (key_rows >= bounds[2]) & (key_rows < bounds[3]),
+    ]
+    for record in records.tolist():
+        rows = list(range(record[0], min(record[0] + tile, record[1])))
+        if not by_keys:
+            rows += range(record[RIDERS_AT.value], record[RIDERS_AT.value + 1])
+            assert len(rows) <= tile
+        for kind, runs in enumerate(runs_of(record)):
+            for start, end in runs:
+                if start >= end:
+                    continue
+                assert kind or (end - start) % tile == 0
+                if by_keys:
+                    count[start:end, rows] += seen[kind][start:end, rows]
+                else:  # its last block may overrun the run
+                    end = start + -(-(end - start) // tile) * tile
+                    count[rows, start:end] += seen[kind][rows, start:end]
+    return count
+
+
+def check(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
+    on_device = [x.to(DEVICE) for x in (queries, keys, intervals)]
+    plan = Plan.build(*on_device, TILE, PART)
+    want = visible(queries, keys, intervals)
+    assert torch.equal(visited(plan, plan.query_tiles, TILE, by_keys=False), want.int())
+    assert torch.equal(visited(plan, plan.query_parts, PART, by_keys=False), want.int())
+    assert torch.equal(visited(plan, plan.key_parts, PART, by_keys=True), want.int())
+
+
+def part_of(whole: Jagged, keep: Tensor) -> Jagged:
+    counts = torch.zeros(whole.num_sequences, dtype=torch.int32)
+    counts.index_add_(0, whole.sequence_ids(), keep.to(torch.int32))
+    return Jagged(Jagged.whole(counts).offsets, whole.positions[keep])
+
+
+@settings(max_examples=25, deadline=None)
+@given(case=cases(max_length=120, max_sequences=3), data=st.data())
+def test_masks_and_shards(case: Case, data: st.DataObject) -> None:
+    if int(case.lengths.sum()) == 0:
+        return
+    whole = Jagged.whole(case.lengths)
+    chunks = data.draw(st.sampled_from([1, 4]))
+    chunk = whole.positions * chunks // case.lengths[whole.sequence_ids()].clamp(min=1)
+    keep = (chunk == 0) | (chunk == chunks - 1)
+    queries = part_of(whole, keep)
+    keys = part_of(whole, data.draw(st.sampled_from([keep, ~keep, keep | ~keep])))
+    if queries.num_rows and keys.num_rows:
+        check(queries, keys, case.intervals(queries))
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_any_intervals(seed: int) -> None:
+    """Unlike any mask of ours: random ends, rows that see nothing, more runs than there is room."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 150, (2,), generator=generator, dtype=torch.int32)
+    lengths[0] += 1
+    whole = Jagged.whole(lengths)
+    size = int(torch.randint(1, 20, (), generator=generator))
+    ends = torch.rand(whole.num_rows // size + 1, 4, generator=generator).sort(-1).values
+    ends = ends.repeat_interleave(size, 0)[: whole.num_rows]
+    ends = ends * (lengths[whole.sequence_ids()][:, None] + 1)
+    intervals = ends.to(torch.int32)
+    intervals[torch.rand(whole.num_rows, generator=generator) < 0.1] = 0
+    check(whole, whole, intervals)
