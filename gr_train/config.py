@@ -132,7 +132,9 @@ class CheckpointConfig:
 class TrainConfig:
     steps: int = 100
     seed: int = 0
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the device has it
+    # Of matrix products; auto: bf16 where the device has it. On GPUs bf16 is also what embeddings
+    # and their gradients travel in, and the loss multiplies in TF32; parameters stay float32.
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
     # Of the sum of all layers' outputs that runs through the model, and of its gradient. False:
     # that of train.precision, as in most trainings of this field. True rounds the sum less, for
     # models of very many layers; under bf16 it costs memory and a few percent of a step's time.

@@ -58,6 +58,11 @@ class Trainer:
         )
         self.layout = LAYOUTS[parallel.layout](parallel.cp)
 
+        precision = _precision(config.train.precision, self.device)
+        on_gpu = self.device.type == "cuda"
+        if precision and on_gpu:  # of the loss, which autocast leaves alone: TF32
+            torch.set_float32_matmul_precision("high")
+
         torch.manual_seed(config.train.seed)
         dense: nn.Module = replicate(DenseModel(config, self.info).to(self.device), self.mesh)
         tokens_per_rank = config.data.batch_size * config.data.max_length // self.mesh.size
@@ -70,9 +75,9 @@ class Trainer:
             lr=config.embedding.lr,
             eps=config.embedding.eps,
             seed=config.train.seed,
+            bf16_messages=precision is not None and on_gpu,
         )
         self.dense = dense
-        precision = _precision(config.train.precision, self.device)
         exchange = choose_exchange(parallel.exchange, config.model.mask)
         self.model = Recommender(
             config.model, self.info, embeddings, dense, self.mesh.world, precision, exchange
@@ -161,7 +166,10 @@ class Trainer:
         """Metrics of the held-out split, over all ranks."""
         self.dense.eval()
         loader = self._loader(self.config.eval.split)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")  # scores are compared: coarser ones would tie
         metrics = evaluate(self.model, loader, self.shard, self.config, self.mesh.world)
+        torch.set_float32_matmul_precision(before)
         self.dense.train()
         return metrics
 

@@ -8,8 +8,10 @@ layers and steps; they grow when a batch needs more.
 
 from __future__ import annotations
 
+import ctypes
 import socket
 from abc import ABC, abstractmethod
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -125,13 +127,16 @@ class _Messages(Arrival):
 
 
 class CopyEngines(Transport):
-    """Copies out of the peers' memory, on a stream of their own."""
+    """Copies out of the peers' memory, on a stream of their own.
+
+    Ranks tell each other of messages by counters, which streams write and wait for without a
+    kernel: a kernel, however small, would queue behind attention's blocks.
+    """
 
     name = "copy engines"
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
         super().__init__(group, device, watchdog)
-        # High priority: signals are tiny kernels, which else queue behind attention's blocks.
         self.stream = torch.cuda.Stream(device, priority=-1)
         self._outboxes: dict[str, _SymmetricBuffer] = {}
 
@@ -140,7 +145,7 @@ class CopyEngines(Transport):
         if buffer is not None and buffer.readers:
             with self.watchdog.operation(f"{name} read by {buffer.readers}", self.device):
                 for reader in buffer.readers:
-                    buffer.handle.wait_signal(reader, READ)
+                    buffer.read.wait(reader)
             buffer.readers.clear()
         if buffer is None or buffer.size < size:
             buffer = _SymmetricBuffer(int(size * GROWTH), self.group, self.device)
@@ -155,13 +160,13 @@ class CopyEngines(Transport):
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             if to is not None:
-                buffer.handle.put_signal(to, WRITTEN)
+                buffer.written.tell(to)
                 buffer.readers.append(to)
             if source is not None:
-                buffer.handle.wait_signal(source, WRITTEN)
+                buffer.written.wait(source)
                 there = buffer.peer(source)[: incoming.nbytes]
                 incoming.view(torch.uint8).copy_(there, non_blocking=True)
-                buffer.handle.put_signal(source, READ)
+                buffer.read.tell(source)
             done = self.stream.record_event()
         self.watchdog.watch(_say(name, to, source), done)
         return _Copy(done, self.device)
@@ -175,23 +180,69 @@ class _Copy(Arrival):
         torch.cuda.current_stream(self.device).wait_event(self.done)
 
 
-WRITTEN, READ = 0, 1  # signal channels of a buffer: what its owner, and what its reader has done
-
-
 class _SymmetricBuffer:
-    """`size` bytes on every rank of the group, each readable by all. Collective; the host waits."""
+    """`size` bytes on every rank of the group, each readable by all. Collective; the host waits.
+
+    written: the owner tells a reader that its message is complete; read: and is told that it has
+    been copied.
+    """
 
     def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.size = size
-        self.local = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
-        self.handle = symmetric_memory.rendezvous(self.local, group)
+        self.size = -(-size // 256) * 256
+        row = 4 * group.size()
+        whole = symmetric_memory.empty(self.size + 2 * row, dtype=torch.uint8, device=device)
+        whole.zero_()
+        torch.cuda.synchronize(device)
+        self.handle = symmetric_memory.rendezvous(whole, group)
+        peers = [
+            self.handle.get_buffer(rank, (whole.numel(),), torch.uint8)
+            for rank in range(group.size())
+        ]
+        self.local = whole[: self.size]
         self.readers: list[int] = []  # told of the message, and not known to have read it
-        self._peers: dict[int, Tensor] = {}
+        self._peers = [x[: self.size] for x in peers]
+        counters = [x[self.size :].view(torch.int32).view(2, -1) for x in peers]
+        self.written = _Counters([x[0] for x in counters], group.rank())
+        self.read = _Counters([x[1] for x in counters], group.rank())
 
     def peer(self, rank: int) -> Tensor:
-        if rank not in self._peers:
-            self._peers[rank] = self.handle.get_buffer(rank, (self.size,), torch.uint8)
         return self._peers[rank]
+
+
+class _Counters:
+    """How often each rank has told each other rank something, in the memory of the one told.
+
+    On the current stream, by the driver's stream memory operations.
+    """
+
+    def __init__(self, of: list[Tensor], rank: int) -> None:
+        """of[r]: int32 [ranks] in the memory of rank r, zeros."""
+        self.of, self.rank = of, rank
+        self.told, self.heard = [0] * len(of), [0] * len(of)
+
+    def tell(self, rank: int) -> None:
+        self.told[rank] += 1
+        self._call("cuStreamWriteValue32_v2", self.of[rank][self.rank], self.told[rank])
+
+    def wait(self, rank: int) -> None:
+        self.heard[rank] += 1
+        self._call("cuStreamWaitValue32_v2", self.of[self.rank][rank], self.heard[rank])
+
+    def _call(self, function: str, counter: Tensor, value: int) -> None:
+        stream = torch.cuda.current_stream(counter.device).cuda_stream
+        error = getattr(_driver(), function)(
+            ctypes.c_void_p(stream),
+            ctypes.c_uint64(counter.data_ptr()),
+            ctypes.c_uint32(value),
+            ctypes.c_uint(0),  # write: after all before it; wait: until at least the value
+        )
+        if error:
+            raise RuntimeError(f"{function}: CUDA driver error {error}")
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -207,8 +258,11 @@ def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
     if not agreed.item():
         return False
     try:
-        _SymmetricBuffer(1, group, device)
-    except RuntimeError:
+        buffer = _SymmetricBuffer(1, group, device)
+        for rank in range(group.size()):
+            buffer.written.tell(rank)
+        torch.cuda.synchronize(device)
+    except (RuntimeError, OSError, AttributeError):
         agreed.zero_()
     dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
     return bool(agreed.item())

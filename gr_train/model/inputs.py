@@ -106,7 +106,7 @@ class InputEncoder(nn.Module):
         if self.time is not None:
             x = x + self.time(time_buckets(inputs.gaps, self.time.num_embeddings))
         for name, rows in inputs.rows.items():
-            x = x.index_add(0, rows, embedded[name])
+            x = x.index_add_(0, rows, embedded[name])
         return self.dropout(x)
 
 

@@ -87,6 +87,7 @@ class Prepared:
     seen: Visibility
     routed: Routed
     negatives: Tensor | None
+    loss_factor: float  # from the sum over this rank's labels to what `Recommender.loss` returns
 
 
 class Recommender:
@@ -137,7 +138,12 @@ class Recommender:
             negatives = copy_to(negatives, shard.device)
         seen = Visibility(shard, self.mask)
         make_ready(seen, self.exchange)
-        return Prepared(inputs, seen, self._route(ids, shard.device), negatives)
+        count, size = torch.tensor(inputs.label_ids.numel()), 1
+        if self.world is not None:
+            dist.all_reduce(count, group=self.world)
+            size = self.world.size()
+        factor = size / max(int(count), 1)
+        return Prepared(inputs, seen, self._route(ids, shard.device), negatives, factor)
 
     def loss(self, batch: Prepared) -> Tensor:
         """The mean loss over the labels of *all* ranks, as a number whose gradient DDP can average.
@@ -159,12 +165,7 @@ class Recommender:
             )
         else:
             total = binary_tasks_loss(out, labels)
-        count = torch.full((), labels.numel(), dtype=torch.float32, device=labels.device)
-        size = 1
-        if self.world is not None:
-            dist.all_reduce(count, group=self.world)
-            size = self.world.size()
-        return total * size / count.clamp(min=1)
+        return total * batch.loss_factor
 
     def predict(self, batch: Prepared) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the label rows say, their labels, and the labels' embeddings (retrieval)."""
