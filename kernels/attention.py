@@ -80,8 +80,9 @@ def attention_forward(
 ) -> Tensor:
     """The forward pass over one block of keys, without autograd.
 
-    add: float32 [Tq, H, Dv], what other blocks gave; out: where to write, contiguous and of any
-    floating dtype, `add` itself if you like. Returns out; a new float32 tensor if None.
+    add: float32 [Tq, H, Dv], what other blocks gave; out: where to write, of any floating dtype,
+    `add` itself if you like. Of both, each row must be contiguous. Returns out; a new float32
+    tensor if None.
     """
     mask: dict[str, Any] = dict(
         queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale

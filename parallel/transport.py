@@ -265,6 +265,9 @@ def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
     except (RuntimeError, OSError, AttributeError):
         agreed.zero_()
     dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
+    if agreed.item():  # everybody has told everybody; did it arrive?
+        agreed.fill_(bool((buffer.written.of[group.rank()] == 1).all()))
+    dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
     return bool(agreed.item())
 
 

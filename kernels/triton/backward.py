@@ -33,9 +33,13 @@ def key_value_kernel(
     k_desc,
     v_desc,
     add_k_ptr,
+    add_k_stride,
     add_v_ptr,
+    add_v_stride,
     dk_ptr,
+    dk_stride,
     dv_ptr,
+    dv_stride,
     tiles_ptr,
     bounds_ptr,
     num_rows,
@@ -92,12 +96,15 @@ def key_value_kernel(
             if KEY:
                 dk = tl.dot((dweights * slope).to(q.dtype), q, dk, input_precision=PRECISION)
 
+    inside = rows < row_end
     if KEY:
         dk *= scale * half_alpha
-        store_rows(dk_ptr, add_k_ptr, dk, rows, rows < row_end, HEADS * QK_DIM, head * QK_DIM)
+        at = head * QK_DIM
+        store_rows(dk_ptr, dk_stride, add_k_ptr, add_k_stride, dk, rows, inside, at)
     if VALUE:
         dv *= scale
-        store_rows(dv_ptr, add_v_ptr, dv, rows, rows < row_end, HEADS * V_DIM, head * V_DIM)
+        at = head * V_DIM
+        store_rows(dv_ptr, dv_stride, add_v_ptr, add_v_stride, dv, rows, inside, at)
 
 
 @triton.jit(do_not_specialize=["num_rows", "half_alpha", "scale"])
@@ -109,7 +116,9 @@ def query_kernel(
     k_desc,
     v_desc,
     add_ptr,
+    add_stride,
     dq_ptr,
+    dq_stride,
     tiles_ptr,
     bounds_ptr,
     num_rows,
@@ -155,4 +164,4 @@ def query_kernel(
 
     queries, inside, _ = query_rows(record, part, TILE, BLOCK_M)  # again: registers are dear
     dq *= scale * half_alpha
-    store_rows(dq_ptr, add_ptr, dq, queries, inside, HEADS * QK_DIM, head * QK_DIM)
+    store_rows(dq_ptr, dq_stride, add_ptr, add_stride, dq, queries, inside, head * QK_DIM)

@@ -31,15 +31,17 @@ def load_rows(ptr, rows, inside, row_stride, column0, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def store_rows(ptr, add_ptr, x, rows, inside, row_stride, column0):
+def store_rows(ptr, stride, add_ptr, add_stride, x, rows, inside, column0):
     """x [ROWS, COLUMNS] to rows of a matrix, but for those that are not inside.
 
     add_ptr: another matrix, whose rows are added first; None for none, `ptr` itself if you like.
+    Strides are from row to row.
     """
-    at = rows.to(tl.int64)[:, None] * row_stride + column0 + tl.arange(0, x.shape[1])[None, :]
+    columns = column0 + tl.arange(0, x.shape[1])[None, :]
+    rows = rows.to(tl.int64)[:, None]
     if add_ptr is not None:
-        x += tl.load(add_ptr + at, mask=inside[:, None], other=0)
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), mask=inside[:, None])
+        x += tl.load(add_ptr + rows * add_stride + columns, mask=inside[:, None], other=0)
+    tl.store(ptr + rows * stride + columns, x.to(ptr.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["num_rows", "half_alpha", "scale"])
@@ -49,7 +51,9 @@ def forward_kernel(
     k_desc,
     v_desc,
     add_ptr,
+    add_stride,
     out_ptr,
+    out_stride,
     tiles_ptr,
     bounds_ptr,
     num_rows,
@@ -91,4 +95,5 @@ def forward_kernel(
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
 
     queries, inside, _ = query_rows(record, part, TILE, BLOCK_M)  # again: registers are dear
-    store_rows(out_ptr, add_ptr, acc * scale, queries, inside, HEADS * V_DIM, head * V_DIM)
+    out = acc * scale
+    store_rows(out_ptr, out_stride, add_ptr, add_stride, out, queries, inside, head * V_DIM)

@@ -45,8 +45,8 @@ def forward(
         q_matrix.stride(0),
         _descriptor(k, blocks.n),
         _descriptor(v, blocks.n),
-        target.add,
-        target.out,
+        *target.add,
+        *target.out,
         tiles,
         plan.bounds,
         len(q),
@@ -87,8 +87,8 @@ def query_gradient(
         q_matrix.stride(0),
         _descriptor(k, blocks.n),
         _descriptor(v, blocks.n),
-        target.add,
-        target.out,
+        *target.add,
+        *target.out,
         tiles,
         plan.bounds,
         len(q),
@@ -131,10 +131,10 @@ def key_value_gradients(
             _descriptor(q, blocks.m),
             _descriptor(k, blocks.n),
             _descriptor(v, blocks.n),
-            key.add,
-            value.add,
-            key.out,
-            value.out,
+            *key.add,
+            *value.add,
+            *key.out,
+            *value.out,
             tiles,
             plan.bounds,
             len(q),
@@ -151,17 +151,23 @@ class _Target:
     """Where a kernel writes: `wanted` itself, or what it takes a copy from if heads are padded."""
 
     def __init__(self, wanted: Tensor, add: Tensor | None, padded_dim: int) -> None:
-        assert wanted.is_contiguous()
-        assert add is None or add.is_contiguous()
         self.wanted, self.dim = wanted, wanted.shape[2]
         padded = padded_dim != self.dim
-        self.out = wanted.new_empty(*wanted.shape[:2], padded_dim) if padded else wanted
-        self.add = _padded(add) if add is not None and padded else add
+        self.written = wanted.new_empty(*wanted.shape[:2], padded_dim) if padded else wanted
+        self.out = _rows(self.written)
+        self.add = (None, 0) if add is None else _rows(_padded(add) if padded else add)
 
     def finish(self) -> Tensor:
-        return (
-            self.wanted if self.out is self.wanted else self.wanted.copy_(self.out[..., : self.dim])
-        )
+        if self.written is not self.wanted:
+            self.wanted.copy_(self.written[..., : self.dim])
+        return self.wanted
+
+
+def _rows(x: Tensor) -> tuple[Tensor, int]:
+    """x [T, H, D] and its stride from row to row; a row itself must be contiguous."""
+    assert x.stride(2) == 1
+    assert x.shape[1] == 1 or x.stride(1) == x.shape[2]
+    return x, x.stride(0)
 
 
 def _nothing(add: Tensor | None, out: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from parallel.visibility import Visibility
 
 Block = tuple[Tensor, Tensor]  # keys and values of one rank, or their gradients
 KEYS, GRADIENTS = "keys and values", "gradients of keys and values"
+MESSAGE_BYTES = 128 << 20  # long since at the speed of the link
 
 
 def ring_attention(
@@ -38,44 +39,83 @@ class _RingAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.seen, ctx.factors = seen, dict(alpha=alpha, scale=scale)
-        ring = _Ring(k, v, seen)
-        out, total = ring.result(q.shape[0], q.shape[1], v.shape[2]), None
-        for step in range(ring.size):
-            block = ring.block(step)
-            ring.fetch(step + 1)
-            if block:
-                mask, target = ring.mask(step) | ctx.factors, out if ring.is_last(step) else total
-                total = attention_forward(q, *block, **mask, add=total, out=target)
+        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        for heads in _chunks(k, v, seen):
+            _forward(*(x[:, heads] for x in (out, q, k, v)), seen, ctx.factors)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
-        ring = _Ring(k, v, ctx.seen)
-        dq, total = ring.result(*q.shape), None
-        for step in range(ring.size):
-            block = ring.block(step)
-            ring.fetch(step + 1)
-            mask = ring.mask(step) | ctx.factors
-            if step:
-                found, target = ring.gradients_so_far(step), ring.gradients_to_pass_on(step)
-                if block:
-                    key_value_gradients(dout, q, *block, **mask, add=found, out=target)
-                elif found:
-                    _copy(found, target)
-                ring.pass_gradients(step)
-            if block:
-                written = dq if ring.is_last(step) else total
-                total = query_gradient(dout, q, *block, **mask, add=total, out=written)
+        gradients = [x.new_empty(x.shape) for x in (q, k, v)]
+        for heads in _chunks(k, v, ctx.seen):
+            tensors = (x[:, heads] for x in (*gradients, dout, q, k, v))
+            _backward(*tensors, ctx.seen, ctx.factors)
+        return *gradients, None, None, None
 
-        home = k.new_empty(k.shape), v.new_empty(v.shape)
-        found = ring.gradients_so_far(ring.size)
-        if ring.block(0):
-            mask = ring.mask(0) | ctx.factors
-            key_value_gradients(dout, q, k, v, **mask, add=found, out=home)
-        else:
-            _copy(found, home)
-        return dq, *home, None, None, None
+
+def _chunks(k: Tensor, v: Tensor, seen: Visibility) -> list[slice]:
+    """Heads that go round together: all, unless a long sequence would make the messages too large.
+
+    Buffers then stay small beside what the layers keep, and the longest sequence grows with cp.
+    """
+    heads = k.shape[1]
+    message = seen.most_rows * heads * (k.shape[2] + v.shape[2]) * k.itemsize
+    each = -(-heads // min(heads, -(-message // MESSAGE_BYTES))) if message else heads
+    return [slice(start, start + each) for start in range(0, heads, each)]
+
+
+def _forward(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Visibility, factors: dict[str, float]
+) -> None:
+    """Writes out."""
+    ring, total = _Ring(k, v, seen), None
+    if not ring.steps_seen:
+        out.zero_()
+    for step in range(ring.size):
+        block = ring.block(step)
+        ring.fetch(step + 1)
+        if block:
+            mask, target = ring.mask(step) | factors, out if ring.is_last(step) else total
+            total = attention_forward(q, *block, **mask, add=total, out=target)
+
+
+def _backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Visibility,
+    factors: dict[str, float],
+) -> None:
+    """Writes dq, dk, dv."""
+    ring, total = _Ring(k, v, seen), None
+    if not ring.steps_seen:
+        dq.zero_()
+    for step in range(ring.size):
+        block = ring.block(step)
+        ring.fetch(step + 1)
+        mask = ring.mask(step) | factors
+        if step:
+            found, target = ring.gradients_so_far(step), ring.gradients_to_pass_on(step)
+            if block:
+                key_value_gradients(dout, q, *block, **mask, add=found, out=target)
+            elif found:
+                _copy(found, target)
+            ring.pass_gradients(step)
+        if block:
+            written = dq if ring.is_last(step) else total
+            total = query_gradient(dout, q, *block, **mask, add=total, out=written)
+
+    found = ring.gradients_so_far(ring.size)
+    if ring.block(0):
+        mask = ring.mask(0) | factors
+        key_value_gradients(dout, q, k, v, **mask, add=found, out=(dk, dv))
+    else:
+        _copy(found, (dk, dv))
 
 
 class _Ring:
@@ -89,10 +129,6 @@ class _Ring:
         self.steps_seen = [s for s in range(self.size) if self._sees(self.rank, self.rank - s)]
         self.message = self._outbox(KEYS, self.rank, k.dtype)
         _copy((k, v), self._split(self.message))
-
-    def result(self, *shape: int) -> Tensor:
-        """For the last step to write; zeros if there is none."""
-        return self.k.new_empty(shape) if self.steps_seen else self.k.new_zeros(shape)
 
     def is_last(self, step: int) -> bool:
         return step == self.steps_seen[-1]

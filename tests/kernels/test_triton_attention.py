@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 if not torch.cuda.is_available():
@@ -44,19 +45,23 @@ class Problem:
         wide = [x.double() for x in self.tensors]
         want = blockwise_forward(*wide[:3], **self.mask)
         grads = blockwise_backward(wide[3], *wide[:3], **self.mask)
-        out = torch.empty_like(want, dtype=torch.float32)
+        # Into some of the heads of a wider tensor: the others stay as they are.
+        wider = [
+            F.pad(torch.zeros_like(x), (0, 0, 1, 0), value=7.0).float() for x in (want, *grads)
+        ]
+        out, dq, dk, dv = (x[:, 1:] for x in wider)
         assert launch.forward(*qkv, **self.mask, out=out) is out
-        close(out, want, rtol)
-        dq, dk, dv = (torch.empty_like(x, dtype=torch.float32) for x in grads)
         launch.query_gradient(dout, *qkv, **self.mask, out=dq)
         launch.key_value_gradients(dout, *qkv, **self.mask, out=(dk, dv))
-        for got, expected in zip((dq, dk, dv), grads, strict=True):
-            close(got, expected, rtol)
+        for whole, expected in zip(wider, (want, *grads), strict=True):
+            close(whole[:, 1:], expected, rtol)
+            assert bool((whole[:, 0] == 7).all())
 
         # Onto what is there, in place or into another tensor.
         half = [torch.full_like(x, 0.5, dtype=torch.float32) for x in (want, *grads)]
         launch.forward(*qkv, **self.mask, add=half[0], out=half[0])
         launch.query_gradient(dout, *qkv, **self.mask, add=half[1], out=half[1])
+        dk, dv = half[2].clone(), half[3].clone()
         launch.key_value_gradients(dout, *qkv, **self.mask, add=(half[2], half[3]), out=(dk, dv))
         half[2:] = dk, dv
         for got, expected in zip(half, (want, *grads), strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from kernels.attention import hstu_attention
 from kernels.jagged import Jagged
 from parallel.attention import EXCHANGES, context_parallel_attention
 from parallel.batch import JaggedBatch
+from parallel.exchange import ring
 from parallel.layout import LAYOUTS
 from parallel.mesh import build_mesh
 from parallel.shard import shard_batch
@@ -87,6 +90,16 @@ def test_equals_one_process(run_in_world, name: str, cp: int, layout: str, excha
 def test_a_ring_passes_ranks_that_see_nothing(run_in_world, name: str, layout: str) -> None:
     """Contiguous parts under a window: a rank sees its neighbour's keys and no others'."""
     check_against_one_process(run_in_world(4, attend, 4, layout, "ring", name), name)
+
+
+def attend_in_chunks(cp: int, name: str):
+    with patch.object(ring, "MESSAGE_BYTES", 4096):
+        return attend(cp, "zigzag", "ring", name)
+
+
+@pytest.mark.parametrize("name", ["targets", "causal", "nothing"])
+def test_a_ring_of_some_heads_at_a_time(run_in_world, name: str) -> None:
+    check_against_one_process(run_in_world(3, attend_in_chunks, 3, name), name)
 
 
 def check_against_one_process(results: list, name: str) -> None:
