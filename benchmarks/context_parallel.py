@@ -5,13 +5,15 @@
         --lengths 65536 --mask semi-local
     python -m benchmarks.context_parallel step --cp 1 2 --config configs/long_sequence.yaml \
         data.max_length=16384 data.batch_size=8
+    python -m benchmarks.context_parallel longest --cp 1 2 --memory 24 --config ...
 
 One process a GPU, started anew for every cp; one table. `efficiency` is time at cp = 1 over cp
 times the time here. `exposed` is the share of the time in which the GPU communicates, or waits for
 another, and computes nothing, from a profiler's trace; `sent` is what a rank sends, the messages'
 own bytes; `host` the time until a call has been enqueued. Times are medians of the slowest rank;
 FLOPs count as in `benchmarks.attention` (backward 2.5 times forward), of matrix products 6 a weight
-and token.
+and token. `longest` is the length at which data.batch_size equal sequences take --memory GiB a GPU:
+from the peak memory of steps at two lengths, then tried with no more memory than that.
 """
 
 from __future__ import annotations
@@ -60,6 +62,8 @@ COLUMNS = {  # of the table: title and format
     "tokens/s": ",.0f",
     "TFLOP/s a GPU": ".0f",
     "efficiency": ".3f",
+    "longest L": ",d",
+    "longer": ".2f",
     "sent MB": ".1f",
     "exposed %": ".1f",
     "peak GiB": ".2f",
@@ -267,9 +271,57 @@ def step(args: argparse.Namespace) -> list[dict]:
     return [row | {"tokens": float(total) / len(batches)}]
 
 
+def longest(args: argparse.Namespace) -> list[dict]:
+    """The row of one cp: the longest sequences whose training step fits."""
+    world = int(args.worker)
+    config = load_config(args.config, [*args.overrides, f"parallel.cp={world}"], world_size=world)
+    trainer = Trainer(config)
+    trainer.dense.train()
+    sequences, device = config.data.batch_size, trainer.device
+
+    def peak(length: int) -> float:
+        """Bytes of the fullest rank, in a step on whole sequences of `length` tokens."""
+        mine = range(trainer.mesh.rank, sequences, world)
+        lengths = torch.full((len(mine),), length, dtype=torch.int32)
+        random = {"id": trainer.info.num_items, "action": 2, "gap": 1000}
+        random["label"] = trainer.info.num_items
+        tokens = {n: torch.randint(high, (len(mine) * length,)) for n, high in random.items()}
+        tokens["id"].view(-1, length)[:, : len(trainer.info.contextual)] = 0
+        batch = JaggedBatch(lengths, torch.zeros_like(lengths), tokens)
+        trainer.step(1, trainer.prepare(1, batch))
+        torch.cuda.synchronize()
+        bytes_now = torch.tensor(torch.cuda.max_memory_allocated() + trainer.mesh.transport.nbytes)
+        dist.all_reduce(bytes_now, dist.ReduceOp.MAX)
+        return float(bytes_now)
+
+    budget = args.memory * 2**30
+    short, middle = 1024 * world, 4096 * world
+    low, high = peak(short), peak(middle)
+    per_token = (high - low) / (middle - short)
+    length = int(middle + (budget - high) / per_token)
+    length = min(length, config.data.max_length) // (128 * world) * 128 * world
+    torch.cuda.empty_cache()
+    # Message buffers are not the allocator's; what they will take is known from what they take.
+    buffers = trainer.mesh.transport.nbytes * length / middle
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction((budget - buffers) / total)
+    start = time.perf_counter()
+    used = peak(length)
+    return [
+        {
+            "exchange": "-" if world == 1 else config.parallel.exchange,
+            "longest L": length,
+            "ms": (time.perf_counter() - start) * 1e3,
+            "peak GiB": used / 2**30,
+            "bytes a token": per_token / sequences * world,
+            "tokens": sequences * length,
+        }
+    ]
+
+
 def work_as_rank(args: argparse.Namespace) -> None:
     """One process of a group; rank 0 writes what the slowest rank took."""
-    rows = attention(args) if args.what == "attention" else step(args)
+    rows = {"attention": attention, "step": step, "longest": longest}[args.what](args)
     gathered: list[list[dict]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, rows)
     if dist.get_rank() == 0:
@@ -296,6 +348,9 @@ def launch(args: argparse.Namespace) -> list[dict]:
     for row in rows:
         seconds = row["ms"] / 1e3
         row["tokens/s"] = row["tokens"] / seconds
+        if args.what == "longest":
+            row["longer"] = row["longest L"] / rows[0]["longest L"]
+            continue
         row["TFLOP/s a GPU"] = row["flops"] / seconds / 1e12
         if rows[0]["cp"] == 1:
             row["efficiency"] = rows[0]["ms"] / (row["cp"] * row["ms"])
@@ -306,7 +361,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=["attention", "step"])
+    parser.add_argument("what", choices=["attention", "step", "longest"])
     parser.add_argument("--cp", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=20)
@@ -324,9 +379,11 @@ def main() -> None:
     group.add_argument("--prefix", type=int, default=128)
     group.add_argument("--heads", type=int, default=4)
     group.add_argument("--dim", type=int, default=128)
-    group = parser.add_argument_group("step")
+    group = parser.add_argument_group("step and longest")
     group.add_argument("--config", help="as of gr-train train")
     group.add_argument("--batches", type=int, default=4, help="made beforehand, used in turn")
+    group = parser.add_argument_group("longest")
+    group.add_argument("--memory", type=float, default=24, help="GiB a GPU")
     args, rest = parser.parse_known_args()
     args.overrides = rest
     unknown = [x for x in rest if "=" not in x or x.startswith("-")]

@@ -77,11 +77,10 @@ def workspace(model: Model) -> dict[str, int]:
     }
     if model.cp > 1:
         block = 2 * model.row  # keys and values; their gradients are float32
-        keys, gradients = (
-            (1 + min(2, model.cp - 1)) * block,
-            (1 + 1) * 2 * block,
-        )  # out- and inboxes
-        terms["ring buffers"] = int(GROWTH * (keys + gradients))
+        keys = (1 + min(2, model.cp - 1)) * block  # out- and inboxes
+        gradients = (1 + 1) * 2 * block
+        # So many rows that they go round head by head.
+        terms["ring buffers"] = int(GROWTH * (keys + gradients)) // model.heads
     return terms
 
 

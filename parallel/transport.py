@@ -51,6 +51,11 @@ class Transport(ABC):
         capacity: the largest numel of any rank of the group; the same on all of them.
         """
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of this rank's outboxes that PyTorch's allocator does not know of."""
+        return 0
+
     def inbox(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
         """A buffer [numel] to receive into."""
         return _piece(self._inboxes, name, numel, dtype, self.device)
@@ -139,6 +144,10 @@ class CopyEngines(Transport):
         super().__init__(group, device, watchdog)
         self.stream = torch.cuda.Stream(device, priority=-1)
         self._outboxes: dict[str, _SymmetricBuffer] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.size for buffer in self._outboxes.values())
 
     def outbox(self, name: str, numel: int, capacity: int, dtype: torch.dtype) -> Tensor:
         size, buffer = capacity * dtype.itemsize, self._outboxes.get(name)

@@ -41,17 +41,17 @@ class _RingAttention(torch.autograd.Function):
         ctx.seen, ctx.factors = seen, dict(alpha=alpha, scale=scale)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         for heads in _chunks(k, v, seen):
-            _forward(*(x[:, heads] for x in (out, q, k, v)), seen, ctx.factors)
+            _forward(out[:, heads], q[:, heads], k[:, heads], v[:, heads], seen, ctx.factors)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
-        gradients = [x.new_empty(x.shape) for x in (q, k, v)]
-        for heads in _chunks(k, v, ctx.seen):
-            tensors = (x[:, heads] for x in (*gradients, dout, q, k, v))
-            _backward(*tensors, ctx.seen, ctx.factors)
-        return *gradients, None, None, None
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        for h in _chunks(k, v, ctx.seen):
+            given = (dout[:, h], q[:, h], k[:, h], v[:, h])
+            _backward(dq[:, h], dk[:, h], dv[:, h], *given, ctx.seen, ctx.factors)
+        return dq, dk, dv, None, None, None
 
 
 def _chunks(k: Tensor, v: Tensor, seen: Visibility) -> list[slice]:
