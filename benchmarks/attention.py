@@ -5,9 +5,10 @@
     python -m benchmarks.attention --lengths 100-8192 --tokens 65536 --mask hstu --targets 20
     python -m benchmarks.attention --peer-path ~/generative-recommenders
 
-Random data, CUDA events, the median; all rows of one run take turns, so that the GPU's temperature
-favours none. FLOPs are counted from the mask's intervals, 4 H D per visible pair forward and 2.5
-times that backward, for every kernel alike, whatever it computes besides.
+Random data, CUDA events, the median; all rows of one run take turns, also those of different works,
+so that the GPU's temperature and its clock favour none. FLOPs are counted from the mask's intervals,
+4 H D per visible pair forward and 2.5 times that backward, for every kernel alike, whatever it
+computes besides.
 """
 
 from __future__ import annotations
@@ -182,7 +183,11 @@ def candidates(problem: Problem, peer_path: str | None) -> Iterator[tuple[str, C
             yield name, candidate
 
 
-def milliseconds(call: Callable[[], object], repeats: int) -> list[float]:
+Call = Callable[[], object]
+Key = tuple[str, str, str]  # work, kernel, direction
+
+
+def milliseconds(call: Call, repeats: int) -> list[float]:
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in events:
         start.record()
@@ -192,41 +197,46 @@ def milliseconds(call: Callable[[], object], repeats: int) -> list[float]:
     return [start.elapsed_time(end) for start, end in events]
 
 
-def measure(problem: Problem, peer_path: str | None, rounds: int, repeats: int) -> list[dict]:
-    """One row a candidate: median times and TFLOP/s, and its answer's distance to the first's."""
-    calls: dict[tuple[str, str], Callable[[], object]] = {}
+def prepare(problem: Problem, peer_path: str | None) -> tuple[list[dict], dict[Key, Call]]:
+    """One row a candidate, with its answer's distance to the first's, and what is to be timed."""
+    calls: dict[Key, Call] = {}
     rows: list[dict] = []
     reference: Tensor | None = None
+    work = problem.work.name
     for name, (attend, tensors, dout) in candidates(problem, peer_path):
         tensors = [x.detach().requires_grad_() for x in tensors]
         try:
             out = attend(*tensors)
             torch.autograd.grad(out, tensors, dout, retain_graph=True)
         except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-            print(f"{problem.work.name}: {name} did not run: {str(error).splitlines()[0]}")
+            print(f"{work}: {name} did not run: {str(error).splitlines()[0]}")
             continue
         plain = [x.detach() for x in tensors]
-        calls[name, "forward"] = lambda attend=attend, plain=plain: attend(*plain)
-        calls[name, "backward"] = lambda out=out, tensors=tensors, dout=dout: torch.autograd.grad(
-            out, tensors, dout, retain_graph=True
+        calls[work, name, "forward"] = lambda attend=attend, plain=plain: attend(*plain)
+        calls[work, name, "backward"] = lambda out=out, tensors=tensors, dout=dout: (
+            torch.autograd.grad(out, tensors, dout, retain_graph=True)
         )
-        row = dict(work=problem.work.name, kernel=name, tokens=problem.rows.num_rows)
+        row = dict(work=work, kernel=name, tokens=problem.rows.num_rows, flops=problem.flops)
         if not name.startswith("SDPA"):
             answer = out.detach().float()
             reference = answer if reference is None else reference
             row["difference"] = float((answer - reference).norm() / reference.norm())
         rows.append(row)
+    return rows, calls
 
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+
+def measure(rows: list[dict], calls: dict[Key, Call], rounds: int, repeats: int) -> None:
+    """Add median times and TFLOP/s to the rows."""
+    times: dict[Key, list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
         for key, call in calls.items():
             milliseconds(call, 2)
             times[key] += milliseconds(call, repeats)
     for row in rows:
         for direction, factor in (("forward", 1.0), ("backward", 2.5)):
-            row[f"{direction}_ms"] = ms = statistics.median(times[row["kernel"], direction])
-            row[f"{direction}_tflops"] = factor * problem.flops / ms / 1e9
-    return rows
+            ms = statistics.median(times[row["work"], row["kernel"], direction])
+            row[f"{direction}_ms"] = ms
+            row[f"{direction}_tflops"] = factor * row["flops"] / ms / 1e9
 
 
 def plot(rows: list[dict], path: str) -> None:
@@ -279,18 +289,21 @@ def main() -> None:
         works = [Work("custom", **changes)]
     gpu, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}"
     print(f"{gpu}, {versions}, {args.dtype}")
-    print(f"{'work':18} {'kernel':24} {'fwd ms':>8} {'TFLOP/s':>8} {'bwd ms':>8} {'TFLOP/s':>8}")
     rows: list[dict] = []
+    calls: dict[Key, Call] = {}
     for work in works:
         problem = Problem(dataclasses.replace(work, **changes), getattr(torch, args.dtype))
-        for row in measure(problem, args.peer_path, args.rounds, args.repeats):
-            rows.append(row)
-            print(
-                f"{row['work']:18} {row['kernel']:24}"
-                f" {row['forward_ms']:8.3f} {row['forward_tflops']:8.0f}"
-                f" {row['backward_ms']:8.3f} {row['backward_tflops']:8.0f}",
-                flush=True,
-            )
+        more_rows, more_calls = prepare(problem, args.peer_path)
+        rows += more_rows
+        calls |= more_calls
+    measure(rows, calls, args.rounds, args.repeats)
+    print(f"{'work':18} {'kernel':24} {'fwd ms':>8} {'TFLOP/s':>8} {'bwd ms':>8} {'TFLOP/s':>8}")
+    for row in rows:
+        print(
+            f"{row['work']:18} {row['kernel']:24}"
+            f" {row['forward_ms']:8.3f} {row['forward_tflops']:8.0f}"
+            f" {row['backward_ms']:8.3f} {row['backward_tflops']:8.0f}"
+        )
     if args.json:
         with open(args.json, "w") as file:
             json.dump(dict(gpu=gpu, versions=versions, dtype=args.dtype, rows=rows), file, indent=1)
