@@ -6,9 +6,9 @@
     python -m benchmarks.attention --peer-path ~/generative-recommenders
 
 Random data, CUDA events, the median; all rows of one run take turns, also those of different works,
-so that the GPU's temperature and its clock favour none. FLOPs are counted from the mask's intervals,
-4 H D per visible pair forward and 2.5 times that backward, for every kernel alike, whatever it
-computes besides.
+so that the GPU's temperature and its clock favour none. FLOPs are counted from the mask's
+intervals, 4 H D per visible pair forward and 2.5 times that backward, for every kernel alike,
+whatever it computes besides.
 """
 
 from __future__ import annotations
