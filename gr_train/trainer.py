@@ -21,7 +21,7 @@ from gr_train.config import Config, ConfigError, save_config
 from gr_train.data.loader import build_loader, dataset_info, item_counts
 from gr_train.evaluation import evaluate, popularity_metrics
 from gr_train.meter import Meter
-from gr_train.model.mask import choose_exchange
+from gr_train.model.mask import choose_exchange, explain_exchange
 from gr_train.model.recommender import DenseModel, Prepared, Recommender, tables
 from gr_train.optim import build_optimizer, build_schedule, follow_schedule
 from gr_train.progress import Progress, set_aside
@@ -235,11 +235,9 @@ class Trainer:
             f"{rows:,} embedding rows of width {self.config.model.width}"
         )
         if self.mesh.cp > 1:
-            exchange = choose_exchange(self.config.parallel.exchange, self.config.model.mask)
-            by = f"{exchange} by {self.mesh.transport.name}" if exchange == "ring" else exchange
-            progress.say(
-                f"keys and values by {by} (parallel.exchange={self.config.parallel.exchange})"
-            )
+            exchange, why = explain_exchange(self.config.parallel.exchange, self.config.model.mask)
+            by = f" by {self.mesh.transport.name}" if exchange == "ring" else ""
+            progress.say(f"keys and values: {exchange}{by} ({why})")
         if first:
             progress.say(f"resumed after step {first}")
         return progress

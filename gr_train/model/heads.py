@@ -26,11 +26,11 @@ def sampled_softmax_loss(
     hidden, label_embeddings: [n, D]; labels: int64 [n]; negatives: int64 [M];
     negative_embeddings: [M, D]. A negative that is a row's label does not compete in that row.
     """
-    hidden, label_embeddings = unit_rows(hidden), unit_rows(label_embeddings)
+    hidden, label_embeddings = unit_rows(hidden, 1 / temperature), unit_rows(label_embeddings)
     positive = (hidden * label_embeddings).sum(-1, keepdim=True)
     negative = hidden @ unit_rows(negative_embeddings).T
-    negative = negative.masked_fill(labels[:, None] == negatives, -torch.inf)
-    logits = torch.cat([positive, negative], 1) / temperature
+    negative = negative.masked_fill_(labels[:, None] == negatives, -torch.inf)
+    logits = torch.cat([positive, negative], 1)
     first = torch.zeros(len(labels), dtype=torch.int64, device=labels.device)
     return F.cross_entropy(logits, first, reduction="sum")
 

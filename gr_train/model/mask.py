@@ -27,9 +27,16 @@ def mask_intervals(
 
 def choose_exchange(exchange: str, mask: MaskConfig) -> str:
     """What "auto" means for this mask; see ParallelConfig.exchange."""
+    return explain_exchange(exchange, mask)[0]
+
+
+def explain_exchange(exchange: str, mask: MaskConfig) -> tuple[str, str]:
+    """The exchange and why."""
     if exchange != "auto":
-        return exchange
-    return "halo" if mask.window or mask.local else "ring"
+        return exchange, "as configured"
+    if mask.window or mask.local:
+        return "halo", "a query sees a window of the sequence, so only that is sent"
+    return "ring", "queries see whole histories, whose way hides behind attention"
 
 
 def sequence_flops(config: ModelConfig, num_contextual: int, batch: JaggedBatch) -> Tensor:
