@@ -8,37 +8,42 @@
     python -m benchmarks.context_parallel longest --cp 1 2 --memory 24 --config ...
 
 One process a GPU, started anew for every cp; one table. `efficiency` is time at cp = 1 over cp
-times the time here. `exposed` is the share of the time in which the GPU communicates, or waits for
-another, and computes nothing, from a profiler's trace; `sent` is what a rank sends, the messages'
+times the time here. `idle` is the share of the time in which the GPU computes nothing, from a
+profiler's trace: it copies, waits for another GPU or, also at cp = 1, for the host; `sent` is what a rank sends, the messages'
 own bytes; `host` the time until a call has been enqueued. Times are medians of the slowest rank;
 FLOPs count as in `benchmarks.attention` (backward 2.5 times forward), of matrix products 6 a weight
 and token. `longest` is the length at which data.batch_size equal sequences take --memory GiB a GPU:
 from the peak memory of steps at two lengths, then tried with no more memory than that.
+
+--simulate 4 8 adds rank 0 of groups of that size, alone on one GPU, whose messages go nowhere: what
+it computes. `link ms` is what a ring's messages take one after another on an idle link, by the
+bandwidth measured at the first real cp over 1; they have `ms` to hide in.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import itertools
 import json
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.attention import Work, milliseconds
+from benchmarks.communication import Traffic, idle_share, link_curve
 from gr_train.ahead import Ahead
 from gr_train.config import load_config
 from gr_train.model.mask import mask_intervals
@@ -47,13 +52,13 @@ from gr_train.trainer import Trainer
 from kernels.masks import hstu_intervals, interval_lengths, semi_local_intervals
 from parallel.attention import EXCHANGES, context_parallel_attention
 from parallel.batch import JaggedBatch
-from parallel.layout import LAYOUTS
+from parallel.layout import LAYOUTS, Layout
 from parallel.mesh import build_mesh, local_device
-from parallel.shard import shard_batch
-from parallel.transport import Transport
+from parallel.shard import Shard, shard_batch
+from parallel.transport import SendReceive
 from parallel.visibility import Mask, Visibility
+from parallel.watchdog import Watchdog
 
-COMMUNICATION = re.compile("nccl|Memcpy PtoP|_signal|barrier", re.IGNORECASE)
 COLUMNS = {  # of the table: title and format
     "cp": "d",
     "exchange": "s",
@@ -65,96 +70,10 @@ COLUMNS = {  # of the table: title and format
     "longest L": ",d",
     "longer": ".2f",
     "sent MB": ".1f",
-    "exposed %": ".1f",
+    "link ms": ".2f",
+    "idle %": ".1f",
     "peak GiB": ".2f",
 }
-
-
-class Traffic:
-    """Bytes that this rank sends to others, counted where messages leave."""
-
-    def __init__(self) -> None:
-        self.bytes = 0
-
-    @contextmanager
-    def counted(self) -> Iterator[None]:
-        swap = Transport.swap
-        names = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
-        collectives = {name: getattr(dist, name) for name in names}
-
-        def counting_swap(
-            transport: Transport, name: str, message: Tensor, to: int | None, *rest: Any
-        ) -> Any:
-            self.bytes += message.nbytes if to is not None else 0
-            return swap(transport, name, message, to, *rest)
-
-        def counting(name: str) -> Callable[..., Any]:
-            signature = inspect.signature(collectives[name])
-
-            def call(*args: Any, **kwargs: Any) -> Any:
-                given = signature.bind(*args, **kwargs).arguments
-                self.bytes += _leaving(name, given, given.get("group") or dist.group.WORLD)
-                return collectives[name](*args, **kwargs)
-
-            return call
-
-        Transport.swap = counting_swap  # type: ignore[assignment, method-assign]
-        for name in names:
-            setattr(dist, name, counting(name))
-        yield
-        Transport.swap = swap  # type: ignore[method-assign]
-        for name, function in collectives.items():
-            setattr(dist, name, function)
-
-
-def _leaving(name: str, given: dict[str, Any], group: Any) -> int:
-    """What of a collective's input goes to other GPUs."""
-    send = given["input_tensor" if name == "all_gather_into_tensor" else "input"]
-    if not send.is_cuda:
-        return 0
-    others = group.size() - 1
-    if name == "all_gather_into_tensor":
-        return send.nbytes * others
-    splits = given.get("input_split_sizes")
-    if splits is None:
-        return send.nbytes // group.size() * others
-    return send.nbytes - splits[group.rank()] * send[:1].nbytes
-
-
-def exposed_share(call: Callable[[], object], calls: int, trace: str | None) -> float:
-    """Of the time from the first kernel to the last, how much only communicates.
-
-    trace: file to keep what the profiler saw in.
-    """
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        for _ in range(calls):
-            call()
-        torch.cuda.synchronize()
-    if trace and dist.get_rank() == 0:
-        profiler.export_chrome_trace(trace)
-    spans: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            communicates = COMMUNICATION.search(event.name) is not None
-            spans[communicates].append((event.time_range.start, event.time_range.end))
-    both = _union(spans[False] + spans[True])
-    whole = both[-1][1] - both[0][0]
-    return (_length(both) - _length(_union(spans[False]))) / whole
-
-
-def _union(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    merged: list[tuple[float, float]] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def _length(spans: list[tuple[float, float]]) -> float:
-    return sum(end - start for start, end in spans)
 
 
 def measure(call: Callable[[], object], args: argparse.Namespace, name: str) -> dict[str, Any]:
@@ -179,27 +98,42 @@ def measure(call: Callable[[], object], args: argparse.Namespace, name: str) -> 
         "ms": max(ms, mean) if args.what == "step" else ms,
         "host ms": enqueued * 1000 / args.repeats,
         "sent MB": traffic.bytes / 1e6,
+        "messages": traffic.messages,
         "peak GiB": peak / 2**30,
-        "exposed %": 100 * exposed_share(call, 3, trace),
+        "idle %": 100 * idle_share(call, 3, trace),
     }
+
+
+def simulated_shard(lengths: Tensor, layout: Layout, device: torch.device) -> Shard:
+    """Rank 0's of a group whose other ranks do not exist: messages go nowhere."""
+    size = layout.cp_size
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    group = dist.group.WORLD
+    assert group is not None
+    parts = tuple(layout.positions(lengths, rank) for rank in range(size))
+    transport = SendReceive(group, device, Watchdog(0, timedelta(hours=1)))
+    targets = torch.zeros_like(lengths)
+    return Shard(lengths, targets, parts, {}, group, 0, device, transport)
 
 
 def attention(args: argparse.Namespace) -> list[dict]:
     """The rows of one cp: every exchange on the same sequences."""
     device, world = local_device(), int(args.worker)
-    mesh = build_mesh(dp=1, cp=world, device=device)
     work = Work("", args.lengths, args.tokens, args.mask, heads=args.heads, dim=args.dim)
     lengths = torch.tensor(work.draw_lengths(), dtype=torch.int32)
-    mine = lengths[mesh.rank :: world]
-    ids = {"id": torch.zeros(int(mine.sum()), dtype=torch.int64)}
-    shard = shard_batch(
-        JaggedBatch(mine, torch.zeros_like(mine), ids), LAYOUTS[args.layout](world), mesh
-    )
+    layout = LAYOUTS[args.layout](world)
+    if args.simulated:
+        shard = simulated_shard(lengths, layout, device)
+    else:
+        mesh = build_mesh(dp=1, cp=world, device=device)
+        mine = lengths[mesh.rank :: world]
+        ids = {"id": torch.zeros(int(mine.sum()), dtype=torch.int64)}
+        shard = shard_batch(JaggedBatch(mine, torch.zeros_like(mine), ids), layout, mesh)
     mask: Mask = hstu_intervals
     if args.mask == "semi-local":
         mask = partial(semi_local_intervals, local=args.local, prefix=args.prefix)
     seen = Visibility(shard, mask)
-    torch.manual_seed(mesh.rank)
+    torch.manual_seed(shard.rank)
     shape = (shard.rows.num_rows, args.heads, args.dim)
     q, k, v, dout = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(4))
     tensors = [x.requires_grad_() for x in (q, k, v)]
@@ -222,10 +156,14 @@ def attention(args: argparse.Namespace) -> list[dict]:
             torch.autograd.grad(out, tensors, dout)
 
         row = measure(call, args, exchange)
-        name = f"ring, {mesh.transport.name}" if exchange == "ring" else exchange
+        name = exchange
+        if shard.transport is not None and exchange == "ring":
+            name = f"ring, {'simulated' if args.simulated else shard.transport.name}"
         row |= {"exchange": name if world > 1 else "-"}
         row |= {"flops": flops, "tokens": int(lengths.sum())}
         rows.append(row)
+    if world > 1 and not args.simulated and shard.transport is not None:
+        rows[0]["link"] = link_curve(shard.transport)
     return rows
 
 
@@ -322,6 +260,10 @@ def longest(args: argparse.Namespace) -> list[dict]:
 def work_as_rank(args: argparse.Namespace) -> None:
     """One process of a group; rank 0 writes what the slowest rank took."""
     rows = {"attention": attention, "step": step, "longest": longest}[args.what](args)
+    if args.simulated:
+        with open(args.out, "w") as file:
+            json.dump(rows, file)
+        return
     gathered: list[list[dict]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, rows)
     if dist.get_rank() == 0:
@@ -338,13 +280,15 @@ def work_as_rank(args: argparse.Namespace) -> None:
 def launch(args: argparse.Namespace) -> list[dict]:
     """The rows of all cp, each from processes of its own."""
     rows: list[dict] = []
-    for cp in args.cp:
+    for cp, simulated in [*((cp, False) for cp in args.cp), *((cp, True) for cp in args.simulate)]:
         with tempfile.NamedTemporaryFile() as file:
-            torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={cp}"]
-            module = ["-m", "benchmarks.context_parallel", *sys.argv[1:]]
-            command = [sys.executable, "-m", *torchrun, *module]
-            subprocess.run([*command, "--worker", str(cp), "--out", file.name], check=True)
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cp}"]
+            command = [sys.executable, *([] if simulated else torchrun)]
+            command += ["-m", "benchmarks.context_parallel", *sys.argv[1:]]
+            command += ["--worker", str(cp), "--out", file.name]
+            subprocess.run([*command, *(["--simulated"] * simulated)], check=True)
             rows += [{"cp": cp} | row for row in json.load(file)]
+    curve = next((row["link"] for row in rows if "link" in row), None)
     for row in rows:
         seconds = row["ms"] / 1e3
         row["tokens/s"] = row["tokens"] / seconds
@@ -352,6 +296,9 @@ def launch(args: argparse.Namespace) -> list[dict]:
             row["longer"] = row["longest L"] / rows[0]["longest L"]
             continue
         row["TFLOP/s a GPU"] = row["flops"] / seconds / 1e12
+        if curve and row["messages"]:
+            sizes, times = (list(x) for x in zip(*curve, strict=True))
+            row["link ms"] = float(np.interp(row["messages"], sizes, times).sum())
         if rows[0]["cp"] == 1:
             row["efficiency"] = rows[0]["ms"] / (row["cp"] * row["ms"])
     return rows
@@ -369,7 +316,9 @@ def main() -> None:
     parser.add_argument("--trace", help="start of the names of files for the profiler's traces")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
+    parser.add_argument("--simulated", action="store_true", help=argparse.SUPPRESS)
     group = parser.add_argument_group("attention")
+    group.add_argument("--simulate", type=int, nargs="*", default=[], help="more cp, of one rank")
     group.add_argument("--exchange", nargs="+", choices=EXCHANGES, default=["ring"])
     group.add_argument("--layout", choices=LAYOUTS, default="zigzag")
     group.add_argument("--lengths", default="1638-16384", help="16384, or 1638-16384 for uniform")

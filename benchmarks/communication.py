@@ -1,0 +1,121 @@
+"""What a GPU sends, how long its messages take, and when it only waits for them: measured.
+
+For `benchmarks.context_parallel`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from benchmarks.attention import milliseconds
+from parallel.transport import Transport
+
+COMMUNICATION = re.compile("nccl|Memcpy PtoP", re.IGNORECASE)
+
+
+class Traffic:
+    """Bytes that this rank sends to others, counted where messages leave."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self.messages: list[int] = []  # of a ring, bytes each
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        swap = Transport.swap
+        names = ("all_to_all_single", "all_gather_into_tensor", "reduce_scatter_tensor")
+        collectives = {name: getattr(dist, name) for name in names}
+
+        def counting_swap(
+            transport: Transport, name: str, message: Tensor, to: int | None, *rest: Any
+        ) -> Any:
+            if to is not None:
+                self.bytes += message.nbytes
+                self.messages.append(message.nbytes)
+            return swap(transport, name, message, to, *rest)
+
+        def counting(name: str) -> Callable[..., Any]:
+            signature = inspect.signature(collectives[name])
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                given = signature.bind(*args, **kwargs).arguments
+                self.bytes += _leaving(name, given, given.get("group") or dist.group.WORLD)
+                return collectives[name](*args, **kwargs)
+
+            return call
+
+        Transport.swap = counting_swap  # type: ignore[assignment, method-assign]
+        for name in names:
+            setattr(dist, name, counting(name))
+        yield
+        Transport.swap = swap  # type: ignore[method-assign]
+        for name, function in collectives.items():
+            setattr(dist, name, function)
+
+
+def _leaving(name: str, given: dict[str, Any], group: Any) -> int:
+    """What of a collective's input goes to other GPUs."""
+    send = given["input_tensor" if name == "all_gather_into_tensor" else "input"]
+    if not send.is_cuda:
+        return 0
+    others = group.size() - 1
+    if name == "all_gather_into_tensor":
+        return send.nbytes * others
+    splits = given.get("input_split_sizes")
+    if splits is None:
+        return send.nbytes // group.size() * others
+    return send.nbytes - splits[group.rank()] * send[:1].nbytes
+
+
+def idle_share(call: Callable[[], object], calls: int, trace: str | None) -> float:
+    """Of the time from the first kernel to the last, how much the GPU does not compute in.
+
+    It may copy, run NCCL's kernels, wait for another rank or for the host.
+    trace: file to keep what the profiler saw in.
+    """
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    if trace and dist.get_rank() == 0:
+        profiler.export_chrome_trace(trace)
+    events = [
+        event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+    first = min(event.time_range.start for event in events)
+    last = max(event.time_range.end for event in events)
+    computing, until = 0.0, first
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        if not COMMUNICATION.search(event.name):
+            start, end = event.time_range.start, event.time_range.end
+            computing += max(0.0, end - max(start, until))
+            until = max(until, end)
+    return 1 - computing / (last - first)
+
+
+def link_curve(transport: Transport) -> list[tuple[int, float]]:
+    """Bytes of a message and the milliseconds it takes, both ways at once and nothing beside it."""
+    rank, size = transport.group.rank(), transport.group.size()
+    curve = []
+    for mebibytes in (1, 4, 16, 64, 256):
+        count = mebibytes << 20
+
+        def swap(count: int = count) -> None:
+            message = transport.outbox("link", count, count, torch.uint8)
+            incoming = transport.inbox("link", count, torch.uint8)
+            to, source = (rank + 1) % size, (rank - 1) % size
+            transport.swap("link", message, to, incoming, source).wait()
+
+        milliseconds(swap, 5)
+        curve.append((count, statistics.median(milliseconds(swap, 10))))
+    return curve
