@@ -9,11 +9,12 @@
 
 One process a GPU, started anew for every cp; one table. `efficiency` is time at cp = 1 over cp
 times the time here. `idle` is the share of the time in which the GPU computes nothing, from a
-profiler's trace: it copies, waits for another GPU or, also at cp = 1, for the host; `sent` is what a rank sends, the messages'
-own bytes; `host` the time until a call has been enqueued. Times are medians of the slowest rank;
-FLOPs count as in `benchmarks.attention` (backward 2.5 times forward), of matrix products 6 a weight
-and token. `longest` is the length at which data.batch_size equal sequences take --memory GiB a GPU:
-from the peak memory of steps at two lengths, then tried with no more memory than that.
+profiler's trace: it copies, waits for another GPU or, also at cp = 1, for the host; `sent` is what
+a rank sends, the messages' own bytes; `host` the time until a call has been enqueued. Times are
+medians of the slowest rank; FLOPs count as in `benchmarks.attention` (backward 2.5 times forward),
+of matrix products 6 a weight and token. `longest` is the length at which data.batch_size equal
+sequences take --memory GiB a GPU: from the peak memory of steps at two lengths, then tried with no
+more memory than that.
 
 --simulate 4 8 adds rank 0 of groups of that size, alone on one GPU, whose messages go nowhere: what
 it computes. `link ms` is what a ring's messages take one after another on an idle link, by the
