@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import socket
+import threading
 from abc import ABC, abstractmethod
 from functools import cache
 
@@ -238,6 +239,9 @@ class _Counters:
         self._call("cuStreamWaitValue32_v2", self.of[self.rank][rank], self.heard[rank])
 
     def _call(self, function: str, counter: Tensor, value: int) -> None:
+        if not getattr(_thread, "has_context", False):
+            torch.cuda.mem_get_info(counter.device)  # any call of the runtime gives a thread one
+            _thread.has_context = True
         stream = torch.cuda.current_stream(counter.device).cuda_stream
         error = getattr(_driver(), function)(
             ctypes.c_void_p(stream),
@@ -247,6 +251,9 @@ class _Counters:
         )
         if error:
             raise RuntimeError(f"{function}: CUDA driver error {error}")
+
+
+_thread = threading.local()  # autograd calls the driver from a thread of its own
 
 
 @cache
