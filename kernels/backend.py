@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ def takes_triton(backend: str, x: Tensor) -> bool:
 @torch.compiler.assume_constant_result
 def runs_triton(device: torch.device) -> bool:
     """An NVIDIA GPU from Ampere on, or a CPU under Triton's interpreter, and Triton itself."""
+    return _runs_triton(device)
+
+
+@cache  # asked by every layer of every step
+def _runs_triton(device: torch.device) -> bool:
     if importlib.util.find_spec("triton") is None:
         return False
     if device.type == "cpu":

@@ -57,16 +57,26 @@ class Watchdog:
         moved = time.monotonic()
         while True:
             time.sleep(min(1.0, timeout / 10))
-            while self._pending and self._pending[0][2].query():
+            while self._pending and self._is_done(self._pending[0]):
                 self._pending.popleft()
                 moved = time.monotonic()
             if self._pending:
                 since, operation, _ = self._pending[0]
                 if time.monotonic() - max(since, moved) > timeout:
-                    print(
-                        f"rank {self.rank}: {operation}: nothing for {timeout:.0f} s "
-                        "(parallel.timeout_s); another rank hangs or has died. Ending the job.",
-                        file=sys.stderr,
-                        flush=True,
+                    self._give_up(
+                        f"{operation}: nothing for {timeout:.0f} s (parallel.timeout_s); another "
+                        "rank hangs or has died"
                     )
-                    os._exit(1)  # the device cannot be stopped, and waiting threads neither
+
+    def _is_done(self, waiting: tuple[float, str, Event]) -> bool:
+        _, operation, event = waiting
+        try:
+            return event.query()
+        except RuntimeError as error:  # what the device did before it has failed
+            self._give_up(f"{operation}: {error}")
+            raise
+
+    def _give_up(self, message: str) -> None:
+        """Without cleaning up: the device cannot be stopped, nor threads that wait for it."""
+        print(f"rank {self.rank}: {message}. Ending the job.", file=sys.stderr, flush=True)
+        os._exit(1)

@@ -6,6 +6,7 @@ Hopper's rows were measured; the others keep within 99 KiB of shared memory and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -63,6 +64,11 @@ def config_for(dim: int, mean_length: int, dtype: torch.dtype, device: torch.dev
     """The configuration for head dims up to `dim`."""
     if dtype == torch.float32 or device.type == "cpu":
         return SINGLE
-    if torch.cuda.get_device_capability(device)[0] != 9:
+    if not _is_hopper(device):
         return CONSERVATIVE[max(64, dim)]
     return HOPPER_SHORT if mean_length < SHORT and dim <= 128 else HOPPER[max(64, dim)]
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9

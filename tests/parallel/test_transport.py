@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -64,3 +69,36 @@ def ring(transport: str, exchange: str) -> list[list[torch.Tensor]]:
 def test_two_gpus_equal_one(run_in_world, transport: str, exchange: str) -> None:
     for errors in run_in_world(2, ring, transport, exchange):
         assert all(error < 4e-3 for batch in errors for error in batch), errors
+
+
+HANG = """
+import time
+import torch
+from parallel.mesh import build_mesh, local_device
+
+device = local_device()
+mesh = build_mesh(dp=1, cp=2, device=device, timeout_s=4)
+mesh.watchdog.step = 12
+transport = mesh.transport
+for step in range(2):
+    message = transport.outbox("keys", 1024, 1024, torch.uint8)
+    if step == 1 and mesh.rank == 1:
+        time.sleep(1000)
+    incoming = transport.inbox("keys", 1024, torch.uint8)
+    transport.swap("keys", message, 1 - mesh.rank, incoming, 1 - mesh.rank).wait()
+    torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_hanging_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
+    script = tmp_path / "hang.py"
+    script.write_text(HANG)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([".", *sys.path]))
+    run = subprocess.run(
+        [sys.executable, *launch], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert run.returncode
+    waited = "rank 0: step 12: keys to rank 1, from rank 1 of the cp group: nothing for 4 s"
+    assert waited in run.stderr
