@@ -56,7 +56,7 @@ from parallel.batch import JaggedBatch
 from parallel.layout import LAYOUTS, Layout
 from parallel.mesh import build_mesh, local_device
 from parallel.shard import Shard, shard_batch
-from parallel.transport import SendReceive
+from parallel.transport import Links, SendReceive
 from parallel.visibility import Mask, Visibility
 from parallel.watchdog import Watchdog
 
@@ -114,7 +114,7 @@ def simulated_shard(lengths: Tensor, layout: Layout, device: torch.device) -> Sh
     parts = tuple(layout.positions(lengths, rank) for rank in range(size))
     transport = SendReceive(group, device, Watchdog(0, timedelta(hours=1)))
     targets = torch.zeros_like(lengths)
-    return Shard(lengths, targets, parts, {}, group, 0, device, transport)
+    return Shard(lengths, targets, parts, {}, group, 0, device, Links(transport))
 
 
 def attention(args: argparse.Namespace) -> list[dict]:
@@ -158,13 +158,13 @@ def attention(args: argparse.Namespace) -> list[dict]:
 
         row = measure(call, args, exchange)
         name = exchange
-        if shard.transport is not None and exchange == "ring":
-            name = f"ring, {'simulated' if args.simulated else shard.transport.name}"
+        if shard.links is not None and exchange == "ring":
+            name = f"ring, {'simulated' if args.simulated else shard.links.name}"
         row |= {"exchange": name if world > 1 else "-"}
         row |= {"flops": flops, "tokens": int(lengths.sum())}
         rows.append(row)
-    if world > 1 and not args.simulated and shard.transport is not None:
-        rows[0]["link"] = link_curve(shard.transport)
+    if world > 1 and not args.simulated and shard.links is not None:
+        rows[0]["link"] = link_curve(shard.links.within)
     return rows
 
 
@@ -229,7 +229,9 @@ def longest(args: argparse.Namespace) -> list[dict]:
         batch = JaggedBatch(lengths, torch.zeros_like(lengths), tokens)
         trainer.step(1, trainer.prepare(1, batch))
         torch.cuda.synchronize()
-        bytes_now = torch.tensor(torch.cuda.max_memory_allocated() + trainer.mesh.transport.nbytes)
+        bytes_now = torch.tensor(
+            torch.cuda.max_memory_allocated() + trainer.mesh.links.within.nbytes
+        )
         dist.all_reduce(bytes_now, dist.ReduceOp.MAX)
         return float(bytes_now)
 
@@ -241,7 +243,7 @@ def longest(args: argparse.Namespace) -> list[dict]:
     length = min(length, config.data.max_length) // (128 * world) * 128 * world
     torch.cuda.empty_cache()
     # Message buffers are not the allocator's; what they will take is known from what they take.
-    buffers = trainer.mesh.transport.nbytes * length / middle
+    buffers = trainer.mesh.links.within.nbytes * length / middle
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction((budget - buffers) / total)
     start = time.perf_counter()

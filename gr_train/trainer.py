@@ -236,7 +236,7 @@ class Trainer:
         )
         if self.mesh.cp > 1:
             exchange, why = explain_exchange(self.config.parallel.exchange, self.config.model.mask)
-            by = f" by {self.mesh.transport.name}" if exchange == "ring" else ""
+            by = f" by {self.mesh.links.name}" if exchange == "ring" else ""
             progress.say(f"keys and values: {exchange}{by} ({why})")
         if first:
             progress.say(f"resumed after step {first}")

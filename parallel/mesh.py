@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.transport import Transport, build_transport
+from parallel.transport import Links, build_links
 from parallel.watchdog import Watchdog
 
 
@@ -25,7 +25,7 @@ class Mesh:
     device_mesh: DeviceMesh
     device: torch.device
     world: dist.ProcessGroup
-    transport: Transport  # of the cp group
+    links: Links  # of the cp group
     watchdog: Watchdog
 
     @property
@@ -91,12 +91,17 @@ def build_mesh(*, dp: int, cp: int, device: torch.device, timeout_s: int = 600) 
     device_mesh = DeviceMesh.from_group(
         [dp_group, cp_group], device.type, mesh=ranks, mesh_dim_names=("dp", "cp")
     )
+    watchdog = Watchdog(dist.get_rank(), timeout)
+    node_group, per_node = None, int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if cp > per_node and cp % per_node == 0:
+        nodes = torch.arange(world_size).view(-1, per_node)
+        node_group = _own_group(nodes, timeout, hurried=device.type == "cuda")
     # NCCL connects a group in its first collective, in which every rank must take part; a ring's
     # first message need not involve a rank without tokens.
-    dist.all_reduce(torch.zeros(1, device=device), group=cp_group)
-    watchdog = Watchdog(dist.get_rank(), timeout)
-    transport = build_transport(cp_group, device, watchdog)
-    return Mesh(device_mesh, device, world, transport, watchdog)
+    for group in filter(None, (cp_group, node_group)):
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+    links = build_links(cp_group, node_group, device, watchdog)
+    return Mesh(device_mesh, device, world, links, watchdog)
 
 
 def _own_group(ranks: Tensor, timeout: timedelta, hurried: bool = False) -> dist.ProcessGroup:

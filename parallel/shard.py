@@ -21,7 +21,7 @@ from parallel.balance import deal
 from parallel.batch import JaggedBatch
 from parallel.layout import Layout
 from parallel.mesh import Mesh
-from parallel.transport import Transport
+from parallel.transport import Links
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Shard:
     group: dist.ProcessGroup | None  # the cp group; None if cp is 1
     rank: int  # in the cp group
     device: torch.device
-    transport: Transport | None = None  # of the cp group
+    links: Links | None = None  # of the cp group
 
     @property
     def cp_size(self) -> int:
@@ -115,9 +115,7 @@ def shard_batch(batch: JaggedBatch, layout: Layout, mesh: Mesh | None) -> Shard:
     if mesh is None:
         return Shard(lengths, num_targets, parts, tokens, None, 0, torch.device("cpu"))
     group = mesh.cp_group
-    return Shard(
-        lengths, num_targets, parts, tokens, group, group.rank(), mesh.device, mesh.transport
-    )
+    return Shard(lengths, num_targets, parts, tokens, group, group.rank(), mesh.device, mesh.links)
 
 
 @dataclass(frozen=True)

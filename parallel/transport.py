@@ -12,6 +12,7 @@ import ctypes
 import socket
 import threading
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -82,13 +83,37 @@ class Transport(ABC):
     ) -> Arrival: ...
 
 
-def build_transport(
-    group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog
-) -> Transport:
-    """The best that this group's devices can do. Collective."""
-    if device.type == "cuda" and _reach_each_other(group, device):
-        return CopyEngines(group, device, watchdog)
-    return SendReceive(group, device, watchdog)
+@dataclass(frozen=True)
+class Links:
+    """How the ranks of a cp group reach each other: rank = node * size of `within` + place in it.
+
+    within: the ranks of a node; all, if they are not spread evenly over several.
+    across: all ranks, if there are several nodes.
+    """
+
+    within: Transport
+    across: Transport | None = None
+
+    @property
+    def name(self) -> str:
+        between = f", between nodes {self.across.name}" if self.across else ""
+        return self.within.name + between
+
+
+def build_links(
+    group: dist.ProcessGroup,
+    node_group: dist.ProcessGroup | None,
+    device: torch.device,
+    watchdog: Watchdog,
+) -> Links:
+    """The best that the devices of a cp group can do. Collective.
+
+    node_group: this rank's node, if the group spans nodes with equally many ranks each.
+    """
+    inner = node_group or group
+    reach = device.type == "cuda" and inner.size() > 1 and _reach_each_other(inner, device)
+    within = (CopyEngines if reach else SendReceive)(inner, device, watchdog)
+    return Links(within, SendReceive(group, device, watchdog) if node_group else None)
 
 
 class SendReceive(Transport):
@@ -116,7 +141,8 @@ class SendReceive(Transport):
             ops.append(dist.P2POp(dist.irecv, incoming, group=self.group, group_peer=source))
         works = dist.batch_isend_irecv(ops) if ops else []
         messages = _Messages(works, _say(name, to, source), self)
-        self._leaving.setdefault(name, []).append(messages)
+        leaving = [before for before in self._leaving.get(name, []) if before.works]
+        self._leaving[name] = [*leaving, messages]
         return messages
 
 

@@ -8,16 +8,22 @@ the sums come home in ring order, the same in every run.
 What hides what, in the backward pass: dq of the rank's own keys hides the first keys on their way;
 then each step's dq hides its dk and dv on theirs; dk and dv of the own keys come last, and add what
 came home. The last step writes q's dtype: results need no further pass over memory.
+
+A group that spans nodes is a ring of rings. At turn t, node n works on the keys of node n - t: each
+of its ranks holds those of the rank in its own place there, and passes them on to the next node
+while the ring inside the node goes round. Keys and gradients cross the network once a node.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.attention import accumulator, attention_forward, key_value_gradients, query_gradient
+from parallel.transport import Transport
 from parallel.visibility import Visibility
 
 Block = tuple[Tensor, Tensor]  # keys and values of one rank, or their gradients
@@ -69,15 +75,18 @@ def _forward(
     out: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Visibility, factors: dict[str, float]
 ) -> None:
     """Writes out."""
-    ring, total = _Ring(k, v, seen), None
-    if not ring.steps_seen:
-        out.zero_()
-    for step in range(ring.size):
-        block = ring.block(step)
-        ring.fetch(step + 1)
-        if block:
-            mask, target = ring.mask(step) | factors, out if ring.is_last(step) else total
-            total = attention_forward(q, *block, **mask, add=total, out=target)
+    ring = _Ring(k, v, seen)
+    sums = _Sums(out, ring, [(t, s) for t in range(ring.nodes) for s in range(ring.places)])
+    ring.hold_own(0)
+    for turn in range(ring.nodes):
+        ring.arrive(turn)
+        ring.carry_on(turn)
+        for step in range(ring.places):
+            block = ring.block(turn, step)
+            ring.fetch(turn, step + 1)
+            if block:
+                mask = ring.mask(turn, step) | factors
+                sums.add(attention_forward, turn, step, q, *block, **mask)
 
 
 def _backward(
@@ -91,119 +100,255 @@ def _backward(
     seen: Visibility,
     factors: dict[str, float],
 ) -> None:
-    """Writes dq, dk, dv."""
-    ring, total = _Ring(k, v, seen), None
-    if not ring.steps_seen:
-        dq.zero_()
-    for step in range(ring.size):
-        block = ring.block(step)
-        ring.fetch(step + 1)
-        mask = ring.mask(step) | factors
-        if step:
-            found, target = ring.gradients_so_far(step), ring.gradients_to_pass_on(step)
-            if block:
-                key_value_gradients(dout, q, *block, **mask, add=found, out=target)
-            elif found:
-                _copy(found, target)
-            ring.pass_gradients(step)
-        if block:
-            written = dq if ring.is_last(step) else total
-            total = query_gradient(dout, q, *block, **mask, add=total, out=written)
+    """Writes dq, dk, dv. The own node's keys have the last turn: there, gradients come home."""
+    ring = _Ring(k, v, seen)
+    last, tensors = ring.nodes, (dout, q)
+    turns = range(1, last + 1)
+    own, others = (
+        (last, 0),
+        [(t, s) for t in turns for s in range(ring.places) if (t, s) != (last, 0)],
+    )
+    sums = _Sums(dq, ring, [own, *others])
 
-    found = ring.gradients_so_far(ring.size)
-    if ring.block(0):
-        mask = ring.mask(0) | factors
-        key_value_gradients(dout, q, k, v, **mask, add=found, out=(dk, dv))
+    def add_dq(turn: int, step: int, block: Block) -> None:
+        mask = ring.mask(turn, step) | factors
+        sums.add(query_gradient, turn, step, *tensors, *block, **mask)
+
+    def find(turn: int, step: int, block: Block | None, found: Block | None, into: Block) -> None:
+        """into = found + dk and dv of a block."""
+        if block:
+            mask = ring.mask(turn, step) | factors
+            key_value_gradients(*tensors, *block, **mask, add=found, out=into)
+        elif found or into[0] is dk:
+            _copy(found, into)
+
+    if last > 1:
+        ring.hold_own(0)
+        ring.carry_on(0)
     else:
-        _copy(found, (dk, dv))
+        ring.hold_own(last)
+        ring.fetch(last, 1)
+    if block := ring.block(*own):
+        add_dq(*own, block)
+    for turn in turns:
+        if last > 1:
+            if turn == last:
+                ring.hold_own(turn)
+            else:
+                ring.arrive(turn)
+            ring.carry_on(turn)
+            ring.fetch(turn, 1)
+        held = ring.block(turn, 0)
+        if held and turn != last:
+            add_dq(turn, 0, held)
+        for step in range(1, ring.places):
+            block = ring.block(turn, step)
+            ring.fetch(turn, step + 1)
+            find(turn, step, block, ring.gradients_so_far(turn, step), ring.outgoing(turn, step))
+            ring.pass_on(turn, step)
+            if block:
+                add_dq(turn, step, block)
+        found = ring.gradients_of_held(turn)
+        find(turn, 0, held, found, (dk, dv) if turn == last else ring.outgoing(turn, 0))
+        if turn != last:
+            ring.carry_gradients_on(turn)
+
+
+class _Sums:
+    """Adds the results of the visits in which something is seen: in float32, but for the last."""
+
+    def __init__(self, out: Tensor, ring: _Ring, visits: list[tuple[int, int]]) -> None:
+        seen = [visit for visit in visits if ring.sees_block(*visit)]
+        self.out, self.last = out, seen[-1] if seen else None
+        self.total: Tensor | None = None
+        if not seen:
+            out.zero_()
+
+    def add(
+        self, kernel: Callable[..., Tensor], turn: int, step: int, *args: Any, **mask: Any
+    ) -> None:
+        """kernel(*args, **mask), onto what there is."""
+        into = self.out if (turn, step) == self.last else self.total
+        self.total = kernel(*args, **mask, add=self.total, out=into)
 
 
 class _Ring:
-    """One pass over the ring: what this rank sees, sends and receives at which step."""
+    """One pass over the ring: what this rank sees, sends and receives when.
+
+    Rank = node * places + place. At step s of turn t it works on the keys of the rank s places and
+    t nodes before it, which the rank s places before it in its own node holds.
+    """
 
     def __init__(self, k: Tensor, v: Tensor, seen: Visibility) -> None:
-        shard = seen.shard
-        assert shard.transport is not None
-        self.k, self.v, self.seen, self.transport = k, v, seen, shard.transport
-        self.parts, self.rank, self.size = shard.device_parts, shard.rank, shard.cp_size
-        self.steps_seen = [s for s in range(self.size) if self._sees(self.rank, self.rank - s)]
-        self.message = self._outbox(KEYS, self.rank, k.dtype)
-        _copy((k, v), self._split(self.message))
+        links = seen.shard.links
+        assert links is not None
+        self.k, self.v, self.seen = k, v, seen
+        self.parts, self.rank = seen.shard.device_parts, seen.shard.rank
+        self.within, self.across = links.within, links.across
+        self.places = links.within.group.size()
+        self.nodes = seen.shard.cp_size // self.places
+        self.node, self.place = divmod(self.rank, self.places)
+        self.held: dict[int, Tensor] = {}  # turn -> keys and values, where the node can get them
 
-    def is_last(self, step: int) -> bool:
-        return step == self.steps_seen[-1]
-
-    def mask(self, step: int) -> dict[str, Any]:
-        keys = self.parts[self._owner(step)]
+    def mask(self, turn: int, step: int) -> dict[str, Any]:
+        keys = self.parts[self._owner(turn, step)]
         return dict(queries=self.parts[self.rank], keys=keys, intervals=self.seen.intervals)
 
-    def fetch(self, step: int) -> None:
-        """Have the keys and values of a step brought here, if they are seen; and send mine."""
-        if step < self.size:
-            owner, reader = self._owner(step), (self.rank + step) % self.size
-            self.keys_coming = self.transport.swap(
-                KEYS,
-                self.message,
-                reader if self._sees(reader, self.rank) else None,
-                self._inbox(step),
-                owner if self._sees(self.rank, owner) else None,
-            )
+    def sees_block(self, turn: int, step: int) -> bool:
+        return self.seen.meets[self.rank][self._owner(turn, step)]
 
-    def block(self, step: int) -> Block | None:
-        """The keys and values of a step, when they are here; None if nothing of them is seen."""
-        if step not in self.steps_seen:
-            return None
-        if step == 0:
-            return self.k, self.v
-        self.keys_coming.wait()
-        return self._split(self._inbox(step))
+    def hold_own(self, turn: int) -> None:
+        """Hold this rank's own keys and values for a turn."""
+        self.held[turn] = self._outbox_of(turn)
+        _copy((self.k, self.v), self._split(self.held[turn]))
 
-    def gradients_to_pass_on(self, step: int) -> Block:
-        """Where to write dk and dv of a step's keys, with what the ranks before found for them."""
-        self.gradients = self._outbox(GRADIENTS, self._owner(step), accumulator(self.k.dtype))
-        return self._split(self.gradients)
-
-    def pass_gradients(self, step: int) -> None:
-        """On to the next rank, which works on the same keys at its next step."""
-        self.gradients_coming = self.transport.swap(
-            GRADIENTS,
-            self.gradients,
-            (self.rank + 1) % self.size if self._found(self.rank, step) else None,
-            self._gradient_inbox(step + 1),
-            (self.rank - 1) % self.size if self._found(self.rank - 1, step) else None,
+    def carry_on(self, turn: int) -> None:
+        """Send what this rank holds on to the next node, and have the next turn's brought."""
+        if turn + 1 >= self.nodes:
+            return
+        assert self.across is not None
+        mine, coming = self._owner(turn, 0), self._owner(turn + 1, 0)
+        self.held[turn + 1] = self._outbox_of(turn + 1)
+        self.turn_coming = self.across.swap(
+            KEYS,
+            self.held[turn],
+            self._at(self.node + 1, self.place) if self._goes_to(self.node + 1, mine) else None,
+            self.held[turn + 1],
+            self._at(self.node - 1, self.place) if self._goes_to(self.node, coming) else None,
         )
 
-    def gradients_so_far(self, step: int) -> Block | None:
-        """What the ranks before this one found for a step's keys; None if none of them sees any."""
-        if not self._found(self.rank - 1, step - 1):
+    def arrive(self, turn: int) -> None:
+        """Wait for what the last `carry_on` brings."""
+        if turn:
+            self.turn_coming.wait()
+
+    def fetch(self, turn: int, step: int) -> None:
+        """Have the keys and values of a step brought here, if they are seen; send what I hold."""
+        if step >= self.places:
+            return
+        reader, held = self._at(self.node, self.place + step), self._owner(turn, 0)
+        self.keys_coming = self.within.swap(
+            self._name(turn),
+            self.held[turn],
+            reader % self.places if self.seen.meets[reader][held] else None,
+            self._inbox(turn, step),
+            (self.place - step) % self.places if self.sees_block(turn, step) else None,
+        )
+
+    def block(self, turn: int, step: int) -> Block | None:
+        """The keys and values of a step, when they are here; None if nothing of them is seen."""
+        if not self.sees_block(turn, step):
+            return None
+        if step:
+            self.keys_coming.wait()
+            return self._split(self._inbox(turn, step))
+        own = self._owner(turn, 0) == self.rank
+        return (self.k, self.v) if own else self._split(self.held[turn])
+
+    def outgoing(self, turn: int, step: int) -> Block:
+        """Where to write dk and dv of a step's keys, with what the ranks before found for them.
+
+        Of step 0's keys they leave the node.
+        """
+        link = self.within if step else self.across
+        assert link is not None
+        self.gradients = self._outbox(link, GRADIENTS, self._owner(turn, step), self.sum_dtype)
+        return self._split(self.gradients)
+
+    def pass_on(self, turn: int, step: int) -> None:
+        """The gradients to the next rank, which works on the same keys at its next step."""
+        before = self._at(self.node, self.place - 1)
+        self.gradients_coming = self.within.swap(
+            GRADIENTS,
+            self.gradients,
+            (self.place + 1) % self.places if self._found(self.rank, turn, step) else None,
+            self._gradient_inbox(self.within, turn, step + 1),
+            before % self.places if self._found(before, turn, step) else None,
+        )
+
+    def gradients_so_far(self, turn: int, step: int) -> Block | None:
+        """What the ranks before this one in the node found for a step's keys, if they see any."""
+        if not self._found(self._at(self.node, self.place - 1), turn, step - 1):
             return None
         self.gradients_coming.wait()
-        return self._split(self._gradient_inbox(step))
+        return self._split(self._gradient_inbox(self.within, turn, step))
 
-    def _found(self, rank: int, step: int) -> bool:
+    def gradients_of_held(self, turn: int) -> Block | None:
+        """What this node's other ranks, and the nodes before, found for the keys held here."""
+        found = self.gradients_so_far(turn, self.places)
+        if not self._found_by_turn(turn - 1, self._owner(turn, 0)):
+            return found
+        assert self.across is not None
+        self.turn_gradients_coming.wait()
+        others = self._split(self._gradient_inbox(self.across, turn, 0))
+        if found:
+            for mine, theirs in zip(others, found, strict=True):
+                mine.add_(theirs)
+        return others
+
+    def carry_gradients_on(self, turn: int) -> None:
+        """Those of the keys held here to the next node, which works on them in its next turn."""
+        assert self.across is not None
+        mine, coming = self._owner(turn, 0), self._owner(turn + 1, 0)
+        self.turn_gradients_coming = self.across.swap(
+            GRADIENTS,
+            self.gradients,
+            self._at(self.node + 1, self.place) if self._found_by_turn(turn, mine) else None,
+            self._gradient_inbox(self.across, turn + 1, 0),
+            self._at(self.node - 1, self.place) if self._found_by_turn(turn, coming) else None,
+        )
+
+    def _found(self, rank: int, turn: int, step: int) -> bool:
         """Whether `rank` has gradients to pass on after a step, of its own or of ranks before."""
-        return any(self._sees(rank - s, rank - step) for s in range(step))
+        node, place = divmod(rank, self.places)
+        owner = self._at(node - turn, place - step)
+        return any(self.seen.meets[self._at(node, place - s)][owner] for s in range(step))
 
-    def _owner(self, step: int) -> int:
+    def _found_by_turn(self, turn: int, owner: int) -> bool:
+        """Whether any node has found gradients for the keys of `owner` up to that turn."""
+        return self._any_sees(owner, range(1, turn + 1))
+
+    def _goes_to(self, node: int, owner: int) -> bool:
+        """Whether the keys of `owner` are needed in a node, or in one after it."""
+        first = (node - owner // self.places) % self.nodes
+        return self._any_sees(owner, range(first, self.nodes))
+
+    def _any_sees(self, owner: int, turns: range) -> bool:
+        """Whether any rank sees the keys of `owner` in these turns."""
+        nodes = (owner // self.places + turn for turn in turns)
+        ranks = (self._at(node, place) for node in nodes for place in range(self.places))
+        return any(self.seen.meets[rank][owner] for rank in ranks)
+
+    def _at(self, node: int, place: int) -> int:
+        return node % self.nodes * self.places + place % self.places
+
+    def _owner(self, turn: int, step: int) -> int:
         """Whose keys this rank works on."""
-        return (self.rank - step) % self.size
+        return self._at(self.node - turn, self.place - step)
 
-    def _sees(self, rank: int, owner: int) -> bool:
-        return self.seen.meets[rank % self.size][owner % self.size]
+    def _name(self, turn: int) -> str:
+        """Of the outbox: two take turns, one is sent on while the other fills."""
+        return KEYS if self.nodes == 1 else f"{KEYS} {turn % 2}"
 
-    def _inbox(self, step: int) -> Tensor:
+    def _outbox_of(self, turn: int) -> Tensor:
+        return self._outbox(self.within, self._name(turn), self._owner(turn, 0), self.k.dtype)
+
+    def _inbox(self, turn: int, step: int) -> Tensor:
         """Two take turns: one fills while the other is worked on."""
-        numel = self._numel(self._owner(step))
-        return self.transport.inbox(f"{KEYS} {step % 2}", numel, self.k.dtype)
+        numel = self._numel(self._owner(turn, step))
+        return self.within.inbox(f"{KEYS} {step % 2}", numel, self.k.dtype)
 
-    def _gradient_inbox(self, step: int) -> Tensor:
+    def _gradient_inbox(self, link: Transport, turn: int, step: int) -> Tensor:
         """One will do: it fills again once the kernel that reads it has ended."""
-        numel = self._numel(self._owner(step))
-        return self.transport.inbox(GRADIENTS, numel, accumulator(self.k.dtype))
+        return link.inbox(GRADIENTS, self._numel(self._owner(turn, step)), self.sum_dtype)
 
-    def _outbox(self, name: str, owner: int, dtype: torch.dtype) -> Tensor:
-        capacity = max(self._numel(rank) for rank in range(self.size))
-        return self.transport.outbox(name, self._numel(owner), capacity, dtype)
+    def _outbox(self, link: Transport, name: str, owner: int, dtype: torch.dtype) -> Tensor:
+        capacity = max(self._numel(rank) for rank in range(len(self.parts)))
+        return link.outbox(name, self._numel(owner), capacity, dtype)
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        return accumulator(self.k.dtype)
 
     def _numel(self, owner: int) -> int:
         row = self.k.shape[1] * (self.k.shape[2] + self.v.shape[2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from unittest.mock import patch
 
 import pytest
@@ -90,6 +91,27 @@ def test_equals_one_process(run_in_world, name: str, cp: int, layout: str, excha
 def test_a_ring_passes_ranks_that_see_nothing(run_in_world, name: str, layout: str) -> None:
     """Contiguous parts under a window: a rank sees its neighbour's keys and no others'."""
     check_against_one_process(run_in_world(4, attend, 4, layout, "ring", name), name)
+
+
+def attend_over_nodes(cp: int, per_node: int, layout: str, name: str):
+    with patch.dict(os.environ, LOCAL_WORLD_SIZE=str(per_node)):
+        return attend(cp, layout, "ring", name)
+
+
+@pytest.mark.parametrize(("cp", "per_node"), [(2, 1), (3, 1), (4, 2), (6, 2), (6, 3)])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("targets", "zigzag"),
+        ("causal", "contiguous"),
+        ("window", "contiguous"),
+        ("one_token", "zigzag"),
+    ],
+)
+def test_a_ring_of_rings(run_in_world, name: str, layout: str, cp: int, per_node: int) -> None:
+    """Nodes of `per_node` ranks each."""
+    results = run_in_world(cp, attend_over_nodes, cp, per_node, layout, name)
+    check_against_one_process(results, name)
 
 
 def attend_in_chunks(cp: int, name: str):

@@ -18,7 +18,7 @@ from parallel.batch import JaggedBatch
 from parallel.layout import ZigzagLayout
 from parallel.mesh import build_mesh, local_device
 from parallel.shard import shard_batch
-from parallel.transport import CopyEngines, SendReceive
+from parallel.transport import CopyEngines, Links, SendReceive
 from parallel.visibility import Visibility
 
 BATCHES = [[700, 3, 0, 1], [2000, 513, 40], [5, 9]]  # the second outgrows the first one's buffers
@@ -36,7 +36,7 @@ def ring(transport: str, exchange: str) -> list[list[torch.Tensor]]:
     device = local_device()
     mesh = build_mesh(dp=1, cp=2, device=device)
     made = {"copy": CopyEngines, "send": SendReceive}[transport]
-    mesh.__dict__["transport"] = made(mesh.cp_group, device, mesh.watchdog)
+    mesh.__dict__["links"] = Links(made(mesh.cp_group, device, mesh.watchdog))
     errors = []
     for lengths in [batch for batch in BATCHES for _ in range(2)]:
         mine = torch.tensor(lengths[mesh.rank :: 2], dtype=torch.int32)
@@ -79,7 +79,7 @@ from parallel.mesh import build_mesh, local_device
 device = local_device()
 mesh = build_mesh(dp=1, cp=2, device=device, timeout_s=4)
 mesh.watchdog.step = 12
-transport = mesh.transport
+transport = mesh.links.within
 for step in range(2):
     message = transport.outbox("keys", 1024, 1024, torch.uint8)
     if step == 1 and mesh.rank == 1:

@@ -60,7 +60,7 @@ def _late(seconds: float) -> Any:
     mesh.watchdog.step = 12
     error = None
     if dist.get_rank() == 0:
-        transport = mesh.transport
+        transport = mesh.links.within
         message = transport.outbox("keys and values", 4, 4, torch.float32)
         arrival = transport.swap(
             "keys and values", message, None, transport.inbox("in", 4, torch.float32), 1
