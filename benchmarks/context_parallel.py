@@ -77,7 +77,9 @@ COLUMNS = {  # of the table: title and format
 }
 
 
-def measure(call: Callable[[], object], args: argparse.Namespace, name: str) -> dict[str, Any]:
+def measure(
+    call: Callable[[], object], args: argparse.Namespace, name: str, links: Links | None
+) -> dict[str, Any]:
     """ms, bytes sent, exposed share and peak memory of one call on this rank."""
     for _ in range(args.warmup):
         call()
@@ -93,7 +95,7 @@ def measure(call: Callable[[], object], args: argparse.Namespace, name: str) -> 
     enqueued = time.perf_counter() - start
     torch.cuda.synchronize()
     mean = (time.perf_counter() - start) * 1000 / args.repeats
-    peak = torch.cuda.max_memory_allocated()
+    peak = torch.cuda.max_memory_allocated() + (links.within.nbytes if links else 0)
     trace = f"{args.trace}-{name}-cp{args.worker}.json.gz" if args.trace else None
     return {
         "ms": max(ms, mean) if args.what == "step" else ms,
@@ -156,7 +158,7 @@ def attention(args: argparse.Namespace) -> list[dict]:
             )
             torch.autograd.grad(out, tensors, dout)
 
-        row = measure(call, args, exchange)
+        row = measure(call, args, exchange, shard.links)
         name = exchange
         if shard.links is not None and exchange == "ring":
             name = f"ring, {'simulated' if args.simulated else shard.links.name}"
@@ -183,7 +185,8 @@ def step(args: argparse.Namespace) -> list[dict]:
         number = next(made)
         return trainer.prepare(number, batches[number % len(batches)])
 
-    prepared = iter(Ahead(make, 10**9, threaded=True))
+    ahead = Ahead(make, 10**9, threaded=True)
+    prepared = iter(ahead)
     steps = 0
 
     def call() -> None:
@@ -191,7 +194,8 @@ def step(args: argparse.Namespace) -> list[dict]:
         steps += 1
         trainer.step(steps, next(prepared))
 
-    row = measure(call, args, "step")
+    row = measure(call, args, "step", trainer.mesh.links)
+    ahead.settle()  # its messages must not meet those that follow
     row |= {"exchange": config.parallel.exchange if world > 1 else "-"}
     flops, tokens = 0.0, 0
     for batch in batches:
@@ -345,6 +349,8 @@ def main() -> None:
         work_as_rank(args)
         return
 
+    if torch.cuda.device_count() < max(args.cp):
+        parser.error(f"--cp {max(args.cp)}: this machine has {torch.cuda.device_count()} GPUs")
     rows = launch(args)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {' '.join(sys.argv[1:])}")
     cells = [

@@ -117,13 +117,13 @@ class Trainer:
                     lr = float(self.schedule.get_last_lr()[0])
                     progress.train(step, loss, tokens_per_s, lr)
             if _due(step, config.eval.every) and not last:
-                with meter.paused():
+                with meter.paused(), self.mesh.watchdog.doing(f"evaluation after step {step}"):
                     batches.settle()
                     metrics = self.evaluate()
                 if progress:
                     progress.evaluation(step, metrics)
             if last or _due(step, config.checkpoint.every):
-                with meter.paused():
+                with meter.paused(), self.mesh.watchdog.doing(f"checkpoint of step {step}"):
                     batches.settle()
                     self.checkpointer.save(step, batch.loader_state)
         return self._finish(progress, loss, meter.tokens_per_s)
@@ -134,7 +134,10 @@ class Trainer:
 
     def step(self, step: int, batch: Prepared) -> Tensor:
         """One update. Returns this rank's loss, whose mean over ranks is the global loss."""
-        self.mesh.watchdog.step = step
+        with self.mesh.watchdog.doing(f"step {step}"):
+            return self._step(batch)
+
+    def _step(self, batch: Prepared) -> Tensor:
         follow_schedule(self.table_optimizer, self.config.embedding.lr, self.schedule)
         self.optimizer.zero_grad()
         loss = self.model.loss(batch)
@@ -155,9 +158,10 @@ class Trainer:
         def make() -> _Batch:
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)  # a thread's own
-            batch = next(loader)
+            batch, step = next(loader), next(steps)
             state = self.loader.state_dict()
-            return _Batch(self.prepare(next(steps), batch), batch.num_tokens, state)
+            with self.mesh.watchdog.doing(f"batch of step {step}", beside=True):
+                return _Batch(self.prepare(step, batch), batch.num_tokens, state)
 
         count = self.config.train.steps - first
         return Ahead(make, count, threaded=self.device.type == "cuda")
@@ -198,9 +202,10 @@ class Trainer:
     def _finish(
         self, progress: Progress | None, loss: float, tokens_per_s: float
     ) -> dict[str, Any]:
-        metrics, baseline = self.evaluate(), self.popularity()
+        with self.mesh.watchdog.doing("evaluation after the last step"):
+            metrics, baseline = self.evaluate(), self.popularity()
         memory: list[str] = [""] * self.mesh.size
-        dist.all_gather_object(memory, _peak_memory(self.device))
+        dist.all_gather_object(memory, _peak_memory(self.device, self.mesh.links.within.nbytes))
         parallel = self.config.parallel
         summary = {
             "model": self.config.model.kind.upper(),
@@ -268,7 +273,8 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _peak_memory(device: torch.device) -> str:
+def _peak_memory(device: torch.device, buffers: int) -> str:
+    """buffers: bytes of messages, which PyTorch's allocator does not count."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+        return f"{(torch.cuda.max_memory_allocated(device) + buffers) / 2**30:.1f} GiB"
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"

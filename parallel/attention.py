@@ -20,12 +20,18 @@ EXCHANGES = {
 
 
 def make_ready(seen: Visibility, exchange: str) -> None:
-    """Do the host's work for a batch's first attention: it may run beside the step before."""
-    if seen.shard.cp_size > 1 and exchange == "ring":
-        _ = seen.meets
-    elif seen.shard.cp_size > 1 and exchange == "halo":
-        _ = seen.halo
-    _ = seen.intervals
+    """Do what an exchange wants of the host once per batch: it may run beside the step before."""
+    if seen.shard.cp_size == 1:
+        exchange = "none"
+    wanted = {
+        "ring": ("intervals", "meets"),
+        "halo": ("intervals", "halo"),
+        "all_gather": ("intervals", "padded_rows"),
+        "ulysses": ("whole_intervals",),
+        "none": ("intervals",),
+    }
+    for name in wanted[exchange]:
+        getattr(seen, name)
 
 
 def context_parallel_attention(

@@ -91,8 +91,8 @@ def build_mesh(*, dp: int, cp: int, device: torch.device, timeout_s: int = 600) 
     device_mesh = DeviceMesh.from_group(
         [dp_group, cp_group], device.type, mesh=ranks, mesh_dim_names=("dp", "cp")
     )
-    watchdog = Watchdog(dist.get_rank(), timeout)
-    node_group, per_node = None, int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    watchdog = Watchdog(dist.get_rank(), timeout, on_gpu=device.type == "cuda")
+    node_group, per_node = None, _processes_per_node(world_size)
     if cp > per_node and cp % per_node == 0:
         nodes = torch.arange(world_size).view(-1, per_node)
         node_group = _own_group(nodes, timeout, hurried=device.type == "cuda")
@@ -102,6 +102,14 @@ def build_mesh(*, dp: int, cp: int, device: torch.device, timeout_s: int = 600) 
         dist.all_reduce(torch.zeros(1, device=device), group=group)
     links = build_links(cp_group, node_group, device, watchdog)
     return Mesh(device_mesh, device, world, links, watchdog)
+
+
+def _processes_per_node(world_size: int) -> int:
+    """The same on all ranks: world_size if nodes differ. Collective."""
+    mine = torch.tensor([int(os.environ.get("LOCAL_WORLD_SIZE", world_size))])
+    everybody = torch.empty(world_size, dtype=mine.dtype)
+    dist.all_gather_into_tensor(everybody, mine)
+    return int(mine) if bool((everybody == mine).all()) else world_size
 
 
 def _own_group(ranks: Tensor, timeout: timedelta, hurried: bool = False) -> dist.ProcessGroup:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.attention import accumulator
 from parallel.spans import Line, count_out, overlap
 
 
@@ -32,6 +33,7 @@ class Relayout:
     receive_splits: list[int]
     num_rows: int  # of this rank in the target
     group: dist.ProcessGroup
+    summing: bool = False  # on the way back, where several ranks' rows may become one
 
     @staticmethod
     def between(
@@ -69,13 +71,16 @@ class Relayout:
             self.send_splits,
             num_rows,
             self.group,
+            summing=True,
         )
 
     def move(self, x: Tensor) -> Tensor:
-        """Rows [source rows, ...] -> [target rows, ...]; what arrives at a row is summed."""
-        out = x.new_zeros(self.num_rows, *x.shape[1:])
+        """Rows [source rows, ...] -> [target rows, ...]; what arrives at a row is summed, in at
+        least float32 where several ranks may send one."""
+        dtype = accumulator(x.dtype) if self.summing else x.dtype
+        out = x.new_zeros(self.num_rows, *x.shape[1:], dtype=dtype)
         old, new = self.stays
-        out[new] = x[old]
+        out[new] = x[old].to(dtype)
         received = x.new_empty(sum(self.receive_splits), *x.shape[1:])
         dist.all_to_all_single(
             received, x[self.sends], self.receive_splits, self.send_splits, group=self.group
@@ -83,7 +88,7 @@ class Relayout:
         by_rank = (received.split(self.receive_splits), self.receives.split(self.receive_splits))
         for values, rows in zip(*by_rank, strict=True):
             out[rows] += values
-        return out
+        return out.to(x.dtype)
 
 
 def relayout(x: Tensor, plan: Relayout) -> Tensor:

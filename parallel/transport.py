@@ -34,7 +34,7 @@ class Arrival(ABC):
 
 
 class Transport(ABC):
-    """Messages between the ranks of a cp group, which are counted in the group.
+    """Messages between the ranks of a group, which are counted in it.
 
     A message is written into an outbox; `swap` moves it. Each rank's swaps must match its peers':
     whom one sends to, receives. Both ends know all sizes, so empty messages are not sent at all.
@@ -140,7 +140,7 @@ class SendReceive(Transport):
         if source is not None:
             ops.append(dist.P2POp(dist.irecv, incoming, group=self.group, group_peer=source))
         works = dist.batch_isend_irecv(ops) if ops else []
-        messages = _Messages(works, _say(name, to, source), self)
+        messages = _Messages(works, _say(name, to, source, self.group), self)
         leaving = [before for before in self._leaving.get(name, []) if before.works]
         self._leaving[name] = [*leaving, messages]
         return messages
@@ -179,8 +179,9 @@ class CopyEngines(Transport):
     def outbox(self, name: str, numel: int, capacity: int, dtype: torch.dtype) -> Tensor:
         size, buffer = capacity * dtype.itemsize, self._outboxes.get(name)
         if buffer is not None and buffer.readers:
-            with self.watchdog.operation(f"{name} read by {buffer.readers}", self.device):
-                for reader in buffer.readers:
+            for reader in buffer.readers:
+                read = _say(f"{name}, read,", None, reader, self.group)
+                with self.watchdog.operation(read, self.device):
                     buffer.read.wait(reader)
             buffer.readers.clear()
         if buffer is None or buffer.size < size:
@@ -204,7 +205,7 @@ class CopyEngines(Transport):
                 incoming.view(torch.uint8).copy_(there, non_blocking=True)
                 buffer.read.tell(source)
             done = self.stream.record_event()
-        self.watchdog.watch(_say(name, to, source), done)
+        self.watchdog.watch(_say(name, to, source, self.group), done)
         return _Copy(done, self.device)
 
 
@@ -322,7 +323,11 @@ def _piece(
     return store[name][:size].view(dtype)
 
 
-def _say(name: str, to: int | None, source: int | None) -> str:
-    """E.g. "keys and values to rank 1, from rank 3 of the cp group"."""
-    ends = [f"to rank {to}"] * (to is not None) + [f"from rank {source}"] * (source is not None)
-    return f"{name} {', '.join(ends)} of the cp group"
+def _say(name: str, to: int | None, source: int | None, group: dist.ProcessGroup) -> str:
+    """E.g. "keys and values to rank 1, from rank 3"; ranks of the whole job."""
+    ends = [
+        f"{word} rank {dist.get_global_rank(group, rank)}"
+        for word, rank in (("to", to), ("from", source))
+        if rank is not None
+    ]
+    return f"{name} {', '.join(ends)}"

@@ -1,8 +1,8 @@
-"""Ends a process whose device waits too long for another rank, and says where it stopped.
+"""Ends a process that waits too long for another rank, and says what it was doing.
 
-A GPU that waits in a kernel raises nothing by itself. Operations that wait for others are put on a
-list with an event behind them; a thread looks whether the oldest goes on. On a CPU the process
-group's own timeout raises, and the error gets the same words.
+A GPU that waits raises nothing by itself. Operations that wait for others are put on a list with an
+event behind them; a thread looks whether the oldest goes on. On a CPU the process group's own
+timeout raises, and the error gets the same words.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,19 +28,38 @@ class Event(Protocol):
 
 
 class Watchdog:
-    """Of one process. Set `step`, for the message."""
+    """Of one process."""
 
-    def __init__(self, rank: int, timeout: timedelta) -> None:
-        self.rank, self.timeout, self.step = rank, timeout, 0
+    def __init__(self, rank: int, timeout: timedelta, *, on_gpu: bool = False) -> None:
+        self.rank, self.timeout, self.on_gpu = rank, timeout, on_gpu
+        self.where = "start"
         self._pending: deque[tuple[float, str, Event]] = deque()
         self._thread: threading.Thread | None = None
 
-    def watch(self, operation: str, event: Event) -> None:
-        """`event` is recorded behind `operation`, and must come within the timeout."""
-        self._pending.append((time.monotonic(), f"step {self.step}: {operation}", event))
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
-            self._thread.start()
+    @contextmanager
+    def doing(self, what: str, *, beside: bool = False) -> Iterator[None]:
+        """Around a part of the job in which other ranks may fail this one; errors will name it.
+
+        beside: in a thread, while the main thread does something else.
+        On a GPU an error ends the process: to clean up would be to wait for the device, which may
+        wait for a rank that is gone.
+        """
+        before = self.where
+        if not beside:
+            self.where = what
+        try:
+            yield
+        except RuntimeError as error:
+            message = str(error)
+            if not message.startswith(f"rank {self.rank}: "):
+                message = f"rank {self.rank}: {what}: {message}"
+            if self.on_gpu:
+                traceback.print_exc()
+                self._give_up(message)
+            raise RuntimeError(message) from error
+        finally:
+            if not beside:
+                self.where = before
 
     @contextmanager
     def operation(self, operation: str, device: torch.device) -> Iterator[None]:
@@ -47,10 +67,17 @@ class Watchdog:
         try:
             yield
         except RuntimeError as error:
-            message = f"rank {self.rank}: step {self.step}: {operation}: {error}"
+            message = f"rank {self.rank}: {self.where}: {operation}: {error}"
             raise RuntimeError(message) from error
         if device.type == "cuda":
             self.watch(operation, torch.cuda.current_stream(device).record_event())
+
+    def watch(self, operation: str, event: Event) -> None:
+        """`event` is recorded behind `operation`, and must come within the timeout."""
+        self._pending.append((time.monotonic(), f"{self.where}: {operation}", event))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._look, name="watchdog", daemon=True)
+            self._thread.start()
 
     def _look(self) -> None:
         timeout = self.timeout.total_seconds()
@@ -63,20 +90,19 @@ class Watchdog:
             if self._pending:
                 since, operation, _ = self._pending[0]
                 if time.monotonic() - max(since, moved) > timeout:
-                    self._give_up(
-                        f"{operation}: nothing for {timeout:.0f} s (parallel.timeout_s); another "
-                        "rank hangs or has died"
-                    )
+                    waited = f"nothing for {timeout:.0f} s (parallel.timeout_s)"
+                    why = "another rank hangs or has died"
+                    self._give_up(f"rank {self.rank}: {operation}: {waited}; {why}")
 
     def _is_done(self, waiting: tuple[float, str, Event]) -> bool:
         _, operation, event = waiting
         try:
             return event.query()
         except RuntimeError as error:  # what the device did before it has failed
-            self._give_up(f"{operation}: {error}")
+            self._give_up(f"rank {self.rank}: {operation}: {error}")
             raise
 
     def _give_up(self, message: str) -> None:
         """Without cleaning up: the device cannot be stopped, nor threads that wait for it."""
-        print(f"rank {self.rank}: {message}. Ending the job.", file=sys.stderr, flush=True)
+        print(f"{message}. Ending the job.", file=sys.stderr, flush=True)
         os._exit(1)

@@ -103,11 +103,8 @@ def _backward(
     """Writes dq, dk, dv. The own node's keys have the last turn: there, gradients come home."""
     ring = _Ring(k, v, seen)
     last, tensors = ring.nodes, (dout, q)
-    turns = range(1, last + 1)
-    own, others = (
-        (last, 0),
-        [(t, s) for t in turns for s in range(ring.places) if (t, s) != (last, 0)],
-    )
+    turns, own = range(1, last + 1), (last, 0)
+    others = [(t, s) for t in turns for s in range(ring.places) if (t, s) != own]
     sums = _Sums(dq, ring, [own, *others])
 
     def add_dq(turn: int, step: int, block: Block) -> None:
@@ -119,7 +116,7 @@ def _backward(
         if block:
             mask = ring.mask(turn, step) | factors
             key_value_gradients(*tensors, *block, **mask, add=found, out=into)
-        elif found or into[0] is dk:
+        elif found or into[0] is dk:  # dk and dv themselves want a value, if nothing was found
             _copy(found, into)
 
     if last > 1:
@@ -203,7 +200,11 @@ class _Ring:
         _copy((self.k, self.v), self._split(self.held[turn]))
 
     def carry_on(self, turn: int) -> None:
-        """Send what this rank holds on to the next node, and have the next turn's brought."""
+        """Send what this rank holds on to the next node, and have the next turn's brought.
+
+        It leaves from, and comes to, where the node's ranks read; `arrive` waits for both ways, so
+        that the place is free when its turn comes again.
+        """
         if turn + 1 >= self.nodes:
             return
         assert self.across is not None

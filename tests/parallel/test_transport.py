@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -32,11 +33,16 @@ def tensors(rows: int, device: torch.device) -> list[torch.Tensor]:
 
 
 def ring(transport: str, exchange: str) -> list[list[torch.Tensor]]:
-    """Relative errors of out, dq, dk, dv on this rank, each batch twice."""
+    """Relative errors of out, dq, dk, dv on this rank, each batch twice.
+
+    transport: "nodes" for a ring over two nodes of one GPU each.
+    """
     device = local_device()
-    mesh = build_mesh(dp=1, cp=2, device=device)
-    made = {"copy": CopyEngines, "send": SendReceive}[transport]
-    mesh.__dict__["links"] = Links(made(mesh.cp_group, device, mesh.watchdog))
+    with patch.dict(os.environ, LOCAL_WORLD_SIZE="1" if transport == "nodes" else "2"):
+        mesh = build_mesh(dp=1, cp=2, device=device)
+    made = {"copy": CopyEngines, "send": SendReceive}.get(transport)
+    if made:
+        mesh.__dict__["links"] = Links(made(mesh.cp_group, device, mesh.watchdog))
     errors = []
     for lengths in [batch for batch in BATCHES for _ in range(2)]:
         mine = torch.tensor(lengths[mesh.rank :: 2], dtype=torch.int32)
@@ -64,7 +70,13 @@ def ring(transport: str, exchange: str) -> list[list[torch.Tensor]]:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize(
     ("transport", "exchange"),
-    [("copy", "ring"), ("send", "ring"), ("send", "all_gather"), ("send", "halo")],
+    [
+        ("copy", "ring"),
+        ("nodes", "ring"),
+        ("send", "ring"),
+        ("send", "all_gather"),
+        ("send", "halo"),
+    ],
 )
 def test_two_gpus_equal_one(run_in_world, transport: str, exchange: str) -> None:
     for errors in run_in_world(2, ring, transport, exchange):
@@ -78,7 +90,7 @@ from parallel.mesh import build_mesh, local_device
 
 device = local_device()
 mesh = build_mesh(dp=1, cp=2, device=device, timeout_s=4)
-mesh.watchdog.step = 12
+mesh.watchdog.where = "step 12"
 transport = mesh.links.within
 for step in range(2):
     message = transport.outbox("keys", 1024, 1024, torch.uint8)
@@ -100,5 +112,5 @@ def test_a_hanging_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
         [sys.executable, *launch], capture_output=True, text=True, timeout=120, env=environment
     )
     assert run.returncode
-    waited = "rank 0: step 12: keys to rank 1, from rank 1 of the cp group: nothing for 4 s"
+    waited = "rank 0: step 12: keys to rank 1, from rank 1: nothing for 4 s"
     assert waited in run.stderr

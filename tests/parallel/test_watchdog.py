@@ -5,74 +5,88 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from parallel.mesh import build_mesh
-from parallel.watchdog import Watchdog
 
 CPU = torch.device("cpu")
-HANG = """
+START = """
 import time
 from datetime import timedelta
 from parallel.watchdog import Watchdog
 
 class Event:
-    def __init__(self, done): self.done = done
-    def query(self): return self.done
+    def __init__(self, seconds): self.end = time.monotonic() + seconds
+    def query(self): return time.monotonic() > self.end
 
-watchdog = Watchdog(3, timedelta(seconds=0.5))
-watchdog.step = 7
-watchdog.watch("keys and values from rank 1", Event(True))
-watchdog.watch("keys and values from rank 2", Event(False))
+watchdog = Watchdog(3, timedelta(seconds=1.0), on_gpu=True)
+"""
+HANG = """
+with watchdog.doing("step 7"):
+    watchdog.watch("keys and values from rank 1", Event(0))
+    watchdog.watch("keys and values from rank 2", Event(1e9))
 time.sleep(20)
 """
+SLOW = """
+for k in range(1, 5):
+    watchdog.watch("slow, but under way", Event(0.7 * k))
+time.sleep(3.5)
+"""
+FAIL = """
+with watchdog.doing("batch of step 8", beside=True):
+    raise RuntimeError("connection reset")
+"""
+
+
+def run(script: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", START + script]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
 
 
 def test_a_hanging_device_ends_the_process() -> None:
     start = time.monotonic()
-    run = subprocess.run([sys.executable, "-c", HANG], capture_output=True, text=True, timeout=60)
-    assert run.returncode == 1
-    assert "rank 3: step 7: keys and values from rank 2: nothing for" in run.stderr
-    assert time.monotonic() - start < 15
+    ended = run(HANG)
+    assert ended.returncode == 1
+    assert "rank 3: step 7: keys and values from rank 2: nothing for 1 s" in ended.stderr
+    assert time.monotonic() - start < 18
 
 
 def test_progress_is_not_a_hang() -> None:
-    class Event:
-        def __init__(self) -> None:
-            self.until = time.monotonic() + 0.8
+    ended = run(SLOW)
+    assert ended.returncode == 0, ended.stderr
 
-        def query(self) -> bool:
-            return time.monotonic() > self.until
 
-    watchdog = Watchdog(0, timedelta(seconds=1.0))
-    for _ in range(3):
-        watchdog.watch("slow, but under way", Event())
-        time.sleep(0.8)  # or this process would be gone
+def test_an_error_ends_a_process_whose_device_may_wait() -> None:
+    ended = run(FAIL)
+    assert ended.returncode == 1
+    assert "rank 3: batch of step 8: connection reset. Ending the job." in ended.stderr
+    assert "Traceback" in ended.stderr
 
 
 def _late(seconds: float) -> Any:
     """Rank 1 never sends; rank 0 says what it waited for."""
     mesh = build_mesh(dp=1, cp=2, device=CPU, timeout_s=2)
-    mesh.watchdog.step = 12
-    error = None
+    errors = []
     if dist.get_rank() == 0:
         transport = mesh.links.within
         message = transport.outbox("keys and values", 4, 4, torch.float32)
-        arrival = transport.swap(
-            "keys and values", message, None, transport.inbox("in", 4, torch.float32), 1
-        )
-        try:
+        incoming = transport.inbox("in", 4, torch.float32)
+        arrival = transport.swap("keys and values", message, None, incoming, 1)
+        with pytest.raises(RuntimeError) as raised, mesh.watchdog.doing("step 12"):
             arrival.wait()
-        except RuntimeError as raised:
-            error = str(raised)
+        errors.append(str(raised.value))
+        with pytest.raises(RuntimeError) as raised, mesh.watchdog.doing("evaluation"):
+            dist.all_reduce(torch.zeros(1), group=mesh.cp_group)
+        errors.append(str(raised.value))
     time.sleep(seconds)
-    return error
+    return errors
 
 
-def test_a_message_that_never_comes_is_named(run_in_world: Any) -> None:
-    error, _ = run_in_world(2, _late, 3.0)
-    assert "rank 0: step 12: keys and values from rank 1 of the cp group" in error
+def test_what_never_comes_is_named(run_in_world: Any) -> None:
+    (message, collective), _ = run_in_world(2, _late, 6.0)
+    assert message.startswith("rank 0: step 12: keys and values from rank 1: ")
+    assert collective.startswith("rank 0: evaluation: ")
