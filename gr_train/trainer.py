@@ -21,7 +21,7 @@ from gr_train.config import Config, ConfigError, save_config
 from gr_train.data.loader import build_loader, dataset_info, item_counts
 from gr_train.evaluation import evaluate, popularity_metrics
 from gr_train.meter import Meter
-from gr_train.model.mask import choose_exchange, explain_exchange
+from gr_train.model.mask import explain_exchange
 from gr_train.model.recommender import DenseModel, Prepared, Recommender, tables
 from gr_train.optim import build_optimizer, build_schedule, follow_schedule
 from gr_train.progress import Progress, set_aside
@@ -64,7 +64,8 @@ class Trainer:
             torch.set_float32_matmul_precision("high")
 
         torch.manual_seed(config.train.seed)
-        dense: nn.Module = replicate(DenseModel(config, self.info).to(self.device), self.mesh)
+        model = DenseModel(config, self.info).to(self.device)
+        dense: nn.Module = replicate(model, self.mesh)
         tokens_per_rank = config.data.batch_size * config.data.max_length // self.mesh.size
         embeddings = shard_tables(
             tables(config.model, self.info),
@@ -78,9 +79,8 @@ class Trainer:
             bf16_messages=precision is not None and on_gpu,
         )
         self.dense = dense
-        exchange = choose_exchange(parallel.exchange, config.model.mask)
         self.model = Recommender(
-            config.model, self.info, embeddings, dense, self.mesh.world, precision, exchange
+            config.model, self.info, embeddings, dense, self.mesh.world, precision, model.exchange
         )
         self.optimizer = build_optimizer(dense, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, config.train.steps)

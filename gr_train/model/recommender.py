@@ -54,12 +54,14 @@ class DenseModel(nn.Module):
         model, max_length = config.model, config.data.max_length
         self.fp32_residual = config.train.fp32_residual
         self.encoder = InputEncoder(model.width, max_length, model.time_buckets, model.dropout)
-        exchange = choose_exchange(config.parallel.exchange, model.mask)
+        self.exchange = choose_exchange(config.parallel.exchange, model.mask)
         count = model.num_layers
         recomputing = count if model.recompute_layers is None else model.recompute_layers
         configs = [model] * recomputing + [replace(model, recompute="none")] * (count - recomputing)
         self.layers = nn.ModuleList(
-            HSTULayer(layer, max_length, exchange) if model.kind == "hstu" else SASRecLayer(layer)
+            HSTULayer(layer, max_length, self.exchange)
+            if model.kind == "hstu"
+            else SASRecLayer(layer)
             for layer in configs
         )
         self.norm = nn.LayerNorm(model.width)
