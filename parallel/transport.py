@@ -201,7 +201,7 @@ class CopyEngines(Transport):
                 buffer.readers.append(to)
             if source is not None:
                 buffer.written.wait(source)
-                there = buffer.peer(source)[: incoming.nbytes]
+                there = buffer.of[source][: incoming.nbytes]
                 incoming.view(torch.uint8).copy_(there, non_blocking=True)
                 buffer.read.tell(source)
             done = self.stream.record_event()
@@ -230,20 +230,17 @@ class _SymmetricBuffer:
         whole = symmetric_memory.empty(self.size + 2 * row, dtype=torch.uint8, device=device)
         whole.zero_()
         torch.cuda.synchronize(device)
-        self.handle = symmetric_memory.rendezvous(whole, group)
+        self.handle = symmetric_memory.rendezvous(whole, group)  # kept: it holds the peers' memory
         peers = [
             self.handle.get_buffer(rank, (whole.numel(),), torch.uint8)
             for rank in range(group.size())
         ]
         self.local = whole[: self.size]
         self.readers: list[int] = []  # told of the message, and not known to have read it
-        self._peers = [x[: self.size] for x in peers]
+        self.of = [x[: self.size] for x in peers]
         counters = [x[self.size :].view(torch.int32).view(2, -1) for x in peers]
         self.written = _Counters([x[0] for x in counters], group.rank())
         self.read = _Counters([x[1] for x in counters], group.rank())
-
-    def peer(self, rank: int) -> Tensor:
-        return self._peers[rank]
 
 
 class _Counters:

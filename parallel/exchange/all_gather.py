@@ -49,20 +49,18 @@ class _AllGatherAttention(torch.autograd.Function):
         )
         out = q.new_empty(*q.shape[:2], v.shape[2])
         for heads, whole_k, whole_v in _arriving(k, v, seen):
-            part = q.new_empty(out[:, heads].shape)
-            out[:, heads] = attention_forward(q[:, heads], whole_k, whole_v, **ctx.mask, out=part)
+            attention_forward(q[:, heads], whole_k, whole_v, **ctx.mask, out=out[:, heads])
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         before: _ReduceScatter | None = None
         for heads, whole_k, whole_v in _arriving(k, v, ctx.seen):
             block = (dout[:, heads], q[:, heads], whole_k, whole_v)
             reduction = _ReduceScatter(*key_value_gradients(*block, **ctx.mask), heads, ctx.seen)
-            part = q.new_empty(block[1].shape)
-            dq[:, heads] = query_gradient(*block, **ctx.mask, out=part)
+            query_gradient(*block, **ctx.mask, out=dq[:, heads])
             if before:
                 before.write(dk, dv)
             before = reduction
