@@ -22,6 +22,7 @@ from kernels.blockwise import (
     blockwise_key_value_gradients,
     blockwise_query_gradient,
 )
+from kernels.columns import empty_gradients
 from kernels.jagged import Jagged
 from kernels.naive import naive_attention
 
@@ -185,8 +186,11 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, intervals = ctx.saved_tensors
-        dq, dk, dv = blockwise_backward(dout, q, k, v, intervals=intervals, **ctx.mask)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None, None, None, None
+        grads = empty_gradients(q, k, v)
+        sums = blockwise_backward(dout, q, k, v, intervals=intervals, **ctx.mask)
+        for grad, total in zip(grads, sums, strict=True):
+            grad.copy_(total)
+        return *grads, None, None, None, None, None
 
 
 def _takes_triton(q: Tensor, v: Tensor) -> bool:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.backend import compute_dtype, takes_triton
+from kernels.columns import side_by_side
 from kernels.differentiate import vector_jacobian
 
 
@@ -60,7 +61,8 @@ def silu_linear(
 
     x: [rows, in]; weight: [sum(splits), in] in any dtype, cast to x's; bias: [sum(splits[1:])].
     The parts are columns of wider buffers: their rows are strided. Kept for the backward: x and
-    the product. gradient: a new one for each call, handed to the user of the first part as well.
+    the product. gradient: a new one for each call, handed to the user of the first part as well;
+    the others' gradients are best laid out as the parts are (`kernels.columns`).
     backend: of the elementwise part, see `kernels.backend`.
     Raises ValueError for shapes that do not fit.
     """
@@ -122,25 +124,17 @@ class _SiluLinear(torch.autograd.Function):
         if dhidden is None:
             dhidden = torch.empty_like(hidden)
             dhidden[:, :first] = douts[0]
-        dbias = []
-        for dout, before, shift, dbefore in zip(
-            douts[1:],
-            hidden[:, first:].split(ctx.splits[1:], -1),
-            bias.split(ctx.splits[1:]),
-            dhidden[:, first:].split(ctx.splits[1:], -1),
-            strict=True,
-        ):
-            if ctx.triton:
-                from kernels.triton import pointwise
+        dout, before, dbefore = side_by_side(douts[1:]), hidden[:, first:], dhidden[:, first:]
+        if ctx.triton:
+            from kernels.triton import pointwise
 
-                dbias.append(pointwise.backward(dout, before, shift, dbefore))
-            else:
-                into, dshift = vector_jacobian(_naive_silu, [before, shift], dout)
-                dbefore.copy_(into)
-                dbias.append(dshift)
+            dbias = pointwise.backward(dout, before, bias, dbefore)
+        else:
+            into, dbias = vector_jacobian(_naive_silu, [before, bias], dout)
+            dbefore.copy_(into)
         dweight = _weight_gradient(dhidden, x, weight.dtype)
         dx = dhidden @ weight.to(x.dtype)
-        return dx, dweight, torch.cat(dbias).to(bias.dtype), None, None, None
+        return dx, dweight, dbias.to(bias.dtype), None, None, None
 
 
 class _ResidualLinear(torch.autograd.Function):

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.integers import cdiv
 from kernels.triton.rows import (
     STAGES,
-    add_up,
     block_shape,
     normalize,
     normalize_backward,
@@ -43,7 +43,7 @@ def forward(
     mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=a.device)
     if rows:
         block_rows, block, warps = block_shape(max(width, 4))
-        gated_norm_forward_kernel[(triton.cdiv(rows, block_rows),)](
+        gated_norm_forward_kernel[(cdiv(rows, block_rows),)](
             a,
             u,
             u_bias,
@@ -81,7 +81,7 @@ def backward(
     da = torch.empty(rows, width, dtype=a.dtype, device=a.device)
     # Three sums want registers: half a block, and to have as many bytes under way, one more stage.
     block_rows, block, warps = block_shape(max(width, 4), share=2)
-    programs = min(triton.cdiv(rows, block_rows), summing_programs(a.device))
+    programs = min(cdiv(rows, block_rows), summing_programs(a.device))
     sums = torch.empty(3, programs, width, dtype=torch.float32, device=a.device)
     if rows:
         gated_norm_backward_kernel[(programs,)](
@@ -110,7 +110,7 @@ def backward(
             STAGES=STAGES + 1,
             num_warps=warps,
         )
-    du_bias, dweight, dbias = add_up(sums).to(weight.dtype)
+    du_bias, dweight, dbias = sums.sum(1).to(weight.dtype)
     return da, du, du_bias, dweight, dbias
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -15,6 +14,7 @@ from kernels.jagged import Jagged
 from kernels.triton.backward import key_value_kernel, query_kernel
 from kernels.triton.configs import Blocks, Config, config_for
 from kernels.triton.forward import forward_kernel
+from kernels.triton.integers import next_power_of_2
 from kernels.triton.plan import plan_for
 
 
@@ -181,7 +181,7 @@ def _config(q: Tensor, v: Tensor, queries: Jagged) -> Config:
 
 def _padded(x: Tensor) -> Tensor:
     """Head dim up to a power of two, at least 32, with zeros: they add nothing to any product."""
-    dim = max(32, triton.next_power_of_2(x.shape[2]))
+    dim = max(32, next_power_of_2(x.shape[2]))
     return x if dim == x.shape[2] else F.pad(x, (0, dim - x.shape[2]))
 
 

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.triton.integers import cdiv
 from kernels.triton.rows import (
     STAGES,
-    add_up,
     block_shape,
     normalize,
     normalize_backward,
@@ -31,7 +31,7 @@ def forward(
     mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device)
     if rows:
         block_rows, block, warps = block_shape(width)
-        layer_norm_forward_kernel[(triton.cdiv(rows, block_rows),)](
+        layer_norm_forward_kernel[(cdiv(rows, block_rows),)](
             x,
             weight,
             bias,
@@ -58,7 +58,7 @@ def backward(
     dout, dx_past, x = (t if t.stride(1) == 1 else t.contiguous() for t in (dout, dx_past, x))
     dx = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     block_rows, block, warps = block_shape(width)
-    programs = min(triton.cdiv(rows, block_rows), summing_programs(x.device))
+    programs = min(cdiv(rows, block_rows), summing_programs(x.device))
     sums = torch.empty(2, programs, width, dtype=torch.float32, device=x.device)
     if rows:
         layer_norm_backward_kernel[(programs,)](
@@ -80,7 +80,7 @@ def backward(
             STAGES=STAGES,
             num_warps=warps,
         )
-    dweight, dbias = add_up(sums).to(weight.dtype)
+    dweight, dbias = sums.sum(1).to(weight.dtype)
     return dx, dweight, dbias
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.columns import empty_gradients
 from kernels.jagged import Jagged
 from kernels.triton import launch
 
@@ -38,7 +39,7 @@ def attention(
     )
 
 
-@torch.library.custom_op("gr_kernels::attention_backward", mutates_args=())
+@torch.library.custom_op("gr_kernels::attention_backward", mutates_args=("dq", "dk", "dv"))
 def attention_backward(
     dout: Tensor,
     q: Tensor,
@@ -51,8 +52,11 @@ def attention_backward(
     intervals: Tensor,
     alpha: float,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attention` for q, k and v."""
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Writes the gradients of `attention` for q, k and v."""
     mask: dict[str, Any] = dict(
         queries=Jagged(q_offsets, q_positions),
         keys=Jagged(k_offsets, k_positions),
@@ -60,21 +64,13 @@ def attention_backward(
         alpha=alpha,
         scale=scale,
     )
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     launch.key_value_gradients(dout, q, k, v, **mask, out=(dk, dv))
     launch.query_gradient(dout, q, k, v, **mask, out=dq)
-    return dq, dk, dv
 
 
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-
-
-@attention_backward.register_fake
-def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    return dq, dk, dv
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -83,7 +79,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    grads = attention_backward(dout, *ctx.saved_tensors, *ctx.mask, ctx.alpha, ctx.scale)
+    grads = empty_gradients(*ctx.saved_tensors)
+    attention_backward(dout, *ctx.saved_tensors, *ctx.mask, ctx.alpha, ctx.scale, *grads)
     return *grads, None, None, None, None, None, None, None
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kernels.jagged import Jagged
+from kernels.triton.integers import cdiv
 from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, RECORD, RIDERS_AT, run_at
 
 # What a part of a query tile sees, int32 each: for both intervals the hull [low, high) over its
@@ -68,7 +69,7 @@ class Records:
     def heaviest_first(self) -> Tensor:
         ordered = torch.empty_like(self.records)
         count = len(self.weights)
-        _order_kernel[(triton.cdiv(count, 32),)](
+        _order_kernel[(cdiv(count, 32),)](
             self.records, self.weights, ordered, count, BLOCK=32, CHUNK=256
         )
         return ordered

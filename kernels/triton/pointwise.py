@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.rows import STAGES, add_up, block_shape, store_sums, summing_programs
+from kernels.triton.integers import cdiv
+from kernels.triton.rows import STAGES, block_shape, store_sums, summing_programs
 
-MAX_COLUMNS = 1024  # of a block: here it need not hold whole rows
+MIN_COLUMNS, MAX_COLUMNS = 128, 1024
 
 
 def forward(x: Tensor, bias: Tensor) -> Tensor:
@@ -19,8 +20,8 @@ def forward(x: Tensor, bias: Tensor) -> Tensor:
     rows, width = x.shape
     out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     if rows:
-        block_rows, block, warps = block_shape(min(width, MAX_COLUMNS))
-        grid = (triton.cdiv(rows, block_rows), triton.cdiv(width, block))
+        block_rows, block, warps = block_shape(_columns(width))
+        grid = (cdiv(rows, block_rows), cdiv(width, block))
         silu_forward_kernel[grid](
             x,
             bias,
@@ -42,10 +43,10 @@ def backward(dout: Tensor, x: Tensor, bias: Tensor, dx: Tensor) -> Tensor:
     """
     rows, width = dout.shape
     dout = dout if dout.stride(1) == 1 else dout.contiguous()
-    block_rows, block, warps = block_shape(min(width, MAX_COLUMNS))
-    column_blocks = triton.cdiv(width, block)
+    block_rows, block, warps = block_shape(_columns(width))
+    column_blocks = cdiv(width, block)
     most = max(1, summing_programs(dout.device) // column_blocks)
-    programs = min(triton.cdiv(rows, block_rows), most)
+    programs = min(cdiv(rows, block_rows), most)
     sums = torch.empty(1, programs, width, dtype=torch.float32, device=dout.device)
     if rows:
         silu_backward_kernel[(programs, column_blocks)](
@@ -64,7 +65,13 @@ def backward(dout: Tensor, x: Tensor, bias: Tensor, dx: Tensor) -> Tensor:
             STAGES=STAGES,
             num_warps=warps,
         )
-    return add_up(sums)[0]
+    return sums[0].sum(0)
+
+
+def _columns(width: int) -> int:
+    """Of a block, which here need not hold whole rows. A power of two, if many of it are a row."""
+    divisor = width & -width
+    return min(divisor if divisor >= MIN_COLUMNS else width, MAX_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["num_rows"])

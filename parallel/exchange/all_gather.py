@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.attention import attention_forward, key_value_gradients, query_gradient
+from kernels.columns import empty_gradients
 from parallel.visibility import Visibility
 
 # The first gather and the last reduce-scatter hide behind the least work: chunks make them smaller.
@@ -55,7 +56,7 @@ class _AllGatherAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        dq, dk, dv = empty_gradients(q, k, v)
         before: _ReduceScatter | None = None
         for heads, whole_k, whole_v in _arriving(k, v, ctx.seen):
             block = (dout[:, heads], q[:, heads], whole_k, whole_v)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention import accumulator, attention_forward, key_value_gradients, query_gradient
+from kernels.columns import empty_gradients
 from parallel.transport import Transport
 from parallel.visibility import Visibility
 
@@ -53,7 +54,7 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+        dq, dk, dv = empty_gradients(q, k, v)
         for h in _chunks(k, v, ctx.seen):
             given = (dout[:, h], q[:, h], k[:, h], v[:, h])
             _backward(dq[:, h], dk[:, h], dv[:, h], *given, ctx.seen, ctx.factors)
