@@ -12,6 +12,7 @@ import ctypes
 import socket
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -45,6 +46,7 @@ class Transport(ABC):
     def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
         self.group, self.device, self.watchdog = group, device, watchdog
         self._inboxes: dict[str, Tensor] = {}
+        self._operations: dict[tuple[str, int | None, int | None], str] = {}
 
     @abstractmethod
     def outbox(self, name: str, numel: int, capacity: int, dtype: torch.dtype) -> Tensor:
@@ -81,6 +83,18 @@ class Transport(ABC):
     def _swap(
         self, name: str, message: Tensor, to: int | None, incoming: Tensor, source: int | None
     ) -> Arrival: ...
+
+    def _operation(self, name: str, to: int | None, source: int | None) -> str:
+        """E.g. "keys and values to rank 1, from rank 3"; ranks of the whole job."""
+        key = name, to, source
+        if key not in self._operations:
+            ends = [
+                f"{word} rank {dist.get_global_rank(self.group, rank)}"
+                for word, rank in (("to", to), ("from", source))
+                if rank is not None
+            ]
+            self._operations[key] = f"{name} {', '.join(ends)}"
+        return self._operations[key]
 
 
 @dataclass(frozen=True)
@@ -140,7 +154,7 @@ class SendReceive(Transport):
         if source is not None:
             ops.append(dist.P2POp(dist.irecv, incoming, group=self.group, group_peer=source))
         works = dist.batch_isend_irecv(ops) if ops else []
-        messages = _Messages(works, _say(name, to, source, self.group), self)
+        messages = _Messages(works, self._operation(name, to, source), self)
         leaving = [before for before in self._leaving.get(name, []) if before.works]
         self._leaving[name] = [*leaving, messages]
         return messages
@@ -179,10 +193,11 @@ class CopyEngines(Transport):
     def outbox(self, name: str, numel: int, capacity: int, dtype: torch.dtype) -> Tensor:
         size, buffer = capacity * dtype.itemsize, self._outboxes.get(name)
         if buffer is not None and buffer.readers:
+            stream = torch.cuda.current_stream(self.device)
             for reader in buffer.readers:
-                read = _say(f"{name}, read,", None, reader, self.group)
+                read = self._operation(f"{name}, read,", None, reader)
                 with self.watchdog.operation(read, self.device):
-                    buffer.read.wait(reader)
+                    buffer.read.wait(reader, stream)
             buffer.readers.clear()
         if buffer is None or buffer.size < size:
             buffer = _SymmetricBuffer(int(size * GROWTH), self.group, self.device)
@@ -195,17 +210,17 @@ class CopyEngines(Transport):
         buffer = self._outboxes[name]
         assert not message.numel() or message.data_ptr() == buffer.local.data_ptr()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            if to is not None:
-                buffer.written.tell(to)
-                buffer.readers.append(to)
-            if source is not None:
-                buffer.written.wait(source)
-                there = buffer.of[source][: incoming.nbytes]
+        if to is not None:
+            buffer.written.tell(to, self.stream)
+            buffer.readers.append(to)
+        if source is not None:
+            buffer.written.wait(source, self.stream)
+            there = buffer.of[source][: incoming.nbytes]
+            with torch.cuda.stream(self.stream):
                 incoming.view(torch.uint8).copy_(there, non_blocking=True)
-                buffer.read.tell(source)
-            done = self.stream.record_event()
-        self.watchdog.watch(_say(name, to, source, self.group), done)
+            buffer.read.tell(source, self.stream)
+        done = self.stream.record_event()
+        self.watchdog.watch(self._operation(name, to, source), done)
         return _Copy(done, self.device)
 
 
@@ -246,43 +261,45 @@ class _SymmetricBuffer:
 class _Counters:
     """How often each rank has told each other rank something, in the memory of the one told.
 
-    On the current stream, by the driver's stream memory operations.
+    By the driver's stream memory operations.
     """
 
     def __init__(self, of: list[Tensor], rank: int) -> None:
         """of[r]: int32 [ranks] in the memory of rank r, zeros."""
         self.of, self.rank = of, rank
         self.told, self.heard = [0] * len(of), [0] * len(of)
+        self.mine = [of[rank][other].data_ptr() for other in range(len(of))]
+        self.theirs = [counters[rank].data_ptr() for counters in of]
 
-    def tell(self, rank: int) -> None:
+    def tell(self, rank: int, stream: torch.cuda.Stream) -> None:
+        """Once what is on the stream so far is done."""
         self.told[rank] += 1
-        self._call("cuStreamWriteValue32_v2", self.of[rank][self.rank], self.told[rank])
+        _on_stream("cuStreamWriteValue32_v2", stream, self.theirs[rank], self.told[rank])
 
-    def wait(self, rank: int) -> None:
+    def wait(self, rank: int, stream: torch.cuda.Stream) -> None:
+        """What comes on the stream from now on waits."""
         self.heard[rank] += 1
-        self._call("cuStreamWaitValue32_v2", self.of[self.rank][rank], self.heard[rank])
-
-    def _call(self, function: str, counter: Tensor, value: int) -> None:
-        if not getattr(_thread, "has_context", False):
-            torch.cuda.mem_get_info(counter.device)  # any call of the runtime gives a thread one
-            _thread.has_context = True
-        stream = torch.cuda.current_stream(counter.device).cuda_stream
-        error = getattr(_driver(), function)(
-            ctypes.c_void_p(stream),
-            ctypes.c_uint64(counter.data_ptr()),
-            ctypes.c_uint32(value),
-            ctypes.c_uint(0),  # write: after all before it; wait: until at least the value
-        )
-        if error:
-            raise RuntimeError(f"{function}: CUDA driver error {error}")
+        _on_stream("cuStreamWaitValue32_v2", stream, self.mine[rank], self.heard[rank])
 
 
 _thread = threading.local()  # autograd calls the driver from a thread of its own
 
 
+def _on_stream(name: str, stream: torch.cuda.Stream, address: int, value: int) -> None:
+    """Write to, or wait until at least this is at, an address: flags 0."""
+    if not getattr(_thread, "has_context", False):
+        torch.cuda.mem_get_info(stream.device)  # any call of the runtime gives a thread one
+        _thread.has_context = True
+    error = _driver_function(name)(stream.cuda_stream, address, value, 0)
+    if error:
+        raise RuntimeError(f"{name}: CUDA driver error {error}")
+
+
 @cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("libcuda.so.1")
+def _driver_function(name: str) -> Callable[[int, int, int, int], int]:
+    function = getattr(ctypes.CDLL("libcuda.so.1"), name)
+    function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+    return function
 
 
 def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -300,7 +317,7 @@ def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
     try:
         buffer = _SymmetricBuffer(1, group, device)
         for rank in range(group.size()):
-            buffer.written.tell(rank)
+            buffer.written.tell(rank, torch.cuda.current_stream(device))
         torch.cuda.synchronize(device)
     except (RuntimeError, OSError, AttributeError):
         agreed.zero_()
@@ -318,13 +335,3 @@ def _piece(
     if name not in store or store[name].numel() < size:
         store[name] = torch.empty(int(size * GROWTH), dtype=torch.uint8, device=device)
     return store[name][:size].view(dtype)
-
-
-def _say(name: str, to: int | None, source: int | None, group: dist.ProcessGroup) -> str:
-    """E.g. "keys and values to rank 1, from rank 3"; ranks of the whole job."""
-    ends = [
-        f"{word} rank {dist.get_global_rank(group, rank)}"
-        for word, rank in (("to", to), ("from", source))
-        if rank is not None
-    ]
-    return f"{name} {', '.join(ends)}"

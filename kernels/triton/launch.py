@@ -34,15 +34,14 @@ def forward(
     """`out` [Tq, H, Dv], written with the result, plus `add` if given."""
     if q.shape[0] == 0 or k.shape[0] == 0:
         return _nothing(add, out)
-    q, k, v = _padded(q), _padded(k), _padded(v)
+    q, k, v = _ready(q), _ready(k), _ready(v)
     config = _config(q, v, queries)
     plan = plan_for(queries, keys, intervals, config.tile, config.part)
     blocks, tiles = config.forward, plan.query_tiles
-    q_matrix = _matrix(q)
     target = _Target(out, add, v.shape[2])
     forward_kernel[(len(tiles) * (config.tile // blocks.m) * q.shape[1],)](
-        q_matrix,
-        q_matrix.stride(0),
+        q,
+        q.stride(0),
         _descriptor(k, blocks.n),
         _descriptor(v, blocks.n),
         *target.add,
@@ -74,17 +73,16 @@ def query_gradient(
     """`out` [Tq, H, Dqk], written with dq, plus `add` if given."""
     if q.shape[0] == 0 or k.shape[0] == 0:
         return _nothing(add, out)
-    dout, q, k, v = _padded(dout.to(q.dtype)), _padded(q), _padded(k), _padded(v)
+    dout, q, k, v = _ready(dout.to(q.dtype)), _ready(q), _ready(k), _ready(v)
     config = _config(q, v, queries)
     plan = plan_for(queries, keys, intervals, config.tile, config.part)
     blocks, tiles = config.query, plan.query_parts
-    dout_matrix, q_matrix = _matrix(dout), _matrix(q)
     target = _Target(out, add, q.shape[2])
     query_kernel[(len(tiles) * (config.part // blocks.m) * q.shape[1],)](
-        dout_matrix,
-        q_matrix,
-        dout_matrix.stride(0),
-        q_matrix.stride(0),
+        dout,
+        q,
+        dout.stride(0),
+        q.stride(0),
         _descriptor(k, blocks.n),
         _descriptor(v, blocks.n),
         *target.add,
@@ -117,7 +115,7 @@ def key_value_gradients(
     add_k, add_v = add or (None, None)
     if q.shape[0] == 0 or k.shape[0] == 0:
         return _nothing(add_k, out[0]), _nothing(add_v, out[1])
-    dout, q, k, v = _padded(dout.to(q.dtype)), _padded(q), _padded(k), _padded(v)
+    dout, q, k, v = _ready(dout.to(q.dtype)), _ready(q), _ready(k), _ready(v)
     config = _config(q, v, queries)
     plan = plan_for(queries, keys, intervals, config.tile, config.part)
     tiles = plan.key_parts
@@ -179,6 +177,15 @@ def _config(q: Tensor, v: Tensor, queries: Jagged) -> Config:
     return config_for(max(q.shape[2], v.shape[2]), mean_length, q.dtype, q.device)
 
 
+def _ready(x: Tensor) -> Tensor:
+    """x [T, H, D] with rows as descriptors want them: contiguous, aligned, head dims padded."""
+    x = _padded(x)
+    row, head, one = x.stride()
+    packed = one == 1 and (x.shape[1] == 1 or head == x.shape[2])
+    aligned = row * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
+    return x if packed and aligned else x.clone(memory_format=torch.contiguous_format)
+
+
 def _padded(x: Tensor) -> Tensor:
     """Head dim up to a power of two, at least 32, with zeros: they add nothing to any product."""
     dim = max(32, next_power_of_2(x.shape[2]))
@@ -186,17 +193,9 @@ def _padded(x: Tensor) -> Tensor:
 
 
 def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
-    """Blocks of rows of one head, out of x [T, H, D]."""
-    return TensorDescriptor.from_tensor(_matrix(x), [block, x.shape[2]])
-
-
-def _matrix(x: Tensor) -> Tensor:
-    """x [T, H, D] as [T, H * D], aligned as descriptors want it."""
-    matrix = x.flatten(1)
-    bytes_per_row = matrix.stride(0) * matrix.element_size()
-    if matrix.stride(1) != 1 or bytes_per_row % 16 or matrix.data_ptr() % 16:
-        matrix = matrix.clone(memory_format=torch.contiguous_format)
-    return matrix
+    """Blocks of rows of one head, out of x [T, H, D] as [T, H * D]."""
+    rows, heads, dim = x.shape
+    return TensorDescriptor(x, [rows, heads * dim], [x.stride(0), 1], [block, dim])
 
 
 def _constants(q: Tensor, v: Tensor, tile: int, blocks: Blocks) -> dict[str, object]:
