@@ -5,11 +5,13 @@ For `benchmarks.memory`, which measures the same. bf16 in the layers, keys and v
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 
+from parallel.exchange.ring import MESSAGE_BYTES
 from parallel.transport import GROWTH
 
 STEP = 64  # lengths are multiples of this
@@ -43,8 +45,14 @@ class Model:
 
     @property
     def fixed(self) -> int:
-        """Weights, their gradients and AdamW's two moments, all float32: bytes."""
-        return 16 * self.layers * self.width * 5 * self.heads * self.dim
+        """Bytes, however long the sequences.
+
+        Weights, their gradients and AdamW's two moments, all float32; the ring's buffers, which
+        gradients want in float32: an outbox and up to two inboxes of keys, one each of gradients.
+        """
+        weights = 16 * self.layers * self.width * 5 * self.heads * self.dim
+        messages = 1 + min(2, self.cp - 1) + 2 * (1 + 1)
+        return weights + (int(GROWTH * MESSAGE_BYTES) * messages if self.cp > 1 else 0)
 
 
 def kept(model: Model, policy: str) -> dict[str, int]:
@@ -65,23 +73,16 @@ def workspace(model: Model) -> dict[str, int]:
     """Bytes a token, beside what is kept, while a layer's attention runs backward.
 
     That is its fullest moment: the gated output and attention's are gone by then, all else is still
-    there, and the gradients are too. Over a ring, dq has a float32 sum beside it until dk and dv
-    come home, which take as much.
+    there, and the gradients are too.
     """
-    terms = {
+    return {
         "model's output": model.stream,
         "gradient of the residual stream": model.stream,
         "gradient of attention's output": model.row,
         "gradients of U, V, Q, K": 4 * model.row,
         "gradients of Q, K, V": 3 * model.row,
+        "float32 sums of a head over the ring": 4 * model.dim if model.cp > 1 else 0,
     }
-    if model.cp > 1:
-        block = 2 * model.row  # keys and values; their gradients are float32
-        keys = (1 + min(2, model.cp - 1)) * block  # out- and inboxes
-        gradients = (1 + 1) * 2 * block
-        # So many rows that they go round head by head.
-        terms["ring buffers"] = int(GROWTH * (keys + gradients)) // model.heads
-    return terms
 
 
 def peak(model: Model, policy: str) -> dict[str, int]:
@@ -93,7 +94,16 @@ def peak(model: Model, policy: str) -> dict[str, int]:
     return dict(+terms)
 
 
+def needed(model: Model, policy: str, rows: int) -> int:
+    """Bytes of one rank that holds so many rows, more than a ring's message has."""
+    pieces = -(-rows * 4 * model.dim // MESSAGE_BYTES) if model.cp > 1 else 1
+    plans = 16 * pieces * model.cp  # bytes a row: one for every block of keys
+    return model.fixed + rows * (sum(peak(model, policy).values()) + plans)
+
+
 def longest(budget: float, model: Model, policy: str, sequences: int) -> int:
     """Predicted: the longest L for `sequences` sequences of L tokens on model.cp GPUs."""
-    per_token = sum(peak(model, policy).values()) / model.cp
-    return int((budget - model.fixed) / (sequences * per_token)) // STEP * STEP
+    steps = range(1, 1 << 20)
+    return STEP * bisect(
+        steps, budget, key=lambda n: needed(model, policy, sequences * n * STEP // model.cp)
+    )

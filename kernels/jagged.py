@@ -53,6 +53,11 @@ class Jagged:
     def num_rows(self) -> int:
         return self.positions.numel()
 
+    def piece(self, start: int, end: int) -> Jagged:
+        """The rows start to end - 1 alone; of the same sequences, some of them empty now."""
+        offsets = (self.offsets - start).clamp_(0, end - start)
+        return Jagged(offsets, self.positions[start:end])
+
     def lengths(self) -> Tensor:
         """Rows per sequence, int32 [B]."""
         return self.offsets.diff()

@@ -92,6 +92,20 @@ class Visibility:
         """That any rank holds."""
         return max(part.num_rows for part in self.shard.parts)
 
+    def pieces(self, count: int) -> list[tuple[Jagged, ...]]:
+        """[piece][rank]: the rows of every rank, cut into `count` pieces each, on the device."""
+        if count not in self._pieces:
+            parts = self.shard.device_parts
+            self._pieces[count] = [
+                tuple(part.piece(*piece_of(part.num_rows, i, count)) for part in parts)
+                for i in range(count)
+            ]
+        return self._pieces[count]
+
+    @cached_property
+    def _pieces(self) -> dict[int, list[tuple[Jagged, ...]]]:
+        return {1: [self.shard.device_parts]}
+
     @cached_property
     def padded_rows(self) -> Tensor:
         """Where the rows of shard.whole lie when each rank's rows are padded to `most_rows`: int64,
@@ -103,6 +117,11 @@ class Visibility:
 
     def _on_device(self, queries: Jagged) -> Tensor:
         return self.mask(queries, self.shard.device_lengths, self.shard.device_num_targets)
+
+
+def piece_of(num_rows: int, piece: int, count: int) -> tuple[int, int]:
+    """The first row of a piece, and the one after its last; pieces differ by one row at most."""
+    return num_rows * piece // count, num_rows * (piece + 1) // count
 
 
 def _start_or_infinity(intervals: Tensor) -> Tensor:

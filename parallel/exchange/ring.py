@@ -16,7 +16,7 @@ while the ring inside the node goes round. Keys and gradients cross the network 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,11 +25,11 @@ from torch import Tensor
 from kernels.attention import accumulator, attention_forward, key_value_gradients, query_gradient
 from kernels.columns import empty_gradients
 from parallel.transport import Transport
-from parallel.visibility import Visibility
+from parallel.visibility import Visibility, piece_of
 
 Block = tuple[Tensor, Tensor]  # keys and values of one rank, or their gradients
 KEYS, GRADIENTS = "keys and values", "gradients of keys and values"
-MESSAGE_BYTES = 128 << 20  # long since at the speed of the link
+MESSAGE_BYTES = 96 << 20  # at the speed of the link, and little beside a GPU's memory
 
 
 def ring_attention(
@@ -47,37 +47,48 @@ class _RingAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         ctx.seen, ctx.factors = seen, dict(alpha=alpha, scale=scale)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-        for heads in _chunks(k, v, seen):
-            _forward(out[:, heads], q[:, heads], k[:, heads], v[:, heads], seen, ctx.factors)
+        each, pieces = _chunks(k, v, seen)
+        for h in _heads(each, k):
+            sums = _Sums(out[:, h], seen, pieces)
+            for piece in range(pieces):
+                ring = _Ring(k[:, h], v[:, h], seen, piece, pieces)
+                _forward(ring, sums, q[:, h], ctx.factors)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
         dq, dk, dv = empty_gradients(q, k, v)
-        for h in _chunks(k, v, ctx.seen):
-            given = (dout[:, h], q[:, h], k[:, h], v[:, h])
-            _backward(dq[:, h], dk[:, h], dv[:, h], *given, ctx.seen, ctx.factors)
+        each, pieces = _chunks(k, v, ctx.seen)
+        for h in _heads(each, k):
+            sums = _Sums(dq[:, h], ctx.seen, pieces)
+            for piece in range(pieces):
+                ring = _Ring(k[:, h], v[:, h], ctx.seen, piece, pieces)
+                own = dk[ring.rows, h], dv[ring.rows, h]
+                _backward(ring, sums, own, dout[:, h], q[:, h], ctx.factors)
         return dq, dk, dv, None, None, None
 
 
-def _chunks(k: Tensor, v: Tensor, seen: Visibility) -> list[slice]:
-    """Heads that go round together: all, unless a long sequence would make the messages too large.
+def _chunks(k: Tensor, v: Tensor, seen: Visibility) -> tuple[int, int]:
+    """How many heads go round together, and in how many pieces each rank's rows of them do.
 
-    Buffers then stay small beside what the layers keep, and the longest sequence grows with cp.
+    All and one, unless long sequences would make the messages too large. Buffers then stay small
+    beside what the layers keep, and the longest sequence grows with cp.
     """
     heads = k.shape[1]
-    message = seen.most_rows * heads * (k.shape[2] + v.shape[2]) * k.itemsize
-    each = -(-heads // min(heads, -(-message // MESSAGE_BYTES))) if message else heads
-    return [slice(start, start + each) for start in range(0, heads, each)]
+    head = seen.most_rows * (k.shape[2] + v.shape[2]) * k.itemsize
+    groups = min(heads, max(1, -(-heads * head // MESSAGE_BYTES)))
+    each = -(-heads // groups)
+    return each, max(1, -(-each * head // MESSAGE_BYTES))
 
 
-def _forward(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, seen: Visibility, factors: dict[str, float]
-) -> None:
-    """Writes out."""
-    ring = _Ring(k, v, seen)
-    sums = _Sums(out, ring, [(t, s) for t in range(ring.nodes) for s in range(ring.places)])
+def _heads(each: int, k: Tensor) -> Iterator[slice]:
+    for start in range(0, k.shape[1], each):
+        yield slice(start, start + each)
+
+
+def _forward(ring: _Ring, sums: _Sums, q: Tensor, factors: dict[str, float]) -> None:
+    """Adds to the rows of out."""
     ring.hold_own(0)
     for turn in range(ring.nodes):
         ring.arrive(turn)
@@ -86,38 +97,27 @@ def _forward(
             block = ring.block(turn, step)
             ring.fetch(turn, step + 1)
             if block:
-                mask = ring.mask(turn, step) | factors
-                sums.add(attention_forward, turn, step, q, *block, **mask)
+                sums.add(attention_forward, q, *block, **ring.mask(turn, step), **factors)
 
 
 def _backward(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    seen: Visibility,
-    factors: dict[str, float],
+    ring: _Ring, sums: _Sums, own: Block, dout: Tensor, q: Tensor, factors: dict[str, float]
 ) -> None:
-    """Writes dq, dk, dv. The own node's keys have the last turn: there, gradients come home."""
-    ring = _Ring(k, v, seen)
+    """Adds to dq; writes dk and dv of this rank's keys into `own`.
+
+    The own node's keys have the last turn: there, gradients come home.
+    """
     last, tensors = ring.nodes, (dout, q)
-    turns, own = range(1, last + 1), (last, 0)
-    others = [(t, s) for t in turns for s in range(ring.places) if (t, s) != own]
-    sums = _Sums(dq, ring, [own, *others])
 
     def add_dq(turn: int, step: int, block: Block) -> None:
-        mask = ring.mask(turn, step) | factors
-        sums.add(query_gradient, turn, step, *tensors, *block, **mask)
+        sums.add(query_gradient, *tensors, *block, **ring.mask(turn, step), **factors)
 
     def find(turn: int, step: int, block: Block | None, found: Block | None, into: Block) -> None:
         """into = found + dk and dv of a block."""
         if block:
             mask = ring.mask(turn, step) | factors
             key_value_gradients(*tensors, *block, **mask, add=found, out=into)
-        elif found or into[0] is dk:  # dk and dv themselves want a value, if nothing was found
+        elif found or into is own:  # dk and dv themselves want a value, if nothing was found
             _copy(found, into)
 
     if last > 1:
@@ -126,9 +126,9 @@ def _backward(
     else:
         ring.hold_own(last)
         ring.fetch(last, 1)
-    if block := ring.block(*own):
-        add_dq(*own, block)
-    for turn in turns:
+    if block := ring.block(last, 0):
+        add_dq(last, 0, block)
+    for turn in range(1, last + 1):
         if last > 1:
             if turn == last:
                 ring.hold_own(turn)
@@ -147,41 +147,41 @@ def _backward(
             if block:
                 add_dq(turn, step, block)
         found = ring.gradients_of_held(turn)
-        find(turn, 0, held, found, (dk, dv) if turn == last else ring.outgoing(turn, 0))
+        find(turn, 0, held, found, own if turn == last else ring.outgoing(turn, 0))
         if turn != last:
             ring.carry_gradients_on(turn)
 
 
 class _Sums:
-    """Adds the results of the visits in which something is seen: in float32, but for the last."""
+    """Adds what this rank finds in each block of keys that it sees: in float32, but for the last,
+    which goes to `out`."""
 
-    def __init__(self, out: Tensor, ring: _Ring, visits: list[tuple[int, int]]) -> None:
-        seen = [visit for visit in visits if ring.sees_block(*visit)]
-        self.out, self.last = out, seen[-1] if seen else None
+    def __init__(self, out: Tensor, seen: Visibility, pieces: int) -> None:
+        self.out, self.left = out, pieces * sum(seen.meets[seen.shard.rank])
         self.total: Tensor | None = None
-        if not seen:
+        if not self.left:
             out.zero_()
 
-    def add(
-        self, kernel: Callable[..., Tensor], turn: int, step: int, *args: Any, **mask: Any
-    ) -> None:
+    def add(self, kernel: Callable[..., Tensor], *args: Any, **mask: Any) -> None:
         """kernel(*args, **mask), onto what there is."""
-        into = self.out if (turn, step) == self.last else self.total
+        self.left -= 1
+        into = self.total if self.left else self.out
         self.total = kernel(*args, **mask, add=self.total, out=into)
 
 
 class _Ring:
-    """One pass over the ring: what this rank sees, sends and receives when.
+    """One pass of a piece of every rank's keys: what this rank sees, sends and receives when.
 
     Rank = node * places + place. At step s of turn t it works on the keys of the rank s places and
     t nodes before it, which the rank s places before it in its own node holds.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, seen: Visibility) -> None:
+    def __init__(self, k: Tensor, v: Tensor, seen: Visibility, piece: int, pieces: int) -> None:
         links = seen.shard.links
         assert links is not None
-        self.k, self.v, self.seen = k, v, seen
-        self.parts, self.rank = seen.shard.device_parts, seen.shard.rank
+        self.rows = slice(*piece_of(k.shape[0], piece, pieces))
+        self.k, self.v, self.seen = k[self.rows], v[self.rows], seen
+        self.parts, self.rank = seen.pieces(pieces)[piece], seen.shard.rank
         self.within, self.across = links.within, links.across
         self.places = links.within.group.size()
         self.nodes = seen.shard.cp_size // self.places
@@ -189,8 +189,8 @@ class _Ring:
         self.held: dict[int, Tensor] = {}  # turn -> keys and values, where the node can get them
 
     def mask(self, turn: int, step: int) -> dict[str, Any]:
-        keys = self.parts[self._owner(turn, step)]
-        return dict(queries=self.parts[self.rank], keys=keys, intervals=self.seen.intervals)
+        queries, keys = self.seen.shard.device_rows, self.parts[self._owner(turn, step)]
+        return dict(queries=queries, keys=keys, intervals=self.seen.intervals)
 
     def sees_block(self, turn: int, step: int) -> bool:
         return self.seen.meets[self.rank][self._owner(turn, step)]

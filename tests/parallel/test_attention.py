@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -114,14 +115,39 @@ def test_a_ring_of_rings(run_in_world, name: str, layout: str, cp: int, per_node
     check_against_one_process(results, name)
 
 
-def attend_in_chunks(cp: int, name: str):
-    with patch.object(ring, "MESSAGE_BYTES", 4096):
+def attend_in_chunks(cp: int, name: str, message_bytes: int):
+    with patch.object(ring, "MESSAGE_BYTES", message_bytes):
         return attend(cp, "zigzag", "ring", name)
 
 
-@pytest.mark.parametrize("name", ["targets", "causal", "nothing"])
-def test_a_ring_of_some_heads_at_a_time(run_in_world, name: str) -> None:
-    check_against_one_process(run_in_world(3, attend_in_chunks, 3, name), name)
+@pytest.mark.parametrize("message_bytes", [4096, 512])
+@pytest.mark.parametrize("name", ["targets", "causal", "nothing", "one_token"])
+def test_a_ring_of_some_heads_and_rows_at_a_time(
+    run_in_world, name: str, message_bytes: int
+) -> None:
+    check_against_one_process(run_in_world(3, attend_in_chunks, 3, name, message_bytes), name)
+
+
+def attend_over_nodes_in_chunks(cp: int, per_node: int, name: str):
+    with patch.object(ring, "MESSAGE_BYTES", 512):
+        return attend_over_nodes(cp, per_node, "zigzag", name)
+
+
+@pytest.mark.parametrize("name", ["targets", "one_token"])
+def test_a_ring_of_rings_of_some_rows_at_a_time(run_in_world, name: str) -> None:
+    check_against_one_process(run_in_world(4, attend_over_nodes_in_chunks, 4, 2, name), name)
+
+
+def test_large_messages_are_cut_into_heads_then_rows() -> None:
+    k = v = torch.empty(0, 4, 128, dtype=torch.bfloat16)
+
+    def chunks(rows: int) -> tuple[int, int]:
+        return ring._chunks(k, v, SimpleNamespace(most_rows=rows))  # type: ignore[arg-type]
+
+    assert chunks(0) == (4, 1)
+    assert chunks(33_000) == (4, 1)  # 64 MiB
+    assert chunks(60_000) == (2, 1)
+    assert chunks(1_000_000) == (1, 6)  # 512 bytes a row and head
 
 
 def check_against_one_process(results: list, name: str) -> None:
