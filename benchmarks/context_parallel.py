@@ -114,7 +114,7 @@ def simulated_shard(lengths: Tensor, layout: Layout, device: torch.device) -> Sh
     group = dist.group.WORLD
     assert group is not None
     parts = tuple(layout.positions(lengths, rank) for rank in range(size))
-    transport = SendReceive(group, device, Watchdog(0, timedelta(hours=1)))
+    transport = SendReceive(group, device, Watchdog(0, timedelta(hours=1), device))
     targets = torch.zeros_like(lengths)
     return Shard(lengths, targets, parts, {}, group, 0, device, Links(transport))
 
@@ -243,8 +243,11 @@ def longest(args: argparse.Namespace) -> list[dict]:
     short, middle = 1024 * world, 4096 * world
     low, high = peak(short), peak(middle)
     per_token = (high - low) / (middle - short)
-    length = int(middle + (budget - high) / per_token)
-    length = min(length, config.data.max_length) // (128 * world) * 128 * world
+    length = int(middle + (budget - high) / per_token) // (128 * world) * 128 * world
+    if length > config.data.max_length:
+        raise ValueError(
+            f"data.max_length: {config.data.max_length}; {length} would fit, ask for more"
+        )
     torch.cuda.empty_cache()
     # Message buffers are not the allocator's; what they will take is known from what they take.
     buffers = trainer.mesh.links.within.nbytes * length / middle

@@ -87,20 +87,24 @@ def build_mesh(*, dp: int, cp: int, device: torch.device, timeout_s: int = 600) 
     # Groups of our own making: those that a DeviceMesh makes do not get the timeout.
     ranks = torch.arange(world_size).view(dp, cp)
     dp_group = _own_group(ranks.T, timeout)
-    cp_group = _own_group(ranks, timeout, hurried=device.type == "cuda")
+    on_gpu = device.type == "cuda"
+    cp_group = _own_group(ranks, timeout, hurried=on_gpu)
     device_mesh = DeviceMesh.from_group(
         [dp_group, cp_group], device.type, mesh=ranks, mesh_dim_names=("dp", "cp")
     )
-    watchdog = Watchdog(dist.get_rank(), timeout, on_gpu=device.type == "cuda")
+    watchdog = Watchdog(dist.get_rank(), timeout, device)
+    # Not the cp group: while a batch of sends and receives is put together on a group, PyTorch
+    # would put what another thread does on it, making the next batch, into that batch.
+    link_group = _own_group(ranks, timeout, hurried=on_gpu)
     node_group, per_node = None, _processes_per_node(world_size)
     if cp > per_node and cp % per_node == 0:
         nodes = torch.arange(world_size).view(-1, per_node)
-        node_group = _own_group(nodes, timeout, hurried=device.type == "cuda")
+        node_group = _own_group(nodes, timeout, hurried=on_gpu)
     # NCCL connects a group in its first collective, in which every rank must take part; a ring's
     # first message need not involve a rank without tokens.
-    for group in filter(None, (cp_group, node_group)):
+    for group in filter(None, (link_group, node_group)):
         dist.all_reduce(torch.zeros(1, device=device), group=group)
-    links = build_links(cp_group, node_group, device, watchdog)
+    links = build_links(link_group, node_group, device, watchdog)
     return Mesh(device_mesh, device, world, links, watchdog)
 
 

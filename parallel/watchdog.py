@@ -30,8 +30,8 @@ class Event(Protocol):
 class Watchdog:
     """Of one process."""
 
-    def __init__(self, rank: int, timeout: timedelta, *, on_gpu: bool = False) -> None:
-        self.rank, self.timeout, self.on_gpu = rank, timeout, on_gpu
+    def __init__(self, rank: int, timeout: timedelta, device: torch.device) -> None:
+        self.rank, self.timeout, self.device = rank, timeout, device
         self.where = "start"
         self._pending: deque[tuple[float, str, Event]] = deque()
         self._thread: threading.Thread | None = None
@@ -53,7 +53,7 @@ class Watchdog:
             message = str(error)
             if not message.startswith(f"rank {self.rank}: "):
                 message = f"rank {self.rank}: {what}: {message}"
-            if self.on_gpu:
+            if self.device.type == "cuda":
                 traceback.print_exc()
                 self._give_up(message)
             raise RuntimeError(message) from error
@@ -80,6 +80,8 @@ class Watchdog:
             self._thread.start()
 
     def _look(self) -> None:
+        if torch.cuda.is_available():  # or asking for an event would make a context on device 0
+            torch.cuda.set_device(self.device)
         timeout = self.timeout.total_seconds()
         moved = time.monotonic()
         while True:

@@ -17,20 +17,24 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="session")
-def _worlds() -> Iterator[dict[int, World]]:
-    worlds: dict[int, World] = {}
+def _worlds() -> Iterator[dict[tuple[int, bool], World]]:
+    worlds: dict[tuple[int, bool], World] = {}
     yield worlds
     for world in worlds.values():
         world.close()
 
 
 @pytest.fixture
-def run_in_world(_worlds: dict[int, World]) -> Callable[..., list[Any]]:
-    """run_in_world(size, function, *args): function in `size` processes; results by rank."""
+def run_in_world(_worlds: dict[tuple[int, bool], World]) -> Callable[..., list[Any]]:
+    """run_in_world(size, function, *args): function in `size` processes; results by rank.
 
-    def run(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        if size not in _worlds or not _worlds[size].alive:
-            _worlds[size] = World(size)
-        return _worlds[size].run(function, *args)
+    They work on the CPU; gpus=True gives each a GPU.
+    """
+
+    def run(size: int, function: Callable[..., Any], *args: Any, gpus: bool = False) -> list[Any]:
+        kind = size, gpus
+        if kind not in _worlds or not _worlds[kind].alive:
+            _worlds[kind] = World(*kind)
+        return _worlds[kind].run(function, *args)
 
     return run

@@ -15,7 +15,9 @@ import torch
 SECONDS = 240  # a test that takes longer hangs
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, size: int, gpus: bool, port: int, pipe: Connection) -> None:
+    if not gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -37,9 +39,12 @@ def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
 
 
 class World:
-    """`size` processes with the environment that torchrun gives."""
+    """`size` processes with the environment that torchrun gives.
 
-    def __init__(self, size: int) -> None:
+    gpus: each has one; else they see none, even where there are some.
+    """
+
+    def __init__(self, size: int, gpus: bool) -> None:
         # The preloaded libraries touch the GPU where there is one, and its state cannot be forked.
         method = "spawn" if torch.cuda.is_available() else "forkserver"
         context = multiprocessing.get_context(method)
@@ -53,7 +58,7 @@ class World:
         for rank in range(size):
             here, there = context.Pipe()
             # Not daemons: those may not start loader workers. They end when their pipe closes.
-            process = context.Process(target=_serve, args=(rank, size, port, there))
+            process = context.Process(target=_serve, args=(rank, size, gpus, port, there))
             process.start()
             there.close()
             self.pipes.append(here)
@@ -72,7 +77,10 @@ class World:
                 raise TimeoutError(f"ranks {sorted(pending.values())} hang in {function.__name__}")
             for pipe in ready:
                 rank = pending.pop(pipe)  # type: ignore[index]
-                result, error = pipe.recv()  # type: ignore[union-attr]
+                try:
+                    result, error = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    result, error = None, f"rank {rank} of {len(self.pipes)} has ended"
                 if error is not None:
                     self.close()  # the others may be waiting for this one in a collective
                     raise AssertionError(error)

@@ -127,7 +127,9 @@ def _mask(seed_ptr, rows, dropout, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLU
     return tl.where(numbers >= dropout, 1 / (1 - dropout), 0.0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "eps", "dropout"])
+@triton.jit(
+    do_not_specialize=["num_rows", "eps", "dropout"], do_not_specialize_on_alignment=["rstd_ptr"]
+)
 def gated_norm_forward_kernel(
     a_ptr,
     u_ptr,
@@ -167,7 +169,7 @@ def gated_norm_forward_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows", "dropout"])
+@triton.jit(do_not_specialize=["num_rows", "dropout"], do_not_specialize_on_alignment=["rstd_ptr"])
 def gated_norm_backward_kernel(
     dout_ptr,
     a_ptr,

@@ -84,7 +84,7 @@ def backward(
     return dx, dweight, dbias
 
 
-@triton.jit(do_not_specialize=["num_rows", "eps"])
+@triton.jit(do_not_specialize=["num_rows", "eps"], do_not_specialize_on_alignment=["rstd_ptr"])
 def layer_norm_forward_kernel(
     x_ptr,
     weight_ptr,
@@ -115,7 +115,7 @@ def layer_norm_forward_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["rstd_ptr"])
 def layer_norm_backward_kernel(
     dout_ptr,
     dx_past_ptr,

@@ -196,7 +196,12 @@ def _count_at_most(sorted_ptr, start, length, value, minus_row: tl.constexpr):
     return low
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+# Offsets and positions may start anywhere in a buffer: kernels compiled for aligned ones would have
+# to be compiled again in the middle of training.
+@triton.jit(
+    do_not_specialize=["num_sequences"],
+    do_not_specialize_on_alignment=["offsets_ptr", "positions_ptr"],
+)
 def _cut_kernel(
     offsets_ptr, positions_ptr, intervals_ptr, pieces_ptr, num_sequences, TILE: tl.constexpr
 ):
@@ -335,7 +340,10 @@ def _store_hulls(at, stride, hulls, whole):
     tl.store(at + stride * 3, tl.where(whole, full_high, 0))
 
 
-@triton.jit(do_not_specialize=["num_pieces", "num_rows", "num_parts"])
+@triton.jit(
+    do_not_specialize=["num_pieces", "num_rows", "num_parts"],
+    do_not_specialize_on_alignment=["k_offsets_ptr", "k_positions_ptr"],
+)
 def _query_tiles_kernel(
     pieces_ptr,
     tile_offsets_ptr,

@@ -87,5 +87,5 @@ def test_a_step_never_waits_for_the_gpu(
     run_in_world: Any, tmp_path: Any, overrides: list[str]
 ) -> None:
     world = torch.cuda.device_count()
-    for losses in run_in_world(world, steps_without_waiting, str(tmp_path), overrides):
+    for losses in run_in_world(world, steps_without_waiting, str(tmp_path), overrides, gpus=True):
         assert all(loss == loss for loss in losses)

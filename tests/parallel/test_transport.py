@@ -67,6 +67,16 @@ def ring(transport: str, exchange: str) -> list[list[torch.Tensor]]:
     return errors
 
 
+def shares_no_group() -> bool:
+    mesh = build_mesh(dp=1, cp=2, device=torch.device("cpu"))
+    return mesh.links.within.group is not mesh.cp_group
+
+
+def test_messages_and_batches_share_no_group(run_in_world) -> None:
+    """The next batch is made in another thread: see `build_mesh`."""
+    assert all(run_in_world(2, shares_no_group))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize(
     ("transport", "exchange"),
@@ -79,7 +89,7 @@ def ring(transport: str, exchange: str) -> list[list[torch.Tensor]]:
     ],
 )
 def test_two_gpus_equal_one(run_in_world, transport: str, exchange: str) -> None:
-    for errors in run_in_world(2, ring, transport, exchange):
+    for errors in run_in_world(2, ring, transport, exchange, gpus=True):
         assert all(error < 4e-3 for batch in errors for error in batch), errors
 
 

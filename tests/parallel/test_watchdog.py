@@ -17,13 +17,14 @@ CPU = torch.device("cpu")
 START = """
 import time
 from datetime import timedelta
+import torch
 from parallel.watchdog import Watchdog
 
 class Event:
     def __init__(self, seconds): self.end = time.monotonic() + seconds
     def query(self): return time.monotonic() > self.end
 
-watchdog = Watchdog(3, timedelta(seconds=1.0), on_gpu=True)
+watchdog = Watchdog(3, timedelta(seconds=1.0), torch.device("cuda", 0))
 """
 HANG = """
 with watchdog.doing("step 7"):
