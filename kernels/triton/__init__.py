@@ -1,6 +1,7 @@
 """The fast twins of floor 1, in Triton. Nothing outside `kernels` imports from here.
 
-plan.py       which blocks of keys and queries meet, once per batch; runs.py reads that in a kernel
+plan.py       which blocks of keys and queries meet, once per batch: by tiles.py, query_tiles.py and
+              key_tiles.py; runs.py reads that in a kernel
 forward.py    attention forward, one program per query tile and head
 backward.py   attention backward: dk and dv per key tile, dq per query tile; no atomics
 silu.py       SiLU and its slope through tanh, for both

@@ -1,4 +1,4 @@
-"""How a kernel walks the rows its tile has to visit: the record that `plan.py` writes, read back.
+"""How a kernel walks the rows its tile has to visit: the record that a plan has for it.
 
 A record is int32: the tile's first row, the row after its last one (of its sequence, so it may lie
 beyond the tile), the same of other rows that ride along behind these, then runs of rows to visit as
@@ -27,6 +27,13 @@ def run_at(kind: tl.constexpr, run):
     """Where in a record a run is."""
     before: tl.constexpr = FULL_RUNS + (kind - 1) * MASKED_RUNS if kind > 0 else 0
     return RUNS_AT + 2 * (before + run)
+
+
+@triton.jit
+def store_run(record, kind: tl.constexpr, run, start, end):
+    at = record + run_at(kind, run)
+    tl.store(at, start)
+    tl.store(at + 1, end)
 
 
 @triton.jit

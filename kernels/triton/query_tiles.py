@@ -1,0 +1,174 @@
+"""What the rows of each query tile see: the runs of key rows to visit, tile by tile."""
+
+# ruff: noqa: N803, N806 (Triton's constants are written in capitals)
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.triton.runs import RECORD, RIDERS_AT, store_run
+from kernels.triton.tiles import FAR, PIECES, count_at_most, weight_of
+
+# What a part of a query tile sees, int32 each: for both intervals the hull [low, high) over its
+# rows and what all of them share. Empty ones have low = FAR, high = 0.
+HULLS = 8
+
+
+@triton.jit
+def _hull(low, high, valid):
+    """Hull and common part of the intervals [low, high) of valid rows: of each row of a matrix."""
+    some = valid & (low < high)
+    hull_low = tl.min(tl.where(some, low, FAR), 1)
+    hull_high = tl.max(tl.where(some, high, 0), 1)
+    full_low = tl.max(tl.where(valid, low, 0), 1)
+    full_high = tl.min(tl.where(valid, high, FAR), 1)
+    return hull_low, hull_high, full_low, full_high
+
+
+@triton.jit
+def _join_hulls(hulls):
+    low, high, full_low, full_high = hulls
+    return tl.min(low), tl.max(high), tl.max(full_low), tl.min(full_high)
+
+
+@triton.jit
+def _store_hull_runs(record, interval: tl.constexpr, hull, TILE: tl.constexpr):
+    """A hull as a masked, a full and a masked run, cut at multiples of TILE from its start."""
+    start, end, low, high = hull
+    tiles = tl.cdiv(tl.maximum(end - start, 0), TILE)
+    before = tl.minimum(tl.cdiv(tl.maximum(low - start, 0), TILE), tiles)
+    full_start = start + before * TILE
+    full_end = full_start + tl.maximum(tl.minimum(high, end) - full_start, 0) // TILE * TILE
+    store_run(record, 1 + interval, 0, start, tl.minimum(full_start, end))
+    store_run(record, 0, interval, full_start, full_end)
+    store_run(record, 1 + interval, 1, full_end, end)
+    return tiles
+
+
+@triton.jit
+def _store_query_record(
+    records_ptr, weights_ptr, tile, row0, row_end, rider0, rider_end, a, b, TILE: tl.constexpr
+):
+    """One tile or a vector of them, with the hulls of both intervals."""
+    record = records_ptr + tile.to(tl.int64) * RECORD
+    tl.store(record, row0)
+    tl.store(record + 1, row_end)
+    tl.store(record + RIDERS_AT, rider0)
+    tl.store(record + RIDERS_AT + 1, rider_end)
+    cost = _store_hull_runs(record, 0, a, TILE) + _store_hull_runs(record, 1, b, TILE)
+    tl.store(weights_ptr + tile, weight_of(cost))
+
+
+@triton.jit
+def _store_hulls(at, stride, hulls, whole):
+    low, high, full_low, full_high = hulls
+    tl.store(at, low)
+    tl.store(at + stride, high)
+    tl.store(at + stride * 2, full_low)
+    # Rows that are not whole are never full for a key tile: their block holds rows of others.
+    tl.store(at + stride * 3, tl.where(whole, full_high, 0))
+
+
+@triton.jit(
+    do_not_specialize=["num_pieces", "num_rows", "num_parts"],
+    do_not_specialize_on_alignment=["k_offsets_ptr", "k_positions_ptr"],
+)
+def query_tiles_kernel(
+    pieces_ptr,
+    tile_offsets_ptr,
+    k_offsets_ptr,
+    k_positions_ptr,
+    intervals_ptr,
+    bounds_ptr,
+    hulls_ptr,
+    tiles_ptr,
+    tile_weights_ptr,
+    parts_ptr,
+    part_weights_ptr,
+    num_pieces,
+    num_rows,
+    num_parts,
+    TILE: tl.constexpr,
+    PART: tl.constexpr,
+):
+    PARTS: tl.constexpr = TILE // PART
+    tile = tl.program_id(0)
+    piece = count_at_most(tile_offsets_ptr, 0, num_pieces + 1, tile, False) - 1
+    if piece == num_pieces:
+        return
+    row0 = tl.load(pieces_ptr + piece) + (tile - tl.load(tile_offsets_ptr + piece)) * TILE
+    row_end = tl.load(pieces_ptr + piece + 1)
+    k_start = tl.load(k_offsets_ptr + piece // PIECES)
+    k_length = tl.load(k_offsets_ptr + piece // PIECES + 1) - k_start
+
+    # Contextual rows see about what the sequence's last rows see: where the last tile has room,
+    # they ride along there, and their own tile stays empty.
+    sequence = piece // PIECES * PIECES
+    context = tl.load(pieces_ptr + sequence)
+    riders = tl.load(pieces_ptr + sequence + 1) - context
+    end = tl.load(pieces_ptr + sequence + PIECES)
+    last_piece = tl.load(pieces_ptr + sequence + 2)
+    last_piece = tl.where(last_piece < end, last_piece, context + riders)
+    ride = (last_piece < end) & ((end - last_piece - 1) % TILE + 1 + riders <= TILE)
+
+    own = tl.minimum(row_end - row0, TILE)
+    rows_here = own + tl.where(ride & (row0 + own == end), riders, 0)
+    lane = tl.arange(0, PARTS)[:, None] * PART + tl.arange(0, PART)[None, :]
+    rows = tl.where(lane < own, row0, context - own) + lane
+    valid = lane < rows_here
+    at = intervals_ptr + rows.to(tl.int64) * 4
+    a0 = _key_row(k_positions_ptr, k_start, k_length, tl.load(at, mask=valid, other=0))
+    a1 = _key_row(k_positions_ptr, k_start, k_length, tl.load(at + 1, mask=valid, other=0))
+    b0 = _key_row(k_positions_ptr, k_start, k_length, tl.load(at + 2, mask=valid, other=0))
+    b1 = _key_row(k_positions_ptr, k_start, k_length, tl.load(at + 3, mask=valid, other=0))
+    at = bounds_ptr + rows
+    tl.store(at, a0, mask=valid)
+    tl.store(at + num_rows.to(tl.int64), a1, mask=valid)
+    tl.store(at + num_rows.to(tl.int64) * 2, b0, mask=valid)
+    tl.store(at + num_rows.to(tl.int64) * 3, b1, mask=valid)
+
+    part = tl.arange(0, PARTS)
+    whole = (part + 1) * PART <= own
+    at = hulls_ptr + tile * PARTS + part
+    _store_hulls(at, num_parts, _hull(a0, a1, lane < own), whole)
+    _store_hulls(at + num_parts * 4, num_parts, _hull(b0, b1, lane < own), whole)
+
+    if not (ride & (piece == sequence)):
+        a = _hull(a0, a1, valid)
+        b = _hull(b0, b1, valid)
+        rider_end = context + rows_here - own
+        _store_query_record(
+            tiles_ptr,
+            tile_weights_ptr,
+            tile,
+            row0,
+            row_end,
+            context,
+            rider_end,
+            _join_hulls(a),
+            _join_hulls(b),
+            TILE,
+        )
+        # A part has the next so many of the rows, then of the riders.
+        part_row0 = row0 + tl.minimum(part * PART, own)
+        part_rider0 = tl.minimum(context + tl.maximum(part * PART - own, 0), rider_end)
+        part_own = tl.minimum(row0 + own - part_row0, PART)
+        _store_query_record(
+            parts_ptr,
+            part_weights_ptr,
+            tile * PARTS + part,
+            part_row0,
+            row0 + own,
+            part_rider0,
+            tl.minimum(part_rider0 + PART - part_own, rider_end),
+            a,
+            b,
+            PART,
+        )
+
+
+@triton.jit
+def _key_row(k_positions_ptr, k_start, k_length, position):
+    """The first key row whose position is at least this."""
+    return count_at_most(k_positions_ptr, k_start, k_length, position - 1, False)

@@ -1,0 +1,165 @@
+"""Rows of a jagged buffer cut into tiles, and tiles put in order: heaviest first.
+
+The host learns no length: the number of tiles is bounded by shapes, and surplus tiles are empty.
+"""
+
+# ruff: noqa: N803 (Triton's constants are written in capitals)
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.jagged import Jagged
+from kernels.triton.integers import cdiv
+from kernels.triton.runs import RECORD
+
+FAR = tl.constexpr(1 << 30)
+PIECES = tl.constexpr(3)  # a sequence is cut into so many pieces, empty ones included
+LIGHT = tl.constexpr(8)  # tiles that meet fewer others need no order: none of them makes a tail
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows of a jagged buffer cut into tiles."""
+
+    pieces: Tensor  # int32 [PIECES * B + 1]: row offsets of the pieces of the sequences
+    offsets: Tensor  # int32 [PIECES * B + 1]: tile offsets of the pieces
+    bound: int  # at most this many tiles, known to the host
+
+    @staticmethod
+    def cut(rows: Jagged, intervals: Tensor | None, tile: int) -> Tiles:
+        """intervals: of these rows, if they are queries."""
+        num_pieces = PIECES.value * rows.num_sequences
+        pieces, offsets = (rows.offsets.new_empty(num_pieces + 1) for _ in range(2))
+        _cut_kernel[(rows.num_sequences,)](
+            rows.offsets, rows.positions, intervals, pieces, rows.num_sequences, TILE=tile
+        )
+        _count_kernel[(1,)](pieces, offsets, num_pieces, TILE=tile, CHUNK=1024)
+        return Tiles(pieces, offsets, rows.num_rows // tile + num_pieces)
+
+
+@dataclass(frozen=True)
+class Records:
+    """Tiles as `runs.py` reads them, and what they weigh: int32 [tiles, RECORD] and [tiles]."""
+
+    records: Tensor
+    weights: Tensor
+
+    @staticmethod
+    def empty(count: int, like: Tensor) -> Records:
+        zeros = like.new_zeros(RECORD.value + 1, count)
+        return Records(zeros[:-1].view(count, -1), zeros[-1])
+
+    def heaviest_first(self) -> Tensor:
+        ordered = torch.empty_like(self.records)
+        count = len(self.weights)
+        _order_kernel[(cdiv(count, 32),)](
+            self.records, self.weights, ordered, count, BLOCK=32, CHUNK=256
+        )
+        return ordered
+
+
+@triton.jit
+def count_at_most(sorted_ptr, start, length, value, minus_row: tl.constexpr):
+    """start + how many of sorted_ptr[start : start + length] are <= value (scalar or block).
+
+    minus_row: compare each entry less its own index instead.
+    """
+    low = value * 0 + start
+    remaining = length
+    while remaining > 0:
+        half = (remaining + 1) // 2
+        middle = low + (half - 1)
+        entry = tl.load(sorted_ptr + middle)
+        if minus_row:
+            entry -= middle
+        low = tl.where(entry <= value, low + half, low)
+        remaining -= half
+    return low
+
+
+# Offsets and positions may start anywhere in a buffer: kernels compiled for aligned ones would have
+# to be compiled again in the middle of training.
+@triton.jit(
+    do_not_specialize=["num_sequences"],
+    do_not_specialize_on_alignment=["offsets_ptr", "positions_ptr"],
+)
+def _cut_kernel(
+    offsets_ptr, positions_ptr, intervals_ptr, pieces_ptr, num_sequences, TILE: tl.constexpr
+):
+    """Cut each sequence where neighbours see too different keys to share a tile.
+
+    Once where positions first jump, as in a zigzag shard: positions - row never falls and rises at
+    a jump, hence the search. And, of queries, once within the first tile where the next sees less
+    far than the last: there contextual tokens end.
+    """
+    sequence = tl.program_id(0)
+    start = tl.load(offsets_ptr + sequence)
+    end = tl.load(offsets_ptr + sequence + 1)
+    drop = start
+    jump = start
+    if end > start:
+        first = tl.load(positions_ptr + start) - start
+        jump = count_at_most(positions_ptr, start, end - start, first, True)
+        if intervals_ptr is not None:
+            rows = start + 1 + tl.arange(0, TILE)
+            inside = rows < jump
+            at = intervals_ptr + rows.to(tl.int64) * 4
+            a1 = tl.load(at + 1, mask=inside, other=FAR)
+            b1 = tl.load(at + 3, mask=inside, other=FAR)
+            a1_before = tl.load(at - 3, mask=inside, other=0)
+            b1_before = tl.load(at - 1, mask=inside, other=0)
+            drops = tl.maximum(a1, b1) < tl.maximum(a1_before, b1_before)
+            row = tl.min(tl.where(drops, rows, FAR))
+            drop = tl.where(row < FAR, row, start)
+    tl.store(pieces_ptr + PIECES * sequence, start)
+    tl.store(pieces_ptr + PIECES * sequence + 1, drop)
+    tl.store(pieces_ptr + PIECES * sequence + 2, jump)
+    if sequence == num_sequences - 1:
+        tl.store(pieces_ptr + PIECES * num_sequences, end)
+
+
+@triton.jit(do_not_specialize=["num_pieces"])
+def _count_kernel(pieces_ptr, offsets_ptr, num_pieces, TILE: tl.constexpr, CHUNK: tl.constexpr):
+    """Tile offsets of pieces. One program: there are few."""
+    tl.store(offsets_ptr, 0)
+    before = 0
+    for chunk in range(0, num_pieces, CHUNK):
+        piece = chunk + tl.arange(0, CHUNK)
+        inside = piece < num_pieces
+        start = tl.load(pieces_ptr + piece, mask=inside, other=0)
+        end = tl.load(pieces_ptr + piece + 1, mask=inside, other=0)
+        tiles = tl.cdiv(end - start, TILE)
+        tl.store(offsets_ptr + piece + 1, before + tl.cumsum(tiles), mask=inside)
+        before += tl.sum(tiles)
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def _order_kernel(
+    records_ptr, weights_ptr, ordered_ptr, num_tiles, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Copy each record behind those of heavier tiles, and of equal ones that come before it."""
+    mine = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
+    inside = mine < num_tiles
+    weight = tl.load(weights_ptr + mine, mask=inside, other=0)
+    place = tl.zeros([BLOCK, 1], tl.int32)
+    for chunk in range(0, num_tiles, CHUNK):
+        other = (chunk + tl.arange(0, CHUNK))[None, :]
+        other_weight = tl.load(weights_ptr + other, mask=other < num_tiles, other=-1)
+        ahead = (other_weight > weight) | ((other_weight == weight) & (other < mine))
+        place += tl.sum(ahead.to(tl.int32), 1, keep_dims=True)
+    column = tl.arange(0, RECORD)[None, :]
+    record = tl.load(records_ptr + mine.to(tl.int64) * RECORD + column, mask=inside)
+    tl.store(ordered_ptr + place.to(tl.int64) * RECORD + column, record, mask=inside)
+
+
+@triton.jit
+def weight_of(cost):
+    """The binary exponent of the cost only, and all of the lightest alike: tiles of one sequence
+    then run side by side and find their shared rows in the cache."""
+    return tl.maximum(cost, LIGHT // 2).to(tl.float32).to(tl.int32, bitcast=True) >> 23
