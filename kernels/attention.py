@@ -25,6 +25,7 @@ from kernels.blockwise import (
 from kernels.columns import empty_gradients
 from kernels.jagged import Jagged
 from kernels.naive import naive_attention
+from kernels.weighting import Weighting
 
 BACKENDS = ("auto", "naive", "blockwise", "triton")
 TRITON_MAX_DIM = 256
@@ -55,27 +56,22 @@ def hstu_attention(
     _check(q, k, v, queries, keys, intervals, backend)
     if q.device.type == "cpu":
         _check_values(queries, keys, intervals)
+    weighting = Weighting(queries, keys, intervals, alpha, scale)
     if backend == "naive":
-        return naive_attention(
-            q, k, v, queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale
-        )
+        return naive_attention(q, k, v, weighting)
     if backend == "triton" or (backend == "auto" and _takes_triton(q, v)):
         _load_triton(q.device)
         mask = (queries.offsets, queries.positions, keys.offsets, keys.positions, intervals)
         return torch.ops.gr_kernels.attention(q, k, v, *mask, alpha, scale)
-    return _Blockwise.apply(q, k, v, queries, keys, intervals, alpha, scale)
+    return _Blockwise.apply(q, k, v, weighting)
 
 
 def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    weighting: Weighting,
     *,
-    queries: Jagged,
-    keys: Jagged,
-    intervals: Tensor,
-    alpha: float,
-    scale: float,
     add: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -85,16 +81,13 @@ def attention_forward(
     `add` itself if you like. Of both, each row must be contiguous. Returns out; a new float32
     tensor if None.
     """
-    mask: dict[str, Any] = dict(
-        queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale
-    )
     if out is None:
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2], dtype=accumulator(q.dtype))
     if _takes_triton(q, v):
         from kernels.triton import launch
 
-        return launch.forward(q, k, v, **mask, add=add, out=out)
-    return _write(blockwise_forward(q, k, v, **mask), add, out)
+        return launch.forward(q, k, v, weighting, add=add, out=out)
+    return _write(blockwise_forward(q, k, v, weighting), add, out)
 
 
 def query_gradient(
@@ -102,26 +95,19 @@ def query_gradient(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    weighting: Weighting,
     *,
-    queries: Jagged,
-    keys: Jagged,
-    intervals: Tensor,
-    alpha: float,
-    scale: float,
     add: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """dq [Tq, H, Dqk] of one block of keys, from dout [Tq, H, Dv]. add, out: as forward."""
-    mask: dict[str, Any] = dict(
-        queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale
-    )
     if out is None:
         out = torch.empty(q.shape, dtype=accumulator(q.dtype), device=q.device)
     if _takes_triton(q, v):
         from kernels.triton import launch
 
-        return launch.query_gradient(dout, q, k, v, **mask, add=add, out=out)
-    return _write(blockwise_query_gradient(dout, q, k, v, **mask), add, out)
+        return launch.query_gradient(dout, q, k, v, weighting, add=add, out=out)
+    return _write(blockwise_query_gradient(dout, q, k, v, weighting), add, out)
 
 
 def key_value_gradients(
@@ -129,19 +115,12 @@ def key_value_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    weighting: Weighting,
     *,
-    queries: Jagged,
-    keys: Jagged,
-    intervals: Tensor,
-    alpha: float,
-    scale: float,
     add: tuple[Tensor, Tensor] | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dk [Tk, H, Dqk] and dv [Tk, H, Dv] of one block of keys. add, out: as forward, of each."""
-    mask: dict[str, Any] = dict(
-        queries=queries, keys=keys, intervals=intervals, alpha=alpha, scale=scale
-    )
     if out is None:
         dtype = accumulator(q.dtype)
         out = (
@@ -151,8 +130,8 @@ def key_value_gradients(
     if _takes_triton(q, v):
         from kernels.triton import launch
 
-        return launch.key_value_gradients(dout, q, k, v, **mask, add=add, out=out)
-    dk, dv = blockwise_key_value_gradients(dout, q, k, v, **mask)
+        return launch.key_value_gradients(dout, q, k, v, weighting, add=add, out=out)
+    dk, dv = blockwise_key_value_gradients(dout, q, k, v, weighting)
     add_k, add_v = add or (None, None)
     return _write(dk, add_k, out[0]), _write(dv, add_v, out[1])
 
@@ -168,29 +147,19 @@ def _write(partial: Tensor, add: Tensor | None, out: Tensor) -> Tensor:
 
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        queries: Jagged,
-        keys: Jagged,
-        intervals: Tensor,
-        alpha: float,
-        scale: float,
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, intervals)
-        ctx.mask = dict(queries=queries, keys=keys, alpha=alpha, scale=scale)
-        return blockwise_forward(q, k, v, intervals=intervals, **ctx.mask).to(q.dtype)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.weighting = weighting
+        return blockwise_forward(q, k, v, weighting).to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, intervals = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         grads = empty_gradients(q, k, v)
-        sums = blockwise_backward(dout, q, k, v, intervals=intervals, **ctx.mask)
+        sums = blockwise_backward(dout, q, k, v, ctx.weighting)
         for grad, total in zip(grads, sums, strict=True):
             grad.copy_(total)
-        return *grads, None, None, None, None, None
+        return *grads, None
 
 
 def _takes_triton(q: Tensor, v: Tensor) -> bool:

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.jagged import Jagged
 from kernels.naive import visible
+from kernels.weighting import Weighting
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 BLOCK = 512  # rows a side; H * 512 * 512 float32 scores stay within a core's cache
 
 
-def _tiles(
-    queries: Jagged, keys: Jagged, intervals: Tensor
-) -> Iterator[tuple[slice, slice, Tensor | None]]:
+def _tiles(weighting: Weighting) -> Iterator[tuple[slice, slice, Tensor | None]]:
     """Query rows, key rows and the mask (None: all visible) of every tile that is not empty."""
+    queries, keys, intervals = weighting.queries, weighting.keys, weighting.intervals
     q_offsets, k_offsets = queries.offsets.tolist(), keys.offsets.tolist()
     for b in range(queries.num_sequences):
         for q0 in range(q_offsets[b], q_offsets[b + 1], BLOCK):
@@ -40,51 +38,50 @@ def blockwise_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    queries: Jagged,
-    keys: Jagged,
-    intervals: Tensor,
-    alpha: float,
-    scale: float,
+    weighting: Weighting,
 ) -> Tensor:
     """The sum over visible keys, float32 [Tq, H, Dv] (float64 for float64 inputs)."""
     compute = torch.promote_types(q.dtype, torch.float32)
     out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=compute, device=q.device)
-    for q_rows, k_rows, mask in _tiles(queries, keys, intervals):
+    for q_rows, k_rows, mask in _tiles(weighting):
         scores = torch.einsum("qhd,khd->hqk", q[q_rows].to(compute), k[k_rows].to(compute))
-        scores *= alpha
+        scores *= weighting.alpha
         weights = scores * scores.sigmoid()
         if mask is not None:
             weights *= mask
         out[q_rows] += torch.einsum("hqk,khd->qhd", weights, v[k_rows].to(compute))
-    return out.mul_(scale)
+    return out.mul_(weighting.scale)
 
 
-def blockwise_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Gradients:
-    """dq, dk, dv, float32 (float64 for float64 inputs). mask: as of `blockwise_forward`."""
+def blockwise_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting
+) -> Gradients:
+    """dq, dk, dv, float32 (float64 for float64 inputs)."""
     compute = torch.promote_types(q.dtype, torch.float32)
     dq, dk, dv = (torch.zeros_like(x, dtype=compute) for x in (q, k, v))
-    for tile in _gradient_tiles(dout, q, k, v, **mask):
+    for tile in _gradient_tiles(dout, q, k, v, weighting):
         tile.add_query(dq)
         tile.add_key_value(dk, dv)
     return dq, dk, dv
 
 
-def blockwise_query_gradient(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
+def blockwise_query_gradient(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting
+) -> Tensor:
     """dq alone."""
     dq = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
-    for tile in _gradient_tiles(dout, q, k, v, **mask):
+    for tile in _gradient_tiles(dout, q, k, v, weighting):
         tile.add_query(dq)
     return dq
 
 
 def blockwise_key_value_gradients(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, **mask: Any
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting
 ) -> tuple[Tensor, Tensor]:
     """dk and dv alone."""
     compute = torch.promote_types(q.dtype, torch.float32)
     dk, dv = (torch.zeros_like(x, dtype=compute) for x in (k, v))
-    for tile in _gradient_tiles(dout, q, k, v, **mask):
+    for tile in _gradient_tiles(dout, q, k, v, weighting):
         tile.add_key_value(dk, dv)
     return dk, dv
 
@@ -112,25 +109,20 @@ def _gradient_tiles(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    *,
-    queries: Jagged,
-    keys: Jagged,
-    intervals: Tensor,
-    alpha: float,
-    scale: float,
+    weighting: Weighting,
 ) -> Iterator[_GradientTile]:
     """silu'(s) = sig(s)(1 + s(1 - sig(s)))."""
     compute = torch.promote_types(q.dtype, torch.float32)
-    for q_rows, k_rows, mask in _tiles(queries, keys, intervals):
+    for q_rows, k_rows, mask in _tiles(weighting):
         qs, ks, vs = q[q_rows].to(compute), k[k_rows].to(compute), v[k_rows].to(compute)
-        dout_scaled = dout[q_rows].to(compute) * scale
+        dout_scaled = dout[q_rows].to(compute) * weighting.scale
         scores = torch.einsum("qhd,khd->hqk", qs, ks)
-        scores *= alpha
+        scores *= weighting.alpha
         sigmoid = scores.sigmoid()
         weights = scores * sigmoid
         dscores = torch.einsum("qhd,khd->hqk", dout_scaled, vs)
         dscores *= sigmoid + weights * (1 - sigmoid)
-        dscores *= alpha
+        dscores *= weighting.alpha
         if mask is not None:
             weights *= mask
             dscores *= mask

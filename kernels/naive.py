@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.jagged import Jagged
+from kernels.weighting import Weighting
 
 
 def visible(intervals: Tensor, key_positions: Tensor) -> Tensor:
@@ -17,22 +17,14 @@ def visible(intervals: Tensor, key_positions: Tensor) -> Tensor:
     return in_a | in_b
 
 
-def naive_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    queries: Jagged,
-    keys: Jagged,
-    intervals: Tensor,
-    alpha: float,
-    scale: float,
-) -> Tensor:
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
     """out_i = scale * sum_j silu(alpha * q_i . k_j) v_j over visible j (arXiv 2402.17152, eq. 2).
 
     Shapes and dtypes as in `kernels.attention.hstu_attention`; differentiable through autograd.
     Materialises [H, Tq, Tk] scores for one sequence at a time.
     """
+    queries, keys, intervals = weighting.queries, weighting.keys, weighting.intervals
+    alpha, scale = weighting.alpha, weighting.scale
     compute = torch.promote_types(q.dtype, torch.float32)
     q_offsets, k_offsets = queries.offsets.tolist(), keys.offsets.tolist()
     outs = [scale * torch.einsum("qhd,khd,khe->qhe", q[:0], k[:0], v[:0]).to(compute)]

@@ -10,24 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.jagged import Jagged
 from kernels.triton.backward import key_value_kernel, query_kernel
 from kernels.triton.configs import Blocks, Config, config_for
 from kernels.triton.forward import forward_kernel
 from kernels.triton.integers import next_power_of_2
-from kernels.triton.plan import plan_for
+from kernels.triton.plan import Plan, plan_for
+from kernels.weighting import Weighting
 
 
 def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    weighting: Weighting,
     *,
-    queries: Jagged,
-    keys: Jagged,
-    intervals: Tensor,
-    alpha: float,
-    scale: float,
     add: Tensor | None = None,
     out: Tensor,
 ) -> Tensor:
@@ -35,8 +31,7 @@ def forward(
     if q.shape[0] == 0 or k.shape[0] == 0:
         return _nothing(add, out)
     q, k, v = _ready(q), _ready(k), _ready(v)
-    config = _config(q, v, queries)
-    plan = plan_for(queries, keys, intervals, config.tile, config.part)
+    config, plan = _plan(q, v, weighting)
     blocks, tiles = config.forward, plan.query_tiles
     target = _Target(out, add, v.shape[2])
     forward_kernel[(len(tiles) * (config.tile // blocks.m) * q.shape[1],)](
@@ -49,8 +44,8 @@ def forward(
         tiles,
         plan.bounds,
         len(q),
-        alpha / 2,
-        scale,
+        weighting.alpha / 2,
+        weighting.scale,
         **_constants(q, v, config.tile, blocks),
     )
     return target.finish()
@@ -61,12 +56,8 @@ def query_gradient(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    weighting: Weighting,
     *,
-    queries: Jagged,
-    keys: Jagged,
-    intervals: Tensor,
-    alpha: float,
-    scale: float,
     add: Tensor | None = None,
     out: Tensor,
 ) -> Tensor:
@@ -74,8 +65,7 @@ def query_gradient(
     if q.shape[0] == 0 or k.shape[0] == 0:
         return _nothing(add, out)
     dout, q, k, v = _ready(dout.to(q.dtype)), _ready(q), _ready(k), _ready(v)
-    config = _config(q, v, queries)
-    plan = plan_for(queries, keys, intervals, config.tile, config.part)
+    config, plan = _plan(q, v, weighting)
     blocks, tiles = config.query, plan.query_parts
     target = _Target(out, add, q.shape[2])
     query_kernel[(len(tiles) * (config.part // blocks.m) * q.shape[1],)](
@@ -90,8 +80,8 @@ def query_gradient(
         tiles,
         plan.bounds,
         len(q),
-        alpha / 2,
-        scale,
+        weighting.alpha / 2,
+        weighting.scale,
         **_constants(q, v, config.part, blocks),
     )
     return target.finish()
@@ -102,12 +92,8 @@ def key_value_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    weighting: Weighting,
     *,
-    queries: Jagged,
-    keys: Jagged,
-    intervals: Tensor,
-    alpha: float,
-    scale: float,
     add: tuple[Tensor, Tensor] | None = None,
     out: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
@@ -116,8 +102,7 @@ def key_value_gradients(
     if q.shape[0] == 0 or k.shape[0] == 0:
         return _nothing(add_k, out[0]), _nothing(add_v, out[1])
     dout, q, k, v = _ready(dout.to(q.dtype)), _ready(q), _ready(k), _ready(v)
-    config = _config(q, v, queries)
-    plan = plan_for(queries, keys, intervals, config.tile, config.part)
+    config, plan = _plan(q, v, weighting)
     tiles = plan.key_parts
     key, value = _Target(out[0], add_k, k.shape[2]), _Target(out[1], add_v, v.shape[2])
     launches = [(config.key, True, config.value is None)]
@@ -136,8 +121,8 @@ def key_value_gradients(
             tiles,
             plan.bounds,
             len(q),
-            alpha / 2,
-            scale,
+            weighting.alpha / 2,
+            weighting.scale,
             KEY=with_key,
             VALUE=with_value,
             **_constants(q, v, config.part, blocks),
@@ -172,9 +157,11 @@ def _nothing(add: Tensor | None, out: Tensor) -> Tensor:
     return out.zero_() if add is None else out.copy_(add)
 
 
-def _config(q: Tensor, v: Tensor, queries: Jagged) -> Config:
-    mean_length = len(q) // queries.num_sequences
-    return config_for(max(q.shape[2], v.shape[2]), mean_length, q.dtype, q.device)
+def _plan(q: Tensor, v: Tensor, weighting: Weighting) -> tuple[Config, Plan]:
+    mean_length = len(q) // weighting.queries.num_sequences
+    config = config_for(max(q.shape[2], v.shape[2]), mean_length, q.dtype, q.device)
+    rows = weighting.queries, weighting.keys, weighting.intervals
+    return config, plan_for(*rows, config.tile, config.part)
 
 
 def _ready(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from kernels.columns import empty_gradients
 from kernels.jagged import Jagged
 from kernels.triton import launch
+from kernels.weighting import Weighting
 
 
 @torch.library.custom_op("gr_kernels::attention", mutates_args=())
@@ -30,11 +31,9 @@ def attention(
         q,
         k,
         v,
-        queries=Jagged(q_offsets, q_positions),
-        keys=Jagged(k_offsets, k_positions),
-        intervals=intervals,
-        alpha=alpha,
-        scale=scale,
+        Weighting(
+            Jagged(q_offsets, q_positions), Jagged(k_offsets, k_positions), intervals, alpha, scale
+        ),
         out=q.new_empty(q.shape[0], q.shape[1], v.shape[2]),
     )
 
@@ -57,15 +56,11 @@ def attention_backward(
     dv: Tensor,
 ) -> None:
     """Writes the gradients of `attention` for q, k and v."""
-    mask: dict[str, Any] = dict(
-        queries=Jagged(q_offsets, q_positions),
-        keys=Jagged(k_offsets, k_positions),
-        intervals=intervals,
-        alpha=alpha,
-        scale=scale,
+    weighting = Weighting(
+        Jagged(q_offsets, q_positions), Jagged(k_offsets, k_positions), intervals, alpha, scale
     )
-    launch.key_value_gradients(dout, q, k, v, **mask, out=(dk, dv))
-    launch.query_gradient(dout, q, k, v, **mask, out=dq)
+    launch.key_value_gradients(dout, q, k, v, weighting, out=(dk, dv))
+    launch.query_gradient(dout, q, k, v, weighting, out=dq)
 
 
 @attention.register_fake

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels.attention import attention_forward, key_value_gradients, query_gradient
 from kernels.columns import empty_gradients
+from kernels.weighting import Weighting
 from parallel.visibility import Visibility
 
 # The first gather and the last reduce-scatter hide behind the least work: chunks make them smaller.
@@ -41,16 +42,12 @@ class _AllGatherAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.seen = seen
-        ctx.mask = dict(
-            queries=seen.shard.device_rows,
-            keys=seen.shard.whole,
-            intervals=seen.intervals,
-            alpha=alpha,
-            scale=scale,
+        ctx.weighting = Weighting(
+            seen.shard.device_rows, seen.shard.whole, seen.intervals, alpha, scale
         )
         out = q.new_empty(*q.shape[:2], v.shape[2])
         for heads, whole_k, whole_v in _arriving(k, v, seen):
-            attention_forward(q[:, heads], whole_k, whole_v, **ctx.mask, out=out[:, heads])
+            attention_forward(q[:, heads], whole_k, whole_v, ctx.weighting, out=out[:, heads])
         return out
 
     @staticmethod
@@ -60,8 +57,8 @@ class _AllGatherAttention(torch.autograd.Function):
         before: _ReduceScatter | None = None
         for heads, whole_k, whole_v in _arriving(k, v, ctx.seen):
             block = (dout[:, heads], q[:, heads], whole_k, whole_v)
-            reduction = _ReduceScatter(*key_value_gradients(*block, **ctx.mask), heads, ctx.seen)
-            query_gradient(*block, **ctx.mask, out=dq[:, heads])
+            reduction = _ReduceScatter(*key_value_gradients(*block, ctx.weighting), heads, ctx.seen)
+            query_gradient(*block, ctx.weighting, out=dq[:, heads])
             if before:
                 before.write(dk, dv)
             before = reduction

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kernels.attention import accumulator, attention_forward, key_value_gradients, query_gradient
 from kernels.columns import empty_gradients
+from kernels.weighting import Weighting
 from parallel.transport import Transport
 from parallel.visibility import Visibility, piece_of
 
@@ -45,14 +46,14 @@ class _RingAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: Visibility, alpha: float, scale: float
     ) -> Tensor:
         ctx.save_for_backward(q, k, v)
-        ctx.seen, ctx.factors = seen, dict(alpha=alpha, scale=scale)
+        ctx.seen, ctx.factors = seen, (alpha, scale)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         each, pieces = _chunks(k, v, seen)
         for h in _heads(each, k):
             sums = _Sums(out[:, h], seen, pieces)
             for piece in range(pieces):
-                ring = _Ring(k[:, h], v[:, h], seen, piece, pieces)
-                _forward(ring, sums, q[:, h], ctx.factors)
+                ring = _Ring(k[:, h], v[:, h], seen, ctx.factors, piece, pieces)
+                _forward(ring, sums, q[:, h])
         return out
 
     @staticmethod
@@ -63,9 +64,9 @@ class _RingAttention(torch.autograd.Function):
         for h in _heads(each, k):
             sums = _Sums(dq[:, h], ctx.seen, pieces)
             for piece in range(pieces):
-                ring = _Ring(k[:, h], v[:, h], ctx.seen, piece, pieces)
+                ring = _Ring(k[:, h], v[:, h], ctx.seen, ctx.factors, piece, pieces)
                 own = dk[ring.rows, h], dv[ring.rows, h]
-                _backward(ring, sums, own, dout[:, h], q[:, h], ctx.factors)
+                _backward(ring, sums, own, dout[:, h], q[:, h])
         return dq, dk, dv, None, None, None
 
 
@@ -87,7 +88,7 @@ def _heads(each: int, k: Tensor) -> Iterator[slice]:
         yield slice(start, start + each)
 
 
-def _forward(ring: _Ring, sums: _Sums, q: Tensor, factors: dict[str, float]) -> None:
+def _forward(ring: _Ring, sums: _Sums, q: Tensor) -> None:
     """Adds to the rows of out."""
     ring.hold_own(0)
     for turn in range(ring.nodes):
@@ -97,12 +98,10 @@ def _forward(ring: _Ring, sums: _Sums, q: Tensor, factors: dict[str, float]) -> 
             block = ring.block(turn, step)
             ring.fetch(turn, step + 1)
             if block:
-                sums.add(attention_forward, q, *block, **ring.mask(turn, step), **factors)
+                sums.add(attention_forward, q, *block, ring.weighting(turn, step))
 
 
-def _backward(
-    ring: _Ring, sums: _Sums, own: Block, dout: Tensor, q: Tensor, factors: dict[str, float]
-) -> None:
+def _backward(ring: _Ring, sums: _Sums, own: Block, dout: Tensor, q: Tensor) -> None:
     """Adds to dq; writes dk and dv of this rank's keys into `own`.
 
     The own node's keys have the last turn: there, gradients come home.
@@ -110,13 +109,13 @@ def _backward(
     last, tensors = ring.nodes, (dout, q)
 
     def add_dq(turn: int, step: int, block: Block) -> None:
-        sums.add(query_gradient, *tensors, *block, **ring.mask(turn, step), **factors)
+        sums.add(query_gradient, *tensors, *block, ring.weighting(turn, step))
 
     def find(turn: int, step: int, block: Block | None, found: Block | None, into: Block) -> None:
         """into = found + dk and dv of a block."""
         if block:
-            mask = ring.mask(turn, step) | factors
-            key_value_gradients(*tensors, *block, **mask, add=found, out=into)
+            weighting = ring.weighting(turn, step)
+            key_value_gradients(*tensors, *block, weighting, add=found, out=into)
         elif found or into is own:  # dk and dv themselves want a value, if nothing was found
             _copy(found, into)
 
@@ -162,11 +161,11 @@ class _Sums:
         if not self.left:
             out.zero_()
 
-    def add(self, kernel: Callable[..., Tensor], *args: Any, **mask: Any) -> None:
-        """kernel(*args, **mask), onto what there is."""
+    def add(self, kernel: Callable[..., Tensor], *args: Any) -> None:
+        """kernel(*args), onto what there is."""
         self.left -= 1
         into = self.total if self.left else self.out
-        self.total = kernel(*args, **mask, add=self.total, out=into)
+        self.total = kernel(*args, add=self.total, out=into)
 
 
 class _Ring:
@@ -176,11 +175,19 @@ class _Ring:
     t nodes before it, which the rank s places before it in its own node holds.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, seen: Visibility, piece: int, pieces: int) -> None:
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        seen: Visibility,
+        factors: tuple[float, float],
+        piece: int,
+        pieces: int,
+    ) -> None:
         links = seen.shard.links
         assert links is not None
         self.rows = slice(*piece_of(k.shape[0], piece, pieces))
-        self.k, self.v, self.seen = k[self.rows], v[self.rows], seen
+        self.k, self.v, self.seen, self.factors = k[self.rows], v[self.rows], seen, factors
         self.parts, self.rank = seen.pieces(pieces)[piece], seen.shard.rank
         self.within, self.across = links.within, links.across
         self.places = links.within.group.size()
@@ -188,9 +195,9 @@ class _Ring:
         self.node, self.place = divmod(self.rank, self.places)
         self.held: dict[int, Tensor] = {}  # turn -> keys and values, where the node can get them
 
-    def mask(self, turn: int, step: int) -> dict[str, Any]:
+    def weighting(self, turn: int, step: int) -> Weighting:
         queries, keys = self.seen.shard.device_rows, self.parts[self._owner(turn, step)]
-        return dict(queries=queries, keys=keys, intervals=self.seen.intervals)
+        return Weighting(queries, keys, self.seen.intervals, *self.factors)
 
     def sees_block(self, turn: int, step: int) -> bool:
         return self.seen.meets[self.rank][self._owner(turn, step)]

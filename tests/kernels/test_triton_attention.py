@@ -19,6 +19,7 @@ from kernels.blockwise import blockwise_backward, blockwise_forward
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, semi_local_intervals
 from kernels.triton import configs, launch
+from kernels.weighting import Weighting
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = (70, 0, 1, 33, 5)
@@ -42,27 +43,28 @@ class Problem:
     def check(self, rtol: float = 1e-5) -> None:
         """Forward, adding forward and backward against float64 on the same inputs."""
         *qkv, dout = self.tensors
+        weighting = Weighting(**self.mask)
         wide = [x.double() for x in self.tensors]
-        want = blockwise_forward(*wide[:3], **self.mask)
-        grads = blockwise_backward(wide[3], *wide[:3], **self.mask)
+        want = blockwise_forward(*wide[:3], weighting)
+        grads = blockwise_backward(wide[3], *wide[:3], weighting)
         # Into some of the heads of a wider tensor: the others stay as they are.
         wider = [
             F.pad(torch.zeros_like(x), (0, 0, 1, 0), value=7.0).float() for x in (want, *grads)
         ]
         out, dq, dk, dv = (x[:, 1:] for x in wider)
-        assert launch.forward(*qkv, **self.mask, out=out) is out
-        launch.query_gradient(dout, *qkv, **self.mask, out=dq)
-        launch.key_value_gradients(dout, *qkv, **self.mask, out=(dk, dv))
+        assert launch.forward(*qkv, weighting, out=out) is out
+        launch.query_gradient(dout, *qkv, weighting, out=dq)
+        launch.key_value_gradients(dout, *qkv, weighting, out=(dk, dv))
         for whole, expected in zip(wider, (want, *grads), strict=True):
             close(whole[:, 1:], expected, rtol)
             assert bool((whole[:, 0] == 7).all())
 
         # Onto what is there, in place or into another tensor.
         half = [torch.full_like(x, 0.5, dtype=torch.float32) for x in (want, *grads)]
-        launch.forward(*qkv, **self.mask, add=half[0], out=half[0])
-        launch.query_gradient(dout, *qkv, **self.mask, add=half[1], out=half[1])
+        launch.forward(*qkv, weighting, add=half[0], out=half[0])
+        launch.query_gradient(dout, *qkv, weighting, add=half[1], out=half[1])
         dk, dv = half[2].clone(), half[3].clone()
-        launch.key_value_gradients(dout, *qkv, **self.mask, add=(half[2], half[3]), out=(dk, dv))
+        launch.key_value_gradients(dout, *qkv, weighting, add=(half[2], half[3]), out=(dk, dv))
         half[2:] = dk, dv
         for got, expected in zip(half, (want, *grads), strict=True):
             close(got - 0.5, expected, max(rtol, 1e-4))

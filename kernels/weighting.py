@@ -1,0 +1,24 @@
+"""How queries weigh keys: all that attention needs to know beside q, k and v."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kernels.jagged import Jagged
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """w_ij = scale * silu(alpha * q_i . k_j) for the keys j that query i sees, else 0.
+
+    queries, keys: the rows of q, and of k and v; the same B sequences.
+    intervals: int32 [Tq, 4], see `kernels.masks`.
+    """
+
+    queries: Jagged
+    keys: Jagged
+    intervals: Tensor
+    alpha: float
+    scale: float
