@@ -140,8 +140,10 @@ class Trainer:
     def _step(self, batch: Prepared) -> Tensor:
         follow_schedule(self.table_optimizer, self.config.embedding.lr, self.schedule)
         self.optimizer.zero_grad()
-        loss = self.model.loss(batch)
-        loss.backward()  # updates the tables too: their optimizer is part of their backward pass
+        with self.mesh.watchdog.operation("forward"):
+            loss = self.model.loss(batch)
+        with self.mesh.watchdog.operation("backward"):
+            loss.backward()  # updates the tables too: their optimizer is part of it
         if self.config.optim.clip_norm:
             nn.utils.clip_grad_norm_(self.dense.parameters(), self.config.optim.clip_norm)
         self.optimizer.step()

@@ -154,19 +154,19 @@ class SendReceive(Transport):
         if source is not None:
             ops.append(dist.P2POp(dist.irecv, incoming, group=self.group, group_peer=source))
         works = dist.batch_isend_irecv(ops) if ops else []
-        messages = _Messages(works, self._operation(name, to, source), self)
+        messages = _Messages(works, self._operation(name, to, source), self.watchdog)
         leaving = [before for before in self._leaving.get(name, []) if before.works]
         self._leaving[name] = [*leaving, messages]
         return messages
 
 
 class _Messages(Arrival):
-    def __init__(self, works: list[dist.Work], operation: str, transport: Transport) -> None:
-        self.works, self.operation, self.transport = works, operation, transport
+    def __init__(self, works: list[dist.Work], operation: str, watchdog: Watchdog) -> None:
+        self.works, self.operation, self.watchdog = works, operation, watchdog
 
     def wait(self) -> None:
         if self.works:
-            with self.transport.watchdog.operation(self.operation, self.transport.device):
+            with self.watchdog.operation(self.operation):
                 for work in self.works:
                     work.wait()
         self.works = []
@@ -196,7 +196,7 @@ class CopyEngines(Transport):
             stream = torch.cuda.current_stream(self.device)
             for reader in buffer.readers:
                 read = self._operation(f"{name}, read,", None, reader)
-                with self.watchdog.operation(read, self.device):
+                with self.watchdog.operation(read):
                     buffer.read.wait(reader, stream)
             buffer.readers.clear()
         if buffer is None or buffer.size < size:

@@ -50,9 +50,7 @@ class Watchdog:
         try:
             yield
         except RuntimeError as error:
-            message = str(error)
-            if not message.startswith(f"rank {self.rank}: "):
-                message = f"rank {self.rank}: {what}: {message}"
+            message = self._named(what, error)
             if self.device.type == "cuda":
                 traceback.print_exc()
                 self._give_up(message)
@@ -62,15 +60,14 @@ class Watchdog:
                 self.where = before
 
     @contextmanager
-    def operation(self, operation: str, device: torch.device) -> Iterator[None]:
-        """Around a wait for another rank that the host (CPU) or the current stream (GPU) makes."""
+    def operation(self, operation: str) -> Iterator[None]:
+        """Around what the host (CPU) or the current stream (GPU) waits for another rank in."""
         try:
             yield
         except RuntimeError as error:
-            message = f"rank {self.rank}: {self.where}: {operation}: {error}"
-            raise RuntimeError(message) from error
-        if device.type == "cuda":
-            self.watch(operation, torch.cuda.current_stream(device).record_event())
+            raise RuntimeError(self._named(f"{self.where}: {operation}", error)) from error
+        if self.device.type == "cuda":
+            self.watch(operation, torch.cuda.current_stream(self.device).record_event())
 
     def watch(self, operation: str, event: Event) -> None:
         """`event` is recorded behind `operation`, and must come within the timeout."""
@@ -95,6 +92,11 @@ class Watchdog:
                     waited = f"nothing for {timeout:.0f} s (parallel.timeout_s)"
                     why = "another rank hangs or has died"
                     self._give_up(f"rank {self.rank}: {operation}: {waited}; {why}")
+
+    def _named(self, what: str, error: RuntimeError) -> str:
+        """The error with rank and operation before it, unless something within has named them."""
+        rank, message = f"rank {self.rank}: ", str(error)
+        return message if message.startswith(rank) else f"{rank}{what}: {message}"
 
     def _is_done(self, waiting: tuple[float, str, Event]) -> bool:
         _, operation, event = waiting
