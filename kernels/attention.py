@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.backend import TRITON_DTYPES, runs_triton
+from kernels.backend import TRITON_DTYPES, accumulator, runs_triton
 from kernels.blockwise import (
     blockwise_backward,
     blockwise_forward,
@@ -136,11 +136,6 @@ def key_value_gradients(
     return _write(dk, add_k, out[0]), _write(dv, add_v, out[1])
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What sums of products are kept in: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _write(partial: Tensor, add: Tensor | None, out: Tensor) -> Tensor:
     return out.copy_(partial if add is None else partial.add_(add))
 
@@ -164,8 +159,11 @@ class _Blockwise(torch.autograd.Function):
 
 def _takes_triton(q: Tensor, v: Tensor) -> bool:
     """Whether "auto" means Triton for these tensors on this machine."""
-    fits = q.dtype in TRITON_DTYPES and max(q.shape[2], v.shape[2]) <= TRITON_MAX_DIM
-    return q.is_cuda and fits and runs_triton(q.device)
+    return q.is_cuda and _fits_triton(q, v) and runs_triton(q.device)
+
+
+def _fits_triton(q: Tensor, v: Tensor) -> bool:
+    return q.dtype in TRITON_DTYPES and max(q.shape[2], v.shape[2]) <= TRITON_MAX_DIM
 
 
 @torch.compiler.assume_constant_result
@@ -224,9 +222,7 @@ def _check(
         raise ValueError(f"intervals: on {intervals.device}, q on {q.device}")
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
-    if backend == "triton" and not (
-        q.dtype in TRITON_DTYPES and max(q.shape[2], v.shape[2]) <= TRITON_MAX_DIM
-    ):
+    if backend == "triton" and not _fits_triton(q, v):
         raise ValueError(
             f"backend: 'triton' takes 16-bit and float32 inputs with head dims up to "
             f"{TRITON_MAX_DIM}, got {q.dtype}, {q.shape[2]} and {v.shape[2]}"

@@ -48,6 +48,11 @@ def _runs_triton(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What sums of products are kept in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that matrix products of x run in: autocast's where it is on, else x's own."""
     device = x.device.type

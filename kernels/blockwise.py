@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kernels.backend import accumulator
 from kernels.naive import visible
 from kernels.weighting import Weighting
 
@@ -41,7 +42,7 @@ def blockwise_forward(
     weighting: Weighting,
 ) -> Tensor:
     """The sum over visible keys, float32 [Tq, H, Dv] (float64 for float64 inputs)."""
-    compute = torch.promote_types(q.dtype, torch.float32)
+    compute = accumulator(q.dtype)
     out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=compute, device=q.device)
     for q_rows, k_rows, mask in _tiles(weighting):
         scores = torch.einsum("qhd,khd->hqk", q[q_rows].to(compute), k[k_rows].to(compute))
@@ -57,7 +58,7 @@ def blockwise_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting
 ) -> Gradients:
     """dq, dk, dv, float32 (float64 for float64 inputs)."""
-    compute = torch.promote_types(q.dtype, torch.float32)
+    compute = accumulator(q.dtype)
     dq, dk, dv = (torch.zeros_like(x, dtype=compute) for x in (q, k, v))
     for tile in _gradient_tiles(dout, q, k, v, weighting):
         tile.add_query(dq)
@@ -69,7 +70,7 @@ def blockwise_query_gradient(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting
 ) -> Tensor:
     """dq alone."""
-    dq = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+    dq = torch.zeros_like(q, dtype=accumulator(q.dtype))
     for tile in _gradient_tiles(dout, q, k, v, weighting):
         tile.add_query(dq)
     return dq
@@ -79,7 +80,7 @@ def blockwise_key_value_gradients(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting
 ) -> tuple[Tensor, Tensor]:
     """dk and dv alone."""
-    compute = torch.promote_types(q.dtype, torch.float32)
+    compute = accumulator(q.dtype)
     dk, dv = (torch.zeros_like(x, dtype=compute) for x in (k, v))
     for tile in _gradient_tiles(dout, q, k, v, weighting):
         tile.add_key_value(dk, dv)
@@ -112,7 +113,7 @@ def _gradient_tiles(
     weighting: Weighting,
 ) -> Iterator[_GradientTile]:
     """silu'(s) = sig(s)(1 + s(1 - sig(s)))."""
-    compute = torch.promote_types(q.dtype, torch.float32)
+    compute = accumulator(q.dtype)
     for q_rows, k_rows, mask in _tiles(weighting):
         qs, ks, vs = q[q_rows].to(compute), k[k_rows].to(compute), v[k_rows].to(compute)
         dout_scaled = dout[q_rows].to(compute) * weighting.scale

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import takes_triton
+from kernels.backend import accumulator, takes_triton
 from kernels.differentiate import vector_jacobian
 from kernels.norm import naive_layer_norm
 from kernels.projection import GradientBuffer
@@ -29,7 +29,7 @@ def naive_gated_norm(
     mask: Tensor | None = None,
 ) -> Tensor:
     """norm(a) * silu(u + u_bias) * mask in float32 at least, to a's dtype. mask: as a, or None."""
-    compute = torch.promote_types(a.dtype, torch.float32)
+    compute = accumulator(a.dtype)
     gate = F.silu(u.to(compute) + u_bias.to(compute))
     out = naive_layer_norm(a, weight, bias, eps, compute) * gate
     return (out if mask is None else out * mask).to(a.dtype)

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.transfer import copy_together
-
 
 def lengths_to_offsets(lengths: Tensor) -> Tensor:
     """Exclusive prefix sum: lengths [B] -> int32 offsets [B + 1], on the same device."""
@@ -66,6 +64,3 @@ class Jagged:
         """The sequence each row belongs to, int64 [T]."""
         ids = torch.arange(self.num_sequences, device=self.offsets.device)
         return torch.repeat_interleave(ids, self.lengths(), output_size=self.num_rows)
-
-    def to(self, device: torch.device) -> Jagged:
-        return Jagged(*copy_together([self.offsets, self.positions], device))

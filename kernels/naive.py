@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import accumulator
 from kernels.weighting import Weighting
 
 
@@ -25,7 +26,7 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Te
     """
     queries, keys, intervals = weighting.queries, weighting.keys, weighting.intervals
     alpha, scale = weighting.alpha, weighting.scale
-    compute = torch.promote_types(q.dtype, torch.float32)
+    compute = accumulator(q.dtype)
     q_offsets, k_offsets = queries.offsets.tolist(), keys.offsets.tolist()
     outs = [scale * torch.einsum("qhd,khd,khe->qhe", q[:0], k[:0], v[:0]).to(compute)]
     for b in range(queries.num_sequences):

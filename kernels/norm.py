@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import compute_dtype, takes_triton
+from kernels.backend import accumulator, compute_dtype, takes_triton
 from kernels.differentiate import vector_jacobian
 
 
@@ -19,7 +19,7 @@ def naive_layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
     """(x - mean) / sqrt(var + eps) * weight + bias of each row, in float32 at least; to `dtype`."""
-    compute = torch.promote_types(x.dtype, torch.float32)
+    compute = accumulator(x.dtype)
     out = F.layer_norm(x.to(compute), x.shape[1:], weight.to(compute), bias.to(compute), eps)
     return out.to(dtype)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from torch import Tensor
 
 from kernels.attention import hstu_attention
@@ -11,26 +14,23 @@ from parallel.exchange.ring import ring_attention
 from parallel.exchange.ulysses import ulysses_attention
 from parallel.visibility import Visibility
 
+
+class Exchange(NamedTuple):
+    attention: Callable[..., Tensor]
+    wanted: tuple[str, ...]  # of a batch's `Visibility`: made once, by the host
+
+
 EXCHANGES = {
-    "ring": ring_attention,
-    "all_gather": all_gather_attention,
-    "halo": halo_attention,
-    "ulysses": ulysses_attention,
+    "ring": Exchange(ring_attention, ("intervals", "meets")),
+    "all_gather": Exchange(all_gather_attention, ("intervals", "padded_rows")),
+    "halo": Exchange(halo_attention, ("intervals", "halo")),
+    "ulysses": Exchange(ulysses_attention, ("whole_intervals",)),
 }
 
 
 def make_ready(seen: Visibility, exchange: str) -> None:
     """Do what an exchange wants of the host once per batch: it may run beside the step before."""
-    if seen.shard.cp_size == 1:
-        exchange = "none"
-    wanted = {
-        "ring": ("intervals", "meets"),
-        "halo": ("intervals", "halo"),
-        "all_gather": ("intervals", "padded_rows"),
-        "ulysses": ("whole_intervals",),
-        "none": ("intervals",),
-    }
-    for name in wanted[exchange]:
+    for name in EXCHANGES[exchange].wanted if seen.shard.cp_size > 1 else ("intervals",):
         getattr(seen, name)
 
 
@@ -54,7 +54,7 @@ def context_parallel_attention(
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange: {exchange!r} is not one of {', '.join(EXCHANGES)}")
     if seen.shard.cp_size > 1:
-        return EXCHANGES[exchange](q, k, v, seen=seen, alpha=alpha, scale=scale)
+        return EXCHANGES[exchange].attention(q, k, v, seen=seen, alpha=alpha, scale=scale)
     return hstu_attention(
         q,
         k,

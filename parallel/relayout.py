@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.attention import accumulator
+from kernels.backend import accumulator
 from parallel.spans import Line, count_out, overlap
 
 

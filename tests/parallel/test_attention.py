@@ -139,15 +139,15 @@ def test_a_ring_of_rings_of_some_rows_at_a_time(run_in_world, name: str) -> None
 
 
 def test_large_messages_are_cut_into_heads_then_rows() -> None:
-    k = v = torch.empty(0, 4, 128, dtype=torch.bfloat16)
-
-    def chunks(rows: int) -> tuple[int, int]:
+    def chunks(rows: int, heads: int = 4) -> tuple[int, int]:
+        k = v = torch.empty(0, heads, 128, dtype=torch.bfloat16)
         return ring._chunks(k, v, SimpleNamespace(most_rows=rows))  # type: ignore[arg-type]
 
     assert chunks(0) == (4, 1)
     assert chunks(33_000) == (4, 1)  # 64 MiB
     assert chunks(60_000) == (2, 1)
     assert chunks(1_000_000) == (1, 6)  # 512 bytes a row and head
+    assert chunks(100_000, heads=3) == (1, 1)  # two are a little too much: no rows are cut
 
 
 def check_against_one_process(results: list, name: str) -> None:

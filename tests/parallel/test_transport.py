@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -42,7 +43,8 @@ def ring(transport: str, exchange: str) -> list[list[torch.Tensor]]:
         mesh = build_mesh(dp=1, cp=2, device=device)
     made = {"copy": CopyEngines, "send": SendReceive}.get(transport)
     if made:
-        mesh.__dict__["links"] = Links(made(mesh.cp_group, device, mesh.watchdog))
+        group = mesh.links.within.group
+        mesh = replace(mesh, links=Links(made(group, device, mesh.watchdog)))
     errors = []
     for lengths in [batch for batch in BATCHES for _ in range(2)]:
         mine = torch.tensor(lengths[mesh.rank :: 2], dtype=torch.int32)
@@ -56,7 +58,7 @@ def ring(transport: str, exchange: str) -> list[list[torch.Tensor]]:
         out = context_parallel_attention(*mine_qkv, seen=seen, exchange=exchange, **FACTORS)
         got = [out, *torch.autograd.grad(out, mine_qkv, dout[own])]
 
-        rows = Jagged.whole(shard.lengths).to(device)
+        rows = Jagged.whole(shard.device_lengths, int(shard.lengths.sum()))
         intervals = hstu_intervals(rows, shard.device_lengths, shard.device_num_targets)
         whole = [x.float().requires_grad_() for x in qkv]
         out = hstu_attention(*whole, queries=rows, keys=rows, intervals=intervals, **FACTORS)
