@@ -81,7 +81,6 @@ class ModelConfig:
 
 @dataclass
 class EmbeddingConfig:
-    plan: str = "auto"  # TorchRec's planner
     optimizer: Literal["rowwise_adagrad", "sgd"] = "rowwise_adagrad"
     lr: float = 0.05
     eps: float = 1e-8
@@ -89,8 +88,7 @@ class EmbeddingConfig:
 
 @dataclass
 class ParallelConfig:
-    cp: int = 1  # processes that share each sequence
-    dp: int | None = None  # groups of them; default: world size / cp
+    cp: int = 1  # processes that share each sequence; the rest of the mesh is data parallel
     layout: Literal["zigzag", "contiguous"] = "zigzag"
     # How keys and values reach the ranks that need them (parallel/exchange/). auto: halo for
     # windowed and semi-local masks, whose queries see little of the sequence, else ring.
@@ -176,21 +174,16 @@ def load_config(
     for name, source in sources:
         try:
             merged = OmegaConf.merge(merged, source)
-        except (OmegaConfBaseException, ValueError) as error:
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
             where = f"{name}: {getattr(error, 'full_key', None) or ''}".removesuffix(": ")
-            raise ConfigError(
-                f"{where}: {_first_line(error)}. gr_train/config.py lists every field."
-            ) from error
+            what = _first_line(error).rstrip(".")
+            if "is not a ListConfig" in what:
+                what = "want a list, such as [10]"
+            raise ConfigError(f"{where}: {what} (gr_train/config.py lists every field)") from error
     try:
         config = cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:  # an interpolation of nothing
         raise ConfigError(f"{getattr(error, 'full_key', '')}: {_first_line(error)}") from error
-    if (
-        config.parallel.dp is None
-        and config.parallel.cp > 0
-        and world_size % config.parallel.cp == 0
-    ):
-        config.parallel.dp = world_size // config.parallel.cp
     validate(config, world_size)
     return config
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import resource
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,10 +52,12 @@ class Trainer:
         if config.model.task == "ranking" and not self.info.tasks:
             raise ConfigError("model.task=ranking: the data set has no labelled candidates (tasks)")
         parallel = config.parallel
-        assert parallel.dp is not None
         self.device = local_device()
         self.mesh = build_mesh(
-            dp=parallel.dp, cp=parallel.cp, device=self.device, timeout_s=parallel.timeout_s
+            dp=int(os.environ["WORLD_SIZE"]) // parallel.cp,
+            cp=parallel.cp,
+            device=self.device,
+            timeout_s=parallel.timeout_s,
         )
         self.layout = LAYOUTS[parallel.layout](parallel.cp)
 
@@ -70,7 +73,7 @@ class Trainer:
         embeddings = shard_tables(
             tables(config.model, self.info),
             self.mesh,
-            plan=config.embedding.plan,
+            plan="auto",
             tokens_per_rank=tokens_per_rank,
             optimizer=config.embedding.optimizer,
             lr=config.embedding.lr,
@@ -208,7 +211,6 @@ class Trainer:
             metrics, baseline = self.evaluate(), self.popularity()
         memory: list[str] = [""] * self.mesh.size
         dist.all_gather_object(memory, _peak_memory(self.device, self.mesh.links.within.nbytes))
-        parallel = self.config.parallel
         summary = {
             "model": self.config.model.kind.upper(),
             "task": self.config.model.task,
@@ -216,7 +218,7 @@ class Trainer:
             "metrics": metrics,
             "popularity": baseline,
             "steps": self.config.train.steps,
-            "processes": f"{self.mesh.size} (dp={parallel.dp}, cp={parallel.cp})",
+            "processes": f"{self.mesh.size} (dp={self.mesh.dp}, cp={self.mesh.cp})",
             "tokens/s": f"{tokens_per_s:,.0f}",
             "peak memory per rank": ", ".join(memory),
             "results": str(self.run_dir),

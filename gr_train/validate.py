@@ -86,19 +86,19 @@ def _check_ranges(config: Config) -> None:
 
 def _check_mesh(config: Config, world_size: int) -> None:
     parallel, data = config.parallel, config.data
+    if world_size == 1 and parallel.cp > 1:
+        _refuse(
+            "parallel.cp",
+            parallel.cp,
+            "this job is one process, for which parallel.cp=1 is the way; torchx or torchrun "
+            "start more",
+        )
     if world_size % parallel.cp:
         _refuse(
             "parallel.cp",
             parallel.cp,
             f"does not divide the {world_size} processes of this job; choose a divisor, "
-            "or start another number of processes with -j NODESxPROCESSES",
-        )
-    if parallel.dp is None or parallel.dp * parallel.cp != world_size:
-        _refuse(
-            "parallel.dp",
-            parallel.dp,
-            f"times parallel.cp={parallel.cp} is not the {world_size} processes of this job; "
-            "leave parallel.dp out to have it computed",
+            "or start another number of processes",
         )
     sizes = (("data.batch_size", data.batch_size), ("eval.batch_size", config.eval.batch_size))
     for name, size in sizes:
@@ -144,8 +144,6 @@ def _check_model(config: Config) -> None:
                 "SASRec wants qk_dim == v_dim == width / num_heads = "
                 f"{model.width / model.num_heads:g}",
             )
-    if config.embedding.plan != "auto":
-        _refuse("embedding.plan", config.embedding.plan, "want 'auto', TorchRec's planner")
     if not config.eval.k or min(config.eval.k) < 1:
         _refuse("eval.k", config.eval.k, "want at least one positive cutoff, such as [10]")
 

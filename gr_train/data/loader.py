@@ -49,6 +49,7 @@ def build_loader(
             "model.task=ranking: the data set has no tasks that candidates are labelled with; "
             "use model.task=retrieval or prepare it for ranking"
         )
+    balances = config.parallel.balance and world_size > config.parallel.cp
     dataset: IterableDataset[list[Sample]]
     if split != "train":
         dataset = EvaluationSamples(config, info, split, rank, world_size)
@@ -63,7 +64,7 @@ def build_loader(
         # Starting to iterate draws a number; the global generator is dropout's, and is resumed.
         generator=torch.Generator(),
         collate_fn=partial(
-            _make_batch, config, len(info.contextual), split == "train" and _balances(config)
+            _make_batch, config, len(info.contextual), split == "train" and balances
         ),
     )
 
@@ -81,10 +82,6 @@ def _make_batch(
     if not balance:
         return batch
     return replace(batch, costs=sequence_flops(config.model, num_contextual, batch))
-
-
-def _balances(config: Config) -> bool:
-    return config.parallel.balance and config.parallel.dp != 1
 
 
 def item_counts(config: Config, info: DatasetInfo, *, rank: int, world_size: int) -> Ids:

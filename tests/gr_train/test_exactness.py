@@ -41,9 +41,7 @@ CANDIDATES = [2, 0, 1, 1, 0, 3, 5, 20, *[3] * 24, 1, 0, 1]
 NEGATIVES = torch.arange(0, 50, 2)
 
 
-def make_config(
-    task: str, style: str, exchange: str, dp: int, cp: int, kind: str = "hstu"
-) -> Config:
+def make_config(task: str, style: str, exchange: str, cp: int, kind: str = "hstu") -> Config:
     model = ModelConfig(
         kind=kind,
         task=task,
@@ -56,7 +54,7 @@ def make_config(
         time_buckets=16,
         temperature=0.2,
     )
-    config = Config(model=model, parallel=ParallelConfig(dp=dp, cp=cp, exchange=exchange))
+    config = Config(model=model, parallel=ParallelConfig(cp=cp, exchange=exchange))
     config.data.max_length = 11_000
     return config
 
@@ -97,7 +95,7 @@ def distributed_step(
     balance: bool = False,
     kind: str = "hstu",
 ):
-    config = make_config(task, style, exchange, dp, cp, kind)
+    config = make_config(task, style, exchange, cp, kind)
     info = info_for(task, style)
     mesh = build_mesh(dp=dp, cp=cp, device=CPU)
     embeddings = shard_tables(
@@ -144,7 +142,7 @@ def gather_tables(embeddings) -> dict[str, torch.Tensor]:
 
 
 def single_step(task: str, style: str, kind: str, before: dict[str, torch.Tensor]):
-    config = make_config(task, style, "ring", 1, 1, kind)
+    config = make_config(task, style, "ring", 1, kind)
     info = info_for(task, style)
     embeddings = embedding_collection(tables(config.model, info), "cpu")
     embeddings.load_state_dict(before)
