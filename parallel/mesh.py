@@ -25,6 +25,7 @@ class Mesh:
     device_mesh: DeviceMesh
     device: torch.device
     world: dist.ProcessGroup
+    num_nodes: int  # 1 if they differ in size
     links: Links  # of the cp group
     watchdog: Watchdog
 
@@ -105,7 +106,7 @@ def build_mesh(*, dp: int, cp: int, device: torch.device, timeout_s: int = 600) 
     for group in filter(None, (link_group, node_group)):
         dist.all_reduce(torch.zeros(1, device=device), group=group)
     links = build_links(link_group, node_group, device, watchdog)
-    return Mesh(device_mesh, device, world, links, watchdog)
+    return Mesh(device_mesh, device, world, world_size // per_node, links, watchdog)
 
 
 def _processes_per_node(world_size: int) -> int:
