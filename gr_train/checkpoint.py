@@ -7,6 +7,7 @@ was cut off, and is ignored.
 from __future__ import annotations
 
 import shutil
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,30 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
-from gr_train.config import CheckpointConfig
+from gr_train.config import Config, ConfigError
 from parallel.embedding.tables import fused_optimizer
+
+# What a saved state holds for. The rest of a config may change when a run goes on: learning rates,
+# the number of steps, dropout, what is computed again.
+SETTINGS = (
+    "data.source",
+    "data.max_length",
+    "data.batch_size",
+    "data.readers",
+    "data.num_workers",
+    "model.kind",
+    "model.task",
+    "model.input_style",
+    "model.num_layers",
+    "model.width",
+    "model.num_heads",
+    "model.qk_dim",
+    "model.v_dim",
+    "model.time_buckets",
+    "embedding.optimizer",
+    "parallel.cp",
+    "train.seed",
+)
 
 
 class Checkpointer:
@@ -33,7 +56,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        config: CheckpointConfig,
+        config: Config,
         folder: Path,
         *,
         dense: nn.Module,
@@ -55,31 +78,22 @@ class Checkpointer:
         """
         dcp.save(self._state(step, loader_state), checkpoint_id=self.folder / f"step_{step:08d}")
         if dist.get_rank() == 0:
-            for old in self._complete()[: -self.config.keep]:
+            for old in self._complete()[: -self.config.checkpoint.keep]:
                 shutil.rmtree(old)
         dist.barrier()
 
     def resume(self) -> int:
         """Load the newest complete checkpoint into everything; its step, or 0 if there is none.
 
-        Raises ValueError if the checkpoint does not fit.
+        Collective. Raises ConfigError if the checkpoint does not fit.
         """
         complete = self._complete()
         if not complete:
             return 0
         path = complete[-1]
+        self._check_settings(path)
         state = self._state(0, self.loader.state_dict())
-        # A rank may hold no row of a table. The default planner would drop that table's entry and
-        # then take the checkpoint for one of an old format.
-        planner = dcp.DefaultLoadPlanner(flatten_sharded_tensors=False)
-        try:
-            dcp.load(state, checkpoint_id=path, planner=planner)
-        except (KeyError, RuntimeError, dcp.api.CheckpointException) as error:
-            raise ValueError(
-                f"checkpoint.resume: {path} does not fit this config and {dist.get_world_size()} "
-                f"processes; resume with the ones it was saved with, or choose another run_dir: "
-                f"{error}"
-            ) from error
+        _load(state, path)
         set_model_state_dict(self.dense, state["dense"])
         set_optimizer_state_dict(self.dense, self.optimizer, optim_state_dict=state["optimizer"])
         self.embeddings.load_state_dict(state["embeddings"])
@@ -91,6 +105,25 @@ class Checkpointer:
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda_rng"], self.device)
         return own["step"]
+
+    def _check_settings(self, path: Path) -> None:
+        """Before DCP compares: it takes fewer processes or layers than were saved for a fit."""
+        state: dict[str, Any] = {"settings": ({},)}
+        _load(state, path)
+        (saved,), own = state["settings"], self._settings()
+        anew = "or train anew with checkpoint.resume=false"
+        if saved["processes"] != own["processes"]:
+            raise ConfigError(
+                f"checkpoint.resume: {path} was saved by {saved['processes']} processes, this job "
+                f"has {own['processes']}; start that many, {anew}"
+            )
+        for name, value in own.items():
+            if saved[name] != value:
+                raise ConfigError(f"{name}={value}: {path} has {saved[name]}; use that, {anew}")
+
+    def _settings(self) -> dict[str, Any]:
+        settings = {name: attrgetter(name)(self.config) for name in SETTINGS}
+        return {"processes": dist.get_world_size(), **settings}
 
     def _state(self, step: int, loader_state: dict[str, Any]) -> dict[str, Any]:
         own = {
@@ -106,7 +139,9 @@ class Checkpointer:
             "optimizer": get_optimizer_state_dict(self.dense, self.optimizer),
             "embeddings": self.embeddings.state_dict(),
             "embedding_optimizer": fused_optimizer(self.embeddings).state_dict(),
-            self._own_key(): (own,),  # a tuple: DCP pickles it whole instead of flattening it
+            # Tuples: DCP pickles them whole instead of flattening them.
+            "settings": (self._settings(),),
+            self._own_key(): (own,),
         }
 
     def _own_key(self) -> str:
@@ -114,3 +149,14 @@ class Checkpointer:
 
     def _complete(self) -> list[Path]:
         return sorted(p for p in self.folder.glob("step_*") if (p / ".metadata").is_file())
+
+
+def _load(state: dict[str, Any], path: Path) -> None:
+    # A rank may hold no row of a table. The default planner would drop that table's entry and then
+    # take the checkpoint for one of an old format.
+    planner = dcp.DefaultLoadPlanner(flatten_sharded_tensors=False)
+    try:
+        dcp.load(state, checkpoint_id=path, planner=planner)
+    except (KeyError, RuntimeError, dcp.api.CheckpointException) as error:
+        cause = str(error).strip().splitlines()[-1]  # before it come every rank's tracebacks
+        raise ConfigError(f"checkpoint.resume: {path} cannot be loaded: {cause}") from error

@@ -92,7 +92,7 @@ class Trainer:
         self._loader(config.eval.split)  # if that split is missing, say so before training
         self.run_dir = Path(config.run_dir)
         self.checkpointer = Checkpointer(
-            config.checkpoint,
+            config,
             self.run_dir / "checkpoints",
             dense=dense,
             embeddings=embeddings,

@@ -104,8 +104,6 @@ def share(total: int, index: int, count: int) -> range:
 class SyntheticDeal:
     """Step s of the whole job is samples [s * batch_size, (s + 1) * batch_size)."""
 
-    num_readers = 0
-
     def __init__(self, config: Config, rank: int, world_size: int) -> None:
         self.source = SyntheticSource(config.data.synthetic, config.train.seed)
         self.batch_size = config.data.batch_size
@@ -160,15 +158,15 @@ class TrainingSamples(IterableDataset[list[Sample]]):
     def __iter__(self) -> TrainingStream:
         worker = get_worker_info()
         index, count = (worker.id, worker.num_workers) if worker else (0, 1)
-        return TrainingStream(partial(self.deal.batches, index, count), self.deal.num_readers)
+        return TrainingStream(partial(self.deal.batches, index, count))
 
 
 class TrainingStream:
     """An iterator whose whole state is how many batches it has yielded."""
 
-    def __init__(self, batches: Callable[[int], Iterator[list[Sample]]], num_readers: int) -> None:
-        self.batches, self.num_readers = batches, num_readers
-        self.load_state_dict({"taken": 0, "num_readers": num_readers})
+    def __init__(self, batches: Callable[[int], Iterator[list[Sample]]]) -> None:
+        self.batches = batches
+        self.load_state_dict({"taken": 0})
 
     def __iter__(self) -> TrainingStream:
         return self
@@ -178,15 +176,9 @@ class TrainingStream:
         return next(self._remaining)
 
     def state_dict(self) -> dict[str, int]:
-        return {"taken": self.taken, "num_readers": self.num_readers}
+        return {"taken": self.taken}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        if state["num_readers"] != self.num_readers:
-            raise ValueError(
-                f"data.readers: the saved position is of {state['num_readers']} readers and this "
-                f"job has {self.num_readers}, which deal other rows; use the data.readers (by "
-                "default, the number of processes) and data.num_workers of the saved run"
-            )
         self.taken = state["taken"]
         self._remaining = self.batches(self.taken)
 

@@ -118,19 +118,6 @@ def test_resume_is_exact(folder, source, workers):
         assert all(same(a, b) for a, b in zip(taken, straight, strict=True))
 
 
-def test_resume_with_other_readers_is_refused(folder):
-    info = dataset_info(make_config("parquet", folder).data)
-    config = make_config("parquet", folder, readers=2)
-    loader = build_loader(config, info, "train", rank=0, world_size=1)
-    next(iter(loader))
-    other = build_loader(
-        make_config("parquet", folder, readers=3), info, "train", rank=0, world_size=1
-    )
-    other.load_state_dict(loader.state_dict())
-    with pytest.raises(ValueError, match=r"data\.readers: the saved position is of 2 readers"):
-        next(iter(other))
-
-
 @pytest.mark.parametrize("source", ["synthetic", "parquet"])
 @pytest.mark.parametrize("world_size", [1, 3, 4, 6])
 def test_evaluation_sees_every_sample_once_in_equally_many_batches(folder, source, world_size):

@@ -48,6 +48,13 @@ def run(run_dir: Path, *overrides: str):
     return summary, state
 
 
+@pytest.fixture
+def short_run(run_in_world, tmp_path: Path) -> Path:
+    """Of two processes; it has ended after two steps."""
+    run_in_world(2, run, tmp_path, "train.steps=2")
+    return tmp_path
+
+
 def losses(run_dir: Path) -> list[float]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["kind"] == "train"]
@@ -99,6 +106,47 @@ def resume_too_late(run_dir: Path) -> None:
 
 def test_nothing_left_to_train(run_in_world, tmp_path: Path) -> None:
     run_in_world(1, resume_too_late, tmp_path / "run")
+
+
+def refuse_to_resume(run_dir: Path, override: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        run(run_dir, "train.steps=3", "checkpoint.resume=true", override)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("saved_by", "resumed_by"), [(2, 1), (1, 2)])
+def test_resume_wants_the_number_of_processes(
+    run_in_world, tmp_path: Path, saved_by: int, resumed_by: int
+) -> None:
+    run_in_world(saved_by, run, tmp_path, "parallel.cp=1", "train.steps=2")
+    for message in run_in_world(resumed_by, refuse_to_resume, tmp_path, "parallel.cp=1"):
+        assert f"saved by {saved_by} processes, this job has {resumed_by}; start" in message
+        assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "saved"),
+    [
+        ("parallel.cp=1", "2"),
+        ("data.num_workers=1", "0"),
+        ("data.batch_size=24", "12"),
+        ("train.seed=7", "0"),
+        ("model.width=32", "16"),
+        ("model.num_layers=1", "2"),
+    ],
+)
+def test_resume_names_the_setting_that_changed(
+    run_in_world, short_run: Path, override: str, saved: str
+) -> None:
+    for message in run_in_world(2, refuse_to_resume, short_run, override):
+        assert f"{override}: {short_run}/checkpoints/step_00000002 has {saved}; use" in message
+
+
+def test_resume_says_in_one_line_what_cannot_be_loaded(run_in_world, short_run: Path) -> None:
+    """More items than were saved, which no setting tells."""
+    message, _ = run_in_world(2, refuse_to_resume, short_run, "data.synthetic.num_items=200")
+    assert "cannot be loaded: ValueError: Size mismatch" in message
+    assert len(message.splitlines()) == 1
 
 
 def test_a_new_run_keeps_the_old_one(run_in_world, tmp_path: Path) -> None:
