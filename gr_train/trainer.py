@@ -15,11 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from gr_train.ahead import Ahead
 from gr_train.checkpoint import Checkpointer
 from gr_train.config import Config, ConfigError, save_config
-from gr_train.data.loader import build_loader, dataset_info, item_counts
+from gr_train.data.loader import Split, build_loader, dataset_info, item_counts
 from gr_train.evaluation import evaluate, popularity_metrics
 from gr_train.meter import Meter
 from gr_train.model.mask import explain_exchange
@@ -48,9 +49,7 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.info = dataset_info(config.data)
-        if config.model.task == "ranking" and not self.info.tasks:
-            raise ConfigError("model.task=ranking: the data set has no labelled candidates (tasks)")
+        self.info = dataset_info(config)
         parallel = config.parallel
         self.device = local_device()
         self.mesh = build_mesh(
@@ -107,11 +106,12 @@ class Trainer:
         """Train to config.train.steps; the summary (on every rank) that is also printed."""
         config = self.config
         first = self._resume() if config.checkpoint.resume else 0
-        progress = self._start_progress(first)
-        meter, loss = Meter(self.device), float("nan")
+        progress, meter, loss = None, Meter(self.device), float("nan")
         self.dense.train()
         batches = self._batches(first)
         for step, batch in enumerate(batches, start=first + 1):
+            if step == first + 1:  # only now that there is a batch, an earlier run has to go aside
+                progress = self._start_progress(first)
             meter.add(self.step(step, batch.prepared), batch.num_tokens)
             last = step == config.train.steps
             if last or _due(step, config.train.log_every):
@@ -251,7 +251,7 @@ class Trainer:
             progress.say(f"resumed after step {first}")
         return progress
 
-    def _loader(self, split: Any) -> Any:
+    def _loader(self, split: Split) -> StatefulDataLoader:
         return build_loader(
             self.config, self.info, split, rank=self.mesh.rank, world_size=self.mesh.size
         )

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from gr_train.config import Config, DataConfig
+from gr_train.config import Config, ConfigError, DataConfig
 from gr_train.data.collate import collate
 from gr_train.data.parquet import ParquetReader, ParquetSplit
 from gr_train.data.sample import DatasetInfo, Ids, Sample
@@ -30,10 +30,17 @@ Split = Literal["train", "valid", "test"]
 COUNTED_SEQUENCES = 4096  # of the endless synthetic training split, for item_counts
 
 
-def dataset_info(data: DataConfig) -> DatasetInfo:
-    if data.source == "parquet":
-        return DatasetInfo.load(_root(data))
-    return synthetic_info(data.synthetic)
+def dataset_info(config: Config) -> DatasetInfo:
+    """Raises ConfigError if the data set does not serve model.task."""
+    data = config.data
+    parquet = data.source == "parquet"
+    info = DatasetInfo.load(_root(data)) if parquet else synthetic_info(data.synthetic)
+    if config.model.task == "ranking" and not info.tasks:
+        raise ConfigError(
+            "model.task=ranking: the data set has no tasks that candidates are labelled with; "
+            "use model.task=retrieval or prepare it for ranking"
+        )
+    return info
 
 
 def build_loader(
@@ -44,11 +51,6 @@ def build_loader(
     data.num_workers applies to training. With Parquet it multiplies the readers, and so changes
     the order of the samples.
     """
-    if config.model.task == "ranking" and not info.tasks:
-        raise ValueError(
-            "model.task=ranking: the data set has no tasks that candidates are labelled with; "
-            "use model.task=retrieval or prepare it for ranking"
-        )
     balances = config.parallel.balance and world_size > config.parallel.cp
     dataset: IterableDataset[list[Sample]]
     if split != "train":
@@ -130,6 +132,13 @@ class ParquetDeal:
                 f"data.path={data.path!r}: {self.split.num_rows} training rows are too few for "
                 f"{self.num_readers} readers; use a smaller data.readers (now {data.readers}), "
                 f"fewer processes (now {world_size}) or data.num_workers (now {data.num_workers})"
+            )
+        ranking = config.model.task == "ranking"
+        column, least = ("candidate_ids", 1) if ranking else ("item_ids", 2)
+        if not self.split.has_row_of(column, least):
+            raise ConfigError(
+                f"data.path={data.path!r}: no row of the training split has {least} or more "
+                f"{column}, so there is nothing to learn for model.task={config.model.task}"
             )
         self.rows_each = data.batch_size // per_worker
         self.mine = share(per_worker, rank, world_size)

@@ -5,8 +5,9 @@ A row is a sample. Columns: `item_ids`, `action_ids`, `timestamps` (lists of int
 per contextual feature and, if the data set has ranking tasks, `candidate_ids` (list of int64),
 `request_time` (int64) and `label_<task>` (list of 0 and 1) per task.
 
-The unit of reading is the row group: one at a time per reader is in memory. What a file holds is
-checked as it is read; errors name the file and its row, counted from 0.
+The unit of reading is the row group: one at a time per reader is in memory. A file's
+columns are checked when a split is opened, its rows as they are read; errors name the file and the
+row, counted from 0.
 """
 
 from __future__ import annotations
@@ -129,6 +130,15 @@ class ParquetSplit:
         table = _read_table(part, self.schema)
         return _checked_rows(table, part, self.info)
 
+    def has_row_of(self, column: str, least: int) -> bool:
+        """Whether the lists of any row have so many values; reads until it finds one."""
+        wanted = pa.schema([self.schema.field(column)])
+        for part in self.parts(range(self.num_rows)):
+            lists = _list_column(_read_table(part, wanted), column, part)
+            if np.diff(lists.offsets).max() >= least:
+                return True
+        return False
+
     def item_counts(self, rows: range) -> Ids:
         """Occurrences of each item in the histories."""
         counts = np.zeros(self.info.num_items, np.int64)
@@ -224,6 +234,8 @@ def _row_groups(file: Path, wanted: pa.Schema) -> list[Part]:
     missing = [name for name in wanted.names if name not in present.names]
     if missing:
         raise ValueError(f"{file}: no column {missing[0]!r}; it has {sorted(present.names)}")
+    for want in wanted:
+        _check_type(file, want, present.field(want.name).type)
     if metadata.num_rows == 0:
         raise ValueError(f"{file}: has no rows; remove the file")
     parts, first = [], 0
@@ -232,6 +244,23 @@ def _row_groups(file: Path, wanted: pa.Schema) -> list[Part]:
         parts.append(Part(file, group, first, range(rows)))
         first += rows
     return parts
+
+
+def _check_type(file: Path, want: pa.Field, found: pa.DataType) -> None:
+    """Lists or single values as wanted, of integers (of any size) or booleans."""
+    values = found.value_type if _is_list(found) else found
+    integers = pa.types.is_integer(values) or pa.types.is_boolean(values)
+    integers = integers or pa.types.is_null(values)  # what a writer without types makes of []
+    if integers and _is_list(found) == _is_list(want.type):
+        return
+    kind = "a list of integers" if _is_list(want.type) else "an integer"
+    times = " (unix seconds)" if want.name in ("timestamps", "request_time") else ""
+    raise ValueError(f"{file}: column {want.name}: want {kind}{times}, found {found}")
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    types = pa.types
+    return types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
 
 
 def _read_table(part: Part, wanted: pa.Schema) -> pa.Table:
@@ -289,18 +318,10 @@ def _list_column(table: pa.Table, name: str, part: Part) -> Lists:
 
 
 def _cast(table: pa.Table, name: str, kind: pa.DataType, part: Part) -> pa.Array:
-    found = table[name].type
-    values = found.value_type if hasattr(found, "value_type") else found
-    if not (pa.types.is_integer(values) or pa.types.is_boolean(values) or pa.types.is_null(values)):
-        raise ValueError(
-            f"{part.file}: column {name!r}: want integers (times as unix seconds), found {found}"
-        )
     try:
         return table[name].cast(kind).combine_chunks()
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise ValueError(
-            f"{part.file}: column {name!r}: cannot read {found} as {kind}: {error}"
-        ) from error
+        raise ValueError(f"{part.file}: column {name}: {error}") from error
 
 
 def _one_per_row(values: Ids) -> Lists:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gr_train.config import Config
+from gr_train.config import Config, ConfigError
 from gr_train.data.loader import build_loader, dataset_info, item_counts
 from gr_train.data.parquet import write_split
 from gr_train.data.sample import DatasetInfo, Sample
@@ -50,7 +51,7 @@ def make_config(
 
 
 def batches(config: Config, rank: int, world_size: int, count: int) -> list[JaggedBatch]:
-    info = dataset_info(config.data)
+    info = dataset_info(config)
     loader = build_loader(config, info, "train", rank=rank, world_size=world_size)
     return list(islice(loader, count))
 
@@ -107,7 +108,7 @@ def test_parquet_epochs_flow_into_one_another(folder, workers):
 def test_resume_is_exact(folder, source, workers):
     config = make_config(source, folder, readers=2, workers=workers)
     straight = batches(config, 1, 2, 15)
-    info = dataset_info(config.data)
+    info = dataset_info(config)
     for stop in (0, 3, 10):  # 4 batches are an epoch of 25 rows less one row
         loader = build_loader(config, info, "train", rank=1, world_size=2)
         taken = list(islice(loader, stop))
@@ -122,7 +123,7 @@ def test_resume_is_exact(folder, source, workers):
 @pytest.mark.parametrize("world_size", [1, 3, 4, 6])
 def test_evaluation_sees_every_sample_once_in_equally_many_batches(folder, source, world_size):
     config = make_config(source, folder)
-    info = dataset_info(config.data)
+    info = dataset_info(config)
     ranks = [
         list(build_loader(config, info, "test", rank=rank, world_size=world_size))
         for rank in range(world_size)
@@ -148,7 +149,7 @@ def test_ranks_without_samples_yield_empty_batches(folder):
 @pytest.mark.parametrize("source", ["synthetic", "parquet"])
 def test_item_counts_of_the_ranks_add_up(folder, source):
     config = make_config(source, folder)
-    info = dataset_info(config.data)
+    info = dataset_info(config)
     whole = item_counts(config, info, rank=0, world_size=1)
     shares = [item_counts(config, info, rank=r, world_size=3) for r in range(3)]
     assert whole.shape == (info.num_items,)
@@ -167,9 +168,27 @@ def test_ranking_without_tasks_is_refused(folder):
     config = make_config("parquet", folder)
     config.model.task = "ranking"
     with pytest.raises(ValueError, match=r"model\.task=ranking: the data set has no tasks"):
-        build_loader(config, INFO, "train", rank=0, world_size=1)
+        dataset_info(config)
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("retrieval", "2 or more item_ids.*model.task=retrieval"),
+        ("ranking", "1 or more candidate_ids.*model.task=ranking"),
+    ],
+)
+def test_data_with_nothing_to_learn_from_is_refused(tmp_path, task, words):
+    none = np.zeros(0, np.int64)
+    lonely = Sample(none, *[np.zeros(1, np.int64)] * 3, none, none, 0)
+    info = replace(INFO, tasks=["like"])
+    config = make_config("parquet", tmp_path)
+    config.model.task = task
+    write_split([lonely] * 20, info, tmp_path / "train", rows_per_group=8)
+    with pytest.raises(ConfigError, match=rf"data\.path=.*{words}"):
+        build_loader(config, info, "train", rank=0, world_size=1)
 
 
 def test_a_folder_without_a_data_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"data\.path=.*no dataset\.json"):
-        dataset_info(make_config("parquet", tmp_path).data)
+        dataset_info(make_config("parquet", tmp_path))

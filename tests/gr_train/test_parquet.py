@@ -205,18 +205,26 @@ def test_other_integer_and_boolean_types_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "found"),
+    ("name", "values", "message"),
     [
-        ("country", ["a", "b", "c"], "string"),
+        ("country", ["a", "b", "c"], "want an integer, found string"),
+        ("country", [[1], [2], [3]], "want an integer, found list"),
+        ("item_ids", [1, 2, 3], "want a list of integers, found int64"),
+        ("item_ids", [[[1]], [[2]], [[3]]], "want a list of integers, found list"),
+        ("label_like", [[0.5], [], [0.1, 1.0]], "want a list of integers, found list"),
         # Read as integers, these would silently be a thousand times too far apart.
-        ("timestamps", pa.array(GOOD["timestamps"], pa.list_(pa.timestamp("ms"))), "timestamp"),
+        (
+            "timestamps",
+            pa.array(GOOD["timestamps"], pa.list_(pa.timestamp("ms"))),
+            r"want a list of integers \(unix seconds\), found list.*timestamp",
+        ),
     ],
 )
-def test_columns_that_are_no_integers_are_refused(tmp_path, name, values, found):
+def test_columns_of_other_types_are_refused_before_any_is_read(tmp_path, name, values, message):
     (tmp_path / "train").mkdir()
     pq.write_table(pa.table({**GOOD, name: values}), tmp_path / "train" / "x.parquet")
-    with pytest.raises(ValueError, match=rf"x\.parquet: column '{name}': want integers.*{found}"):
-        list(ParquetSplit(tmp_path, "train", RANKING).samples(range(3)))
+    with pytest.raises(ValueError, match=rf"x\.parquet: column {name}: {message}"):
+        ParquetSplit(tmp_path, "train", RANKING)
 
 
 def test_unusable_files_are_named(tmp_path):

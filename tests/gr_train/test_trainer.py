@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from gr_train.config import Config, ConfigError, load_config
+from gr_train.data.parquet import write_split
+from gr_train.data.sample import DatasetInfo
 from gr_train.trainer import Trainer
+from tests.gr_train.samples import make_samples
 
 SMALL = [
     "data.max_length=64",
@@ -157,6 +160,24 @@ def test_a_new_run_keeps_the_old_one(run_in_world, tmp_path: Path) -> None:
     assert load_config(tmp_path / "run" / "config.yaml", world_size=1).train.seed == 2
     assert load_config(tmp_path / "run.1" / "config.yaml", world_size=1).train.seed == 1
     assert len(losses(tmp_path / "run")) == 1
+
+
+def fail_at_the_first_batch(folder: Path) -> None:
+    info = DatasetInfo(num_items=50, num_actions=4, contextual={"country": 3})
+    samples = make_samples([5] * 12, [0] * 12, num_contextual=1)
+    for split in ("train", "valid", "test"):
+        write_split(samples, info, folder / split)
+    info.save(folder)
+    data = ["parallel.cp=1", "train.steps=1", "data.source=parquet", f"data.path={folder}"]
+    run(folder / "run", *data)
+    with pytest.raises(ValueError, match=r"data\.max_length=1: no event fits"):
+        run(folder / "run", *data, "data.max_length=1")
+
+
+def test_a_run_without_a_first_batch_leaves_the_earlier_one(run_in_world, tmp_path: Path) -> None:
+    run_in_world(1, fail_at_the_first_batch, tmp_path)
+    assert (tmp_path / "run" / "summary.json").is_file()
+    assert not (tmp_path / "run.1").exists()
 
 
 def test_loss_curve_does_not_depend_on_cp(run_in_world, tmp_path: Path) -> None:
