@@ -278,6 +278,8 @@ def main() -> None:
     parser.add_argument("--json", help="file for all numbers")
     parser.add_argument("--plot", help="file for a bar chart, .png or .svg")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this machine has no GPU")
 
     changes = {
         field.name: getattr(args, field.name)

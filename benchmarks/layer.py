@@ -167,6 +167,8 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="every kernel's time too")
     parser.add_argument("--json", help="file for all numbers")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("this machine has no GPU")
 
     lengths = Work("layer", args.lengths, args.tokens).draw_lengths()
     gpu, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}"
