@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gr_train.model.inputs import unit_rows
 
-ROWS = 1 << 16  # whose logits are in memory at a time
+LOGITS = 1 << 26  # in memory at a time
 
 
 def sampled_softmax_loss(
@@ -32,7 +32,8 @@ def sampled_softmax_loss(
     else these would be the fullest moment of a step.
     """
     alike = (negatives, unit_rows(negative_embeddings), temperature)
-    pieces = [x.split(ROWS) for x in (hidden, labels, label_embeddings)]
+    most = max(1, LOGITS // (len(negatives) + 1))
+    pieces = [x.split(most) for x in (hidden, labels, label_embeddings)]
     if len(pieces[0]) == 1:
         return _sampled_softmax_loss(hidden, labels, label_embeddings, *alike)
     losses = [
