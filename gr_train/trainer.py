@@ -23,7 +23,6 @@ from gr_train.config import Config, ConfigError, save_config
 from gr_train.data.loader import Split, build_loader, dataset_info, item_counts
 from gr_train.evaluation import evaluate, popularity_metrics
 from gr_train.meter import Meter
-from gr_train.model.mask import explain_exchange
 from gr_train.model.recommender import DenseModel, Prepared, Recommender, tables
 from gr_train.optim import build_optimizer, build_schedule, follow_schedule
 from gr_train.progress import Progress, set_aside
@@ -67,6 +66,7 @@ class Trainer:
 
         torch.manual_seed(config.train.seed)
         model = DenseModel(config, self.info).to(self.device)
+        self.exchange_reason = model.exchange_reason
         dense: nn.Module = replicate(model, self.mesh)
         tokens_per_rank = config.data.batch_size * config.data.max_length // self.mesh.size
         embeddings = shard_tables(
@@ -244,9 +244,9 @@ class Trainer:
             f"{rows:,} embedding rows of width {self.config.model.width}"
         )
         if self.mesh.cp > 1:
-            exchange, why = explain_exchange(self.config.parallel.exchange, self.config.model.mask)
+            exchange = self.model.exchange
             by = f" by {self.mesh.links.name}" if exchange == "ring" else ""
-            progress.say(f"keys and values: {exchange}{by} ({why})")
+            progress.say(f"keys and values: {exchange}{by} ({self.exchange_reason})")
         if first:
             progress.say(f"resumed after step {first}")
         return progress

@@ -25,13 +25,8 @@ def mask_intervals(
     )
 
 
-def choose_exchange(exchange: str, mask: MaskConfig) -> str:
-    """What "auto" means for this mask; see ParallelConfig.exchange."""
-    return explain_exchange(exchange, mask)[0]
-
-
-def explain_exchange(exchange: str, mask: MaskConfig) -> tuple[str, str]:
-    """The exchange and why."""
+def choose_exchange(exchange: str, mask: MaskConfig) -> tuple[str, str]:
+    """What "auto" means for this mask, and why; see ParallelConfig.exchange."""
     if exchange != "auto":
         return exchange, "as configured"
     if mask.window or mask.local:

@@ -54,7 +54,7 @@ class DenseModel(nn.Module):
         model, max_length = config.model, config.data.max_length
         self.fp32_residual = config.train.fp32_residual
         self.encoder = InputEncoder(model.width, max_length, model.time_buckets, model.dropout)
-        self.exchange = choose_exchange(config.parallel.exchange, model.mask)
+        self.exchange, self.exchange_reason = choose_exchange(config.parallel.exchange, model.mask)
         count = model.num_layers
         recomputing = count if model.recompute_layers is None else model.recompute_layers
         configs = [model] * recomputing + [replace(model, recompute="none")] * (count - recomputing)
