@@ -5,9 +5,9 @@ A row is a sample. Columns: `item_ids`, `action_ids`, `timestamps` (lists of int
 per contextual feature and, if the data set has ranking tasks, `candidate_ids` (list of int64),
 `request_time` (int64) and `label_<task>` (list of 0 and 1) per task.
 
-The unit of reading is the row group: one at a time per reader is in memory. A file's
-columns are checked when a split is opened, its rows as they are read; errors name the file and the
-row, counted from 0.
+The unit of reading is the row group: one at a time per reader is in memory. A file's columns are
+checked when a split is opened, its rows as they are read; errors name the file and the row, counted
+from 0.
 """
 
 from __future__ import annotations

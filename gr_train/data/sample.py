@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -43,15 +43,26 @@ class DatasetInfo:
 
     @staticmethod
     def load(path: Path) -> DatasetInfo:
+        """Of the data set in a folder. Raises ValueError that names the file and the key."""
         file = path / "dataset.json"
         if not file.is_file():
             raise ValueError(
                 f"data.path={str(path)!r}: no dataset.json there; gr-train prepare makes it"
             )
         try:
-            info = DatasetInfo(**json.loads(file.read_text()))
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file}: {error}") from error
+            found = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}: not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{file}: want an object with num_items and num_actions")
+        for key in ("num_items", "num_actions"):
+            if key not in found:
+                raise ValueError(f"{file}: lacks {key!r}, a vocabulary size")
+        known = [key.name for key in fields(DatasetInfo)]
+        for key in found:
+            if key not in known:
+                raise ValueError(f"{file}: unknown key {key!r}; want some of {', '.join(known)}")
+        info = DatasetInfo(**found)
         if not isinstance(info.contextual, dict) or not isinstance(info.tasks, list):
             raise ValueError(
                 f"{file}: contextual maps features to vocabulary sizes, tasks is a list of names"

@@ -247,6 +247,22 @@ def test_the_writer_refuses_to_mix_data_sets(tmp_path):
         write_split([], INFO, tmp_path / "valid")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"num_items": 3}', "lacks 'num_actions'"),
+        ('{"num_items": 3, "num_actions": 2, "task": []}', "unknown key 'task'; want .*tasks"),
+        ("[1]", "want an object"),
+        ("{", "not JSON"),
+        ('{"num_items": "3", "num_actions": 2}', "num_items='3': want a vocabulary size"),
+    ],
+)
+def test_dataset_json_is_no_such_thing(tmp_path, text, message):
+    (tmp_path / "dataset.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"dataset\.json: {message}"):
+        DatasetInfo.load(tmp_path)
+
+
 def test_dataset_json_is_checked(tmp_path):
     info = replace(RANKING, contextual={"country": 0})
     info.save(tmp_path)
