@@ -6,8 +6,13 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
+import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+
+PATIENCE_S = 5.0  # more than local processes differ in when they find the same error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,7 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if os.environ.get("GR_TRAIN_TRACEBACK"):
             raise
-        print(f"gr-train: error: {error}", file=sys.stderr, flush=True)
+        # Most errors are found by every process. Local rank 0 speaks first, and once it has ended
+        # the launcher ends the others; one that is still there has found what rank 0 did not.
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(PATIENCE_S)
+        print(f"gr-train: error: {_one_line(error)}", file=sys.stderr, flush=True)
         return 2
 
 
@@ -58,6 +67,7 @@ def _train(arguments: argparse.Namespace) -> int:
     config = load_config(
         arguments.config, arguments.overrides, world_size=int(os.environ.get("WORLD_SIZE", 1))
     )
+    _check_writable(Path(config.run_dir))
     # Without a launcher this is a job of one process.
     for name, value in {
         "RANK": "0",
@@ -79,8 +89,6 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _prepare_movielens(arguments: argparse.Namespace) -> int:
-    from pathlib import Path
-
     from gr_train.data.movielens import prepare_movielens
 
     prepared = prepare_movielens(
@@ -95,6 +103,22 @@ def _prepare_movielens(arguments: argparse.Namespace) -> int:
         f"{prepared.users:,} users; {prepared.skipped_users:,} users with too few were left out"
     )
     return 0
+
+
+def _check_writable(run_dir: Path) -> None:
+    """Every process writes its part of a checkpoint there."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=run_dir).close()
+    except OSError as error:
+        raise ValueError(
+            f"run_dir={run_dir}: cannot be written ({error.strerror}); choose another"
+        ) from error
+
+
+def _one_line(error: ValueError) -> str:
+    """Without the traceback that a loader worker puts before its error."""
+    return str(error).strip().rpartition("\n")[2].removeprefix("ValueError: ")
 
 
 def _quiet() -> None:
