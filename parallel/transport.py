@@ -45,6 +45,7 @@ class Transport(ABC):
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
         self.group, self.device, self.watchdog = group, device, watchdog
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._inboxes: dict[str, Tensor] = {}
         self._operations: dict[tuple[str, int | None, int | None], str] = {}
 
@@ -59,6 +60,27 @@ class Transport(ABC):
     def nbytes(self) -> int:
         """Memory of this rank's outboxes that PyTorch's allocator does not know of."""
         return 0
+
+    def beside(self, messages: Callable[[], None], work: Callable[[], None]) -> None:
+        """Enqueue both, so that neither waits for the other, but for what is enqueued already.
+
+        On a GPU the work comes first, and so is not kept waiting by what the host does for
+        messages. They read and write the memory of others: `join` before it is used again.
+        """
+        if self.stream is None:
+            messages()
+            work()
+            return
+        before = torch.cuda.current_stream(self.device).record_event()
+        work()
+        self.stream.wait_event(before)
+        with torch.cuda.stream(self.stream):
+            messages()
+
+    def join(self) -> None:
+        """What is enqueued from now on comes after all messages."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def inbox(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
         """A buffer [numel] to receive into."""
@@ -183,7 +205,6 @@ class CopyEngines(Transport):
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
         super().__init__(group, device, watchdog)
-        self.stream = torch.cuda.Stream(device, priority=-1)
         self._outboxes: dict[str, _SymmetricBuffer] = {}
 
     @property
@@ -208,6 +229,7 @@ class CopyEngines(Transport):
         self, name: str, message: Tensor, to: int | None, incoming: Tensor, source: int | None
     ) -> Arrival:
         buffer = self._outboxes[name]
+        assert self.stream is not None
         assert not message.numel() or message.data_ptr() == buffer.local.data_ptr()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         if to is not None:
@@ -333,5 +355,7 @@ def _piece(
 ) -> Tensor:
     size = numel * dtype.itemsize
     if name not in store or store[name].numel() < size:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # another stream may still read what is freed
         store[name] = torch.empty(int(size * GROWTH), dtype=torch.uint8, device=device)
     return store[name][:size].view(dtype)

@@ -17,6 +17,7 @@ while the ring inside the node goes round. Keys and gradients cross the network 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -88,15 +89,24 @@ def _heads(each: int, k: Tensor) -> Iterator[slice]:
 
 def _forward(ring: RingPass, sums: _Sums, q: Tensor) -> None:
     """Adds to the rows of out."""
-    ring.hold_own(0)
+
+    def attend(turn: int, step: int, block: Block | None) -> None:
+        if block:
+            sums.add(attention_forward, q, *block, ring.weighting(turn, step))
+
+    def move(turn: int, step: int) -> None:
+        if (turn, step) == (0, 0):
+            ring.hold_own(0)
+        if step == 0:
+            ring.carry_on(turn)
+        ring.fetch(turn, step + 1)
+
     for turn in range(ring.nodes):
         ring.arrive(turn)
-        ring.carry_on(turn)
         for step in range(ring.places):
             block = ring.block(turn, step)
-            ring.fetch(turn, step + 1)
-            if block:
-                sums.add(attention_forward, q, *block, ring.weighting(turn, step))
+            ring.within.beside(partial(move, turn, step), partial(attend, turn, step, block))
+    ring.within.join()
 
 
 def _backward(ring: RingPass, sums: _Sums, own: Block, dout: Tensor, q: Tensor) -> None:
@@ -106,8 +116,22 @@ def _backward(ring: RingPass, sums: _Sums, own: Block, dout: Tensor, q: Tensor) 
     """
     last, tensors = ring.nodes, (dout, q)
 
-    def add_dq(turn: int, step: int, block: Block) -> None:
-        sums.add(query_gradient, *tensors, *block, ring.weighting(turn, step))
+    def add_dq(turn: int, step: int, block: Block | None) -> None:
+        if block:
+            sums.add(query_gradient, *tensors, *block, ring.weighting(turn, step))
+
+    def start() -> None:
+        ring.hold_own(last if last == 1 else 0)
+        if last == 1:
+            ring.fetch(1, 1)
+        else:
+            ring.carry_on(0)
+
+    def start_turn(turn: int) -> None:
+        if turn == last:
+            ring.hold_own(last)
+        ring.carry_on(turn)
+        ring.fetch(turn, 1)
 
     def find(turn: int, step: int, block: Block | None, found: Block | None, into: Block) -> None:
         """into = found + dk and dv of a block."""
@@ -117,36 +141,25 @@ def _backward(ring: RingPass, sums: _Sums, own: Block, dout: Tensor, q: Tensor) 
         elif found or into is own:  # dk and dv themselves want a value, if nothing was found
             copy_block(found, into)
 
-    if last > 1:
-        ring.hold_own(0)
-        ring.carry_on(0)
-    else:
-        ring.hold_own(last)
-        ring.fetch(last, 1)
-    if block := ring.block(last, 0):
-        add_dq(last, 0, block)
+    ring.within.beside(start, partial(add_dq, last, 0, ring.block(last, 0)))
     for turn in range(1, last + 1):
-        if last > 1:
-            if turn == last:
-                ring.hold_own(turn)
-            else:
-                ring.arrive(turn)
-            ring.carry_on(turn)
-            ring.fetch(turn, 1)
+        if turn != last:
+            ring.arrive(turn)
         held = ring.block(turn, 0)
-        if held and turn != last:
-            add_dq(turn, 0, held)
+        if last > 1:
+            dq_of_held = partial(add_dq, turn, 0, held if turn != last else None)
+            ring.within.beside(partial(start_turn, turn), dq_of_held)
         for step in range(1, ring.places):
             block = ring.block(turn, step)
             ring.fetch(turn, step + 1)
             find(turn, step, block, ring.gradients_so_far(turn, step), ring.outgoing(turn, step))
             ring.pass_on(turn, step)
-            if block:
-                add_dq(turn, step, block)
+            add_dq(turn, step, block)
         found = ring.gradients_of_held(turn)
         find(turn, 0, held, found, own if turn == last else ring.outgoing(turn, 0))
         if turn != last:
             ring.carry_gradients_on(turn)
+    ring.within.join()
 
 
 class _Sums:
