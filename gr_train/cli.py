@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-PATIENCE_S = 5.0  # more than local processes differ in when they find the same error
+PATIENCE_S = 10.0  # more than a process takes to end, and than they differ in finding an error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
