@@ -1,0 +1,275 @@
+"""The ring over copy engines, on a CPU: what it enqueues, where, and what waits for what.
+
+Streams, events and counters are taken down as a graph instead of run, one rank after another. Two
+uses of the same memory, one of them a write, must be ordered by it; and no wait may be for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels.masks import hstu_intervals
+from parallel import transport
+from parallel.exchange import ring
+from parallel.layout import LAYOUTS
+from parallel.shard import Shard
+from parallel.transport import CopyEngines, Links
+from parallel.visibility import Visibility
+from parallel.watchdog import Watchdog
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Graph:
+    """Of everything that all ranks enqueue, by node."""
+
+    before: dict[int, set[int]] = field(default_factory=dict)  # node -> what it waits for directly
+    uses: list[tuple[int, Tensor, bool]] = field(default_factory=list)  # node, memory, is a write
+    told: dict[tuple[int, int], int] = field(default_factory=dict)  # counter, value -> node
+    heard: list[tuple[int, tuple[int, int]]] = field(default_factory=list)
+
+    def add(self, *before: int) -> int:
+        self.before[len(self.before)] = set(before)
+        return len(self.before) - 1
+
+    def races(self) -> list[tuple[int, int]]:
+        """Nodes that are not ordered though they should be. Raises CycleError for a deadlock."""
+        for node, message in self.heard:
+            self.before[node].add(self.told[message])
+        earlier: dict[int, int] = {}  # as bits
+        for node in TopologicalSorter(self.before).static_order():
+            earlier[node] = 0
+            for other in self.before[node]:
+                earlier[node] |= earlier[other] | 1 << other
+        found = []
+        for i, (a, x, x_written) in enumerate(self.uses):
+            for b, y, y_written in self.uses[:i]:
+                ordered = a == b or earlier[a] >> b & 1 or earlier[b] >> a & 1
+                if (x_written or y_written) and not ordered and overlap(x, y):
+                    found.append((a, b))
+        return found
+
+
+def overlap(x: Tensor, y: Tensor) -> bool:
+    return x.data_ptr() < y.data_ptr() + y.nbytes and y.data_ptr() < x.data_ptr() + x.nbytes
+
+
+class Stream:
+    device = CPU
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph, self.last = graph, graph.add()
+
+    def enqueue(self, *after: int) -> int:
+        self.last = self.graph.add(self.last, *after)
+        return self.last
+
+    def record_event(self) -> Event:
+        return Event(self.enqueue())
+
+    def wait_event(self, event: Event) -> None:
+        self.enqueue(event.node)
+
+    def wait_stream(self, other: Stream) -> None:
+        self.enqueue(other.last)
+
+
+@dataclass
+class Event:
+    node: int
+
+    def query(self) -> bool:
+        return True
+
+
+@dataclass
+class Group:
+    ranks: int
+    mine: int
+
+    def size(self) -> int:
+        return self.ranks
+
+    def rank(self) -> int:
+        return self.mine
+
+
+class Device:
+    """Of one rank. Stands in for what the ring and the transport use of PyTorch's."""
+
+    def __init__(self, graph: Graph, rank: int, buffers: list[list[Tensor]]) -> None:
+        self.graph, self.rank, self.buffers = graph, rank, buffers
+        self.main, self.side = Stream(graph), Stream(graph)
+        self.current = self.main
+        self.rendezvous = 0
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def use(self, read: tuple[Tensor | None, ...], written: tuple[Tensor, ...]) -> None:
+        node = self.current.enqueue()
+        self.graph.uses += [(node, x, False) for x in read if x is not None]
+        self.graph.uses += [(node, x, True) for x in written]
+
+    def on_stream(self, name: str, stream: Stream, address: int, value: int) -> None:
+        node = stream.enqueue()
+        if "Write" in name:
+            self.graph.told[address, value] = node
+        else:
+            self.graph.heard.append((node, (address, value)))
+
+    def synchronize(self, device: Any = None) -> None:
+        both = self.main.last, self.side.last
+        for stream in (self.main, self.side):
+            stream.enqueue(*both)
+
+    def meet(self, whole: Tensor, group: Group) -> Any:
+        """Rendezvous: the first rank there makes the memory of all. (No growth after a message.)"""
+        if self.rendezvous == len(self.buffers):
+            self.buffers.append([torch.zeros_like(whole) for _ in range(group.size())])
+        mine = self.buffers[self.rendezvous]
+        self.rendezvous += 1
+        whole.set_(mine[self.rank])  # type: ignore[call-overload]
+
+        class Handle:
+            def get_buffer(self, rank: int, *_: Any) -> Tensor:
+                return mine[rank]
+
+        return Handle()
+
+
+class Copies(torch.overrides.TorchFunctionMode):
+    """Takes down what is copied."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is Tensor.copy_:
+            self.device.use((args[1],), (args[0],))
+        return function(*args, **(kwargs or {}))
+
+
+def run_rank(device: Device, size: int, layout: str, batches: list[list[int]]) -> list[Tensor]:
+    """Two layers forward and backward, batch after batch. Returns all memory, to be kept."""
+
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, _: Any, *, add: Tensor | None, out: Tensor | None
+    ) -> Tensor:
+        out = torch.empty(q.shape) if out is None else out
+        kept.append(out)
+        device.use((q, k, v, add), (out,))
+        return out
+
+    def query(dout: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return forward(*args, **kwargs)
+
+    def keys(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, _: Any, *, add: Any, out: Any
+    ) -> tuple[Tensor, Tensor]:
+        device.use((dout, q, k, v, *(add or ())), out)
+        return out
+
+    kept: list[Tensor] = []
+    group: Any = Group(size, device.rank)
+    with (
+        patch.object(torch.cuda, "current_stream", lambda *_: device.current),
+        patch.object(torch.cuda, "stream", device.stream),
+        patch.object(torch.cuda, "synchronize", device.synchronize),
+        patch.object(transport, "_on_stream", device.on_stream),
+        patch.object(transport.symmetric_memory, "empty", lambda n, **kw: torch.empty(n, **kw)),
+        patch.object(transport.symmetric_memory, "rendezvous", device.meet),
+        patch.object(dist, "get_global_rank", lambda _, rank: rank),
+        patch.object(ring, "attention_forward", forward),
+        patch.object(ring, "query_gradient", query),
+        patch.object(ring, "key_value_gradients", keys),
+        Copies(device),
+    ):
+        link = CopyEngines(group, CPU, Watchdog(device.rank, timedelta(hours=1), CPU))
+        link.stream = device.side  # type: ignore[assignment]
+        for batch in batches:
+            lengths = torch.tensor(batch, dtype=torch.int32)
+            parts = tuple(LAYOUTS[layout](size).positions(lengths, r) for r in range(size))
+            none = torch.zeros_like(lengths)
+            shard = Shard(lengths, none, parts, {}, group, device.rank, CPU, Links(link))
+            seen = Visibility(shard, lambda *a: hstu_intervals(*a, window=30))
+            shape = (shard.rows.num_rows, 1, 8)
+            qkv = [torch.zeros(shape).requires_grad_() for _ in range(3)]
+            for _ in range(2):
+                out = ring.ring_attention(*qkv, seen=seen, alpha=1.0, scale=1.0)
+                device.use((), tuple(x.detach() for x in qkv[1:]))  # freed, and others' by now
+                grads = torch.autograd.grad(out, qkv, torch.zeros(out.shape))
+                device.use(grads, tuple(x.detach() for x in qkv[1:]))
+                kept += [out, *grads]
+            kept += qkv
+    return kept
+
+
+def take_down(size: int, layout: str) -> Graph:
+    graph, buffers = Graph(), list[list[Tensor]]()
+    kept = [
+        run_rank(Device(graph, rank, buffers), size, layout, [[90, 7, 0], [60, 40], [3, 1]])
+        for rank in range(size)
+    ]
+    assert kept
+    return graph
+
+
+@pytest.mark.parametrize("message_bytes", [1 << 20, 512])  # all rows at once, or in pieces
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_all_uses_of_memory_are_ordered(size: int, layout: str, message_bytes: int) -> None:
+    with patch.object(ring, "MESSAGE_BYTES", message_bytes):
+        graph = take_down(size, layout)
+    assert graph.heard
+    assert not graph.races()
+
+
+def no_wait(*_: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (transport._Copy, "wait"),  # attention would read what has not arrived
+        (transport._Counters, "wait"),  # and a copy what has not been written
+        (CopyEngines, "join"),  # keys would be freed before they are copied, where none come
+        (Stream, "wait_event"),  # and messages written before they are computed
+    ],
+)
+def test_what_is_not_waited_for_is_a_race(owner: type, name: str) -> None:
+    with patch.object(owner, name, no_wait):
+        assert take_down(2, "contiguous").races()
+
+
+def test_a_wait_for_what_comes_later_is_a_deadlock() -> None:
+    tell, late = transport._Counters.tell, list[Callable[[], None]]()
+
+    def tell_late(*args: Any) -> None:
+        late.append(lambda: tell(*args))
+        if len(late) > 2:
+            late.pop(0)()
+
+    with (
+        patch.object(transport._Counters, "tell", tell_late),
+        pytest.raises((CycleError, KeyError)),
+    ):
+        take_down(2, "zigzag").races()
