@@ -120,18 +120,12 @@ def _backward(ring: RingPass, sums: _Sums, own: Block, dout: Tensor, q: Tensor) 
         if block:
             sums.add(query_gradient, *tensors, *block, ring.weighting(turn, step))
 
-    def start() -> None:
-        ring.hold_own(last if last == 1 else 0)
-        if last == 1:
-            ring.fetch(1, 1)
-        else:
-            ring.carry_on(0)
-
-    def start_turn(turn: int) -> None:
-        if turn == last:
-            ring.hold_own(last)
+    def begin(turn: int) -> None:
+        if turn in (0, last):
+            ring.hold_own(turn)
         ring.carry_on(turn)
-        ring.fetch(turn, 1)
+        if turn:
+            ring.fetch(turn, 1)
 
     def find(turn: int, step: int, block: Block | None, found: Block | None, into: Block) -> None:
         """into = found + dk and dv of a block."""
@@ -141,14 +135,15 @@ def _backward(ring: RingPass, sums: _Sums, own: Block, dout: Tensor, q: Tensor) 
         elif found or into is own:  # dk and dv themselves want a value, if nothing was found
             copy_block(found, into)
 
-    ring.within.beside(start, partial(add_dq, last, 0, ring.block(last, 0)))
+    before = 0 if last > 1 else last  # keys start for other nodes while this one's wait
+    ring.within.beside(partial(begin, before), partial(add_dq, last, 0, ring.block(last, 0)))
     for turn in range(1, last + 1):
         if turn != last:
             ring.arrive(turn)
         held = ring.block(turn, 0)
         if last > 1:
             dq_of_held = partial(add_dq, turn, 0, held if turn != last else None)
-            ring.within.beside(partial(start_turn, turn), dq_of_held)
+            ring.within.beside(partial(begin, turn), dq_of_held)
         for step in range(1, ring.places):
             block = ring.block(turn, step)
             ring.fetch(turn, step + 1)
