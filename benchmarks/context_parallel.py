@@ -192,7 +192,7 @@ def step(args: argparse.Namespace) -> list[dict]:
     def call() -> None:
         nonlocal steps
         steps += 1
-        trainer.step(steps, next(prepared))
+        trainer.step(steps, next(prepared), ahead.begin)
 
     row = measure(call, args, "step", trainer.mesh.links)
     ahead.settle()  # its messages must not meet those that follow

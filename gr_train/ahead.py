@@ -10,10 +10,11 @@ T = TypeVar("T")
 
 
 class Ahead(Generic[T]):
-    """Iterates over what `count` calls of `make` return, one call ahead of its user.
+    """Iterates over what `count` calls of `make` return.
 
-    `make` may use collectives that the user does not; `settle` is for when the user needs them.
-    threaded: else each call is made when its result is wanted.
+    Each call is made when its result is wanted, or earlier and beside the user's own work, once the
+    user says `begin`. `make` may use collectives that the user does not; `settle` is for when the
+    user needs them. threaded: else `begin` does nothing.
     """
 
     def __init__(self, make: Callable[[], T], count: int, *, threaded: bool) -> None:
@@ -25,15 +26,15 @@ class Ahead(Generic[T]):
         with self.pool:
             while self.left:
                 self.left -= 1
-                if not self.threaded:
-                    yield self.make()
-                    continue
-                current = self.next or self.pool.submit(self.make)
-                made = current.result()
-                self.next = self.pool.submit(self.make) if self.left else None
-                yield made
+                begun, self.next = self.next, None
+                yield begun.result() if begun else self.make()
+
+    def begin(self) -> None:
+        """Make the next one now, if there is one to come."""
+        if self.threaded and self.left and self.next is None:
+            self.next = self.pool.submit(self.make)
 
     def settle(self) -> None:
-        """Wait until nothing is being made; nothing will be until the next one is asked for."""
+        """Wait until nothing is being made; nothing will be until `begin`."""
         if self.next is not None:
             self.next.exception()  # raised when it is asked for

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ class Trainer:
         for step, batch in enumerate(batches, start=first + 1):
             if step == first + 1:  # only now that there is a batch, an earlier run has to go aside
                 progress = self._start_progress(first)
-            meter.add(self.step(step, batch.prepared), batch.num_tokens)
+            meter.add(self.step(step, batch.prepared, batches.begin), batch.num_tokens)
             last = step == config.train.steps
             if last or _due(step, config.train.log_every):
                 loss, tokens_per_s = meter.read()
@@ -135,16 +136,24 @@ class Trainer:
         """The host's part of a step."""
         return self.model.prepare(self.shard(batch), self._negatives(step))
 
-    def step(self, step: int, batch: Prepared) -> Tensor:
-        """One update. Returns this rank's loss, whose mean over ranks is the global loss."""
-        with self.mesh.watchdog.doing(f"step {step}"):
-            return self._step(batch)
+    def step(
+        self, step: int, batch: Prepared, meanwhile: Callable[[], None] | None = None
+    ) -> Tensor:
+        """One update. Returns this rank's loss, whose mean over ranks is the global loss.
 
-    def _step(self, batch: Prepared) -> Tensor:
+        meanwhile: called once the forward pass is enqueued. In the backward pass a GPU is slower
+        than its host, in the forward it may not be: the next batch is best made then.
+        """
+        with self.mesh.watchdog.doing(f"step {step}"):
+            return self._step(batch, meanwhile)
+
+    def _step(self, batch: Prepared, meanwhile: Callable[[], None] | None) -> Tensor:
         follow_schedule(self.table_optimizer, self.config.embedding.lr, self.schedule)
         self.optimizer.zero_grad()
         with self.mesh.watchdog.operation("forward"):
             loss = self.model.loss(batch)
+        if meanwhile:
+            meanwhile()
         with self.mesh.watchdog.operation("backward"):
             loss.backward()  # updates the tables too: their optimizer is part of it
         if self.config.optim.clip_norm:
@@ -157,7 +166,7 @@ class Trainer:
         return shard_batch(batch, self.layout, self.mesh)
 
     def _batches(self, first: int) -> Ahead[_Batch]:
-        """Of the steps after `first`. On a GPU the host makes each while the one before trains."""
+        """Of the steps after `first`. On a GPU each can be made while the one before trains."""
         loader, steps = iter(self.loader), itertools.count(first + 1)
 
         def make() -> _Batch:

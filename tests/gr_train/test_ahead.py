@@ -22,7 +22,13 @@ def test_in_order_and_no_more_than_asked_for(threaded: bool) -> None:
         threads.add(threading.current_thread())
         return next(numbers)
 
-    assert list(Ahead(make, 4, threaded=threaded)) == [0, 1, 2, 3]
+    ahead, got = Ahead(make, 4, threaded=threaded), []
+    ahead.begin()
+    for number in ahead:
+        got.append(number)
+        ahead.begin()
+        ahead.begin()
+    assert got == [0, 1, 2, 3]
     assert next(numbers) == 4
     assert (threading.current_thread() in threads) != threaded
 
@@ -36,9 +42,13 @@ def test_one_ahead_once_settled() -> None:
 
     ahead = Ahead(make, 10, threaded=True)
     for used, number in enumerate(ahead):
-        ahead.settle()
         assert number == used
-        assert made == list(range(min(used + 2, 10)))
+        assert made == list(range(used + 1))  # none before it is asked for, or begun
+        if used % 2:
+            ahead.begin()
+            ahead.settle()
+            assert made == list(range(min(used + 2, 10)))
+    assert len(made) == 10
 
 
 def test_an_error_reaches_the_user() -> None:
@@ -46,6 +56,7 @@ def test_an_error_reaches_the_user() -> None:
         raise OSError("no such file")
 
     ahead = Ahead(make, 2, threaded=True)
+    ahead.begin()
     with pytest.raises(OSError, match="no such file"):
         next(iter(ahead))
     ahead.settle()
@@ -64,11 +75,11 @@ def steps_without_waiting(run_dir: str, overrides: list[str]) -> list[float]:
     config = load_config(None, [*shared, f"parallel.cp={world}", *overrides], world_size=world)
     trainer = Trainer(config)
     trainer.dense.train()
-    losses = []
-    for step, batch in enumerate(trainer._batches(0), start=1):
+    losses, batches = [], trainer._batches(0)
+    for step, batch in enumerate(batches, start=1):
         if step == 5:  # compiled, buffers grown
             torch.cuda.set_sync_debug_mode("error")
-        losses.append(trainer.step(step, batch.prepared))
+        losses.append(trainer.step(step, batch.prepared, batches.begin))
     torch.cuda.set_sync_debug_mode("default")
     return torch.stack(losses).tolist()
 
