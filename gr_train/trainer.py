@@ -73,7 +73,6 @@ class Trainer:
         embeddings = shard_tables(
             tables(config.model, self.info),
             self.mesh,
-            plan="auto",
             tokens_per_rank=tokens_per_rank,
             optimizer=config.embedding.optimizer,
             lr=config.embedding.lr,

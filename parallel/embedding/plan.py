@@ -1,4 +1,4 @@
-"""Where each embedding table lives. `auto` is TorchRec's planner."""
+"""Where each embedding table lives: TorchRec's planner says."""
 
 from __future__ import annotations
 
@@ -17,15 +17,12 @@ from parallel.mesh import Mesh
 
 
 def embedding_plan(
-    plan: str,
     module: EmbeddingCollection,
     sharder: EmbeddingCollectionSharder,
     mesh: Mesh,
     tokens_per_rank: int,
 ) -> dict[str, ParameterSharding]:
     """Table name -> placement, the same on every rank. Collective."""
-    if plan != "auto":
-        raise ValueError(f"embedding.plan={plan!r}: only 'auto' is supported")
     # Whole rows only: the row-wise optimizer keeps one number a row, so cutting columns would
     # change the result. Never replicated: a replica has no fused optimizer.
     constraints = {

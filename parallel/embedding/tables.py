@@ -62,7 +62,6 @@ def shard_tables(
     tables: Sequence[Table],
     mesh: Mesh,
     *,
-    plan: str,
     tokens_per_rank: int,
     optimizer: str,
     lr: float,
@@ -89,7 +88,7 @@ def shard_tables(
     module = embedding_collection(tables, "meta")
     sharded = sharder.shard(
         module,
-        embedding_plan(plan, module, sharder, mesh, tokens_per_rank),
+        embedding_plan(module, sharder, mesh, tokens_per_rank),
         ShardingEnv.from_process_group(mesh.world),
         mesh.device,
     )

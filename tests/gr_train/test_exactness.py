@@ -101,7 +101,6 @@ def distributed_step(
     embeddings = shard_tables(
         tables(config.model, info),
         mesh,
-        plan="auto",
         tokens_per_rank=1000,
         optimizer="sgd",
         lr=LR,

@@ -35,7 +35,6 @@ def train_once(size: int):
     sharded = shard_tables(
         TABLES,
         mesh,
-        plan="auto",
         tokens_per_rank=3000,
         optimizer="sgd",
         lr=0.5,
