@@ -67,8 +67,8 @@ def visited(plan: Plan, records: Tensor, tile: int, by_keys: bool) -> Tensor:
 
 
 def check(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
-    on_device = [x.to(DEVICE) for x in (queries, keys, intervals)]
-    plan = Plan.build(*on_device, TILE, PART)
+    on_device = [Jagged(x.offsets.to(DEVICE), x.positions.to(DEVICE)) for x in (queries, keys)]
+    plan = Plan.build(*on_device, intervals.to(DEVICE), TILE, PART)
     want = visible(queries, keys, intervals)
     assert torch.equal(visited(plan, plan.query_tiles, TILE, by_keys=False), want.int())
     assert torch.equal(visited(plan, plan.query_parts, PART, by_keys=False), want.int())
