@@ -288,7 +288,7 @@ class _Counters:
 
     def __init__(self, of: list[Tensor], rank: int) -> None:
         """of[r]: int32 [ranks] in the memory of rank r, zeros."""
-        self.of, self.rank = of, rank
+        self.of = of
         self.told, self.heard = [0] * len(of), [0] * len(of)
         self.mine = [of[rank][other].data_ptr() for other in range(len(of))]
         self.theirs = [counters[rank].data_ptr() for counters in of]

@@ -77,7 +77,8 @@ class Watchdog:
             self._thread.start()
 
     def _look(self) -> None:
-        if torch.cuda.is_available():  # or asking for an event would make a context on device 0
+        if self.device.type == "cuda" and torch.cuda.is_available():
+            # Or asking for an event would make a context on device 0.
             torch.cuda.set_device(self.device)
         timeout = self.timeout.total_seconds()
         moved = time.monotonic()

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, RECORD, run_at, store_run
-from kernels.triton.tiles import FAR, PIECES, count_at_most, weight_of
+from kernels.triton.tiles import FAR, PIECES, locate, weight_of
 
 
 @triton.jit
@@ -68,11 +68,9 @@ def key_tiles_kernel(
     room in the record, all tiles share the last run of either interval.
     """
     key_tile = tl.program_id(0)
-    piece = count_at_most(tile_offsets_ptr, 0, num_pieces + 1, key_tile, False) - 1
+    piece, key0, piece_end = locate(key_tile, pieces_ptr, tile_offsets_ptr, num_pieces, TILE)
     if piece == num_pieces:
         return
-    key0 = tl.load(pieces_ptr + piece) + (key_tile - tl.load(tile_offsets_ptr + piece)) * TILE
-    piece_end = tl.load(pieces_ptr + piece + 1)
     key_end = tl.minimum(key0 + TILE, piece_end)
     record = records_ptr + key_tile.to(tl.int64) * RECORD
     tl.store(record, key0)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.runs import RECORD, RIDERS_AT, store_run
-from kernels.triton.tiles import FAR, PIECES, count_at_most, weight_of
+from kernels.triton.tiles import FAR, PIECES, count_at_most, locate, weight_of
 
 # What a part of a query tile sees, int32 each: for both intervals the hull [low, high) over its
 # rows and what all of them share. Empty ones have low = FAR, high = 0.
@@ -94,11 +94,9 @@ def query_tiles_kernel(
 ):
     PARTS: tl.constexpr = TILE // PART
     tile = tl.program_id(0)
-    piece = count_at_most(tile_offsets_ptr, 0, num_pieces + 1, tile, False) - 1
+    piece, row0, row_end = locate(tile, pieces_ptr, tile_offsets_ptr, num_pieces, TILE)
     if piece == num_pieces:
         return
-    row0 = tl.load(pieces_ptr + piece) + (tile - tl.load(tile_offsets_ptr + piece)) * TILE
-    row_end = tl.load(pieces_ptr + piece + 1)
     k_start = tl.load(k_offsets_ptr + piece // PIECES)
     k_length = tl.load(k_offsets_ptr + piece // PIECES + 1) - k_start
 

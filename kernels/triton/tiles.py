@@ -159,6 +159,15 @@ def _order_kernel(
 
 
 @triton.jit
+def locate(tile, pieces_ptr, offsets_ptr, num_pieces, TILE: tl.constexpr):
+    """The piece that a tile is of (num_pieces: a surplus tile's), its first row, and that piece's
+    end."""
+    piece = count_at_most(offsets_ptr, 0, num_pieces + 1, tile, False) - 1
+    row0 = tl.load(pieces_ptr + piece) + (tile - tl.load(offsets_ptr + piece)) * TILE
+    return piece, row0, tl.load(pieces_ptr + tl.minimum(piece + 1, num_pieces))
+
+
+@triton.jit
 def weight_of(cost):
     """The binary exponent of the cost only, and all of the lightest alike: tiles of one sequence
     then run side by side and find their shared rows in the cache."""
