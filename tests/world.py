@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -11,11 +12,12 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 SECONDS = 240  # a test that takes longer hangs
 
 
-def _serve(rank: int, size: int, gpus: bool, port: int, pipe: Connection) -> None:
+def _serve(rank: int, size: int, gpus: bool, pipe: Connection) -> None:
     if not gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.update(
@@ -24,18 +26,30 @@ def _serve(rank: int, size: int, gpus: bool, port: int, pipe: Connection) -> Non
         WORLD_SIZE=str(size),
         LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
     while True:
         try:
-            function, args = pipe.recv()
+            port, function, args = pipe.recv()
         except EOFError:
             return
+        os.environ["MASTER_PORT"] = port
         try:
-            pipe.send((function(*args), None))
+            answer = function(*args), None
         except BaseException:
-            pipe.send((None, f"rank {rank} of {size}:\n{traceback.format_exc()}"))
+            answer = None, f"rank {rank} of {size}:\n{traceback.format_exc()}"
+        # The threads of a gloo group wake a hundred times a second: those of all tests together
+        # would keep a small machine from anything else.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        gc.collect()
+        pipe.send(answer)
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 class World:
@@ -50,15 +64,12 @@ class World:
         context = multiprocessing.get_context(method)
         if method == "forkserver":
             context.set_forkserver_preload(["torch", "torchrec"])
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
             here, there = context.Pipe()
             # Not daemons: those may not start loader workers. They end when their pipe closes.
-            process = context.Process(target=_serve, args=(rank, size, gpus, port, there))
+            process = context.Process(target=_serve, args=(rank, size, gpus, there))
             process.start()
             there.close()
             self.pipes.append(here)
@@ -66,8 +77,9 @@ class World:
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """function(*args) in every process; the results by rank. Raises what any of them raised."""
+        port = _free_port()
         for pipe in self.pipes:
-            pipe.send((function, args))
+            pipe.send((port, function, args))
         results: dict[int, Any] = {}
         pending = dict(zip(self.pipes, range(len(self.pipes)), strict=True))
         while pending:
