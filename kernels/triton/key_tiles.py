@@ -68,13 +68,12 @@ def key_tiles_kernel(
     room in the record, all tiles share the last run of either interval.
     """
     key_tile = tl.program_id(0)
-    piece, key0, piece_end = locate(key_tile, pieces_ptr, tile_offsets_ptr, num_pieces, TILE)
+    piece, key0, key_end = locate(key_tile, pieces_ptr, tile_offsets_ptr, num_pieces, TILE)
     if piece == num_pieces:
         return
-    key_end = tl.minimum(key0 + TILE, piece_end)
     record = records_ptr + key_tile.to(tl.int64) * RECORD
     tl.store(record, key0)
-    tl.store(record + 1, piece_end)
+    tl.store(record + 1, key_end)
 
     # The query tiles of this sequence, piece by piece.
     q_piece = piece // PIECES * PIECES
@@ -86,6 +85,8 @@ def key_tiles_kernel(
     row_second = tl.load(q_pieces_ptr + q_piece + 1)
     row_third = tl.load(q_pieces_ptr + q_piece + 2)
     row_last = tl.load(q_pieces_ptr + q_piece + 3)
+    # The second piece's first tile is shorter than the others: see `locate`.
+    shorter = (row_second - row_first) % (TILE * PARTS)
 
     overflow = FAR  # the row where runs that have no room begin
     for storing in tl.static_range(2):  # first find that row
@@ -103,8 +104,11 @@ def key_tiles_kernel(
             after = _meets(hulls_ptr, num_query_tiles, tile + 1, tile + 1 < last, key0, key_end)
             row = row_first + (tile - first) * TILE
             row = tl.where(tile >= second, row_second + (tile - second) * TILE, row)
+            row = tl.where(tile >= second + PARTS, row - shorter, row)
             row = tl.where(tile >= third, row_third + (tile - third) * TILE, row)
-            row_end = tl.where(tile >= second, row_third, row_second)
+            row_end = tl.where(tile >= second, row_second - shorter + PARTS * TILE, row_second)
+            row_end = tl.where(tile >= second + PARTS, row_third, row_end)
+            row_end = tl.minimum(row_end, tl.where(tile >= second, row_third, row_second))
             row_end = tl.minimum(row + TILE, tl.where(tile >= third, row_last, row_end))
             # A new piece starts a new run: its first row need not follow a whole tile.
             starts = (tile == second) | (tile == third)

@@ -106,12 +106,12 @@ def query_tiles_kernel(
     context = tl.load(pieces_ptr + sequence)
     riders = tl.load(pieces_ptr + sequence + 1) - context
     end = tl.load(pieces_ptr + sequence + PIECES)
-    last_piece = tl.load(pieces_ptr + sequence + 2)
-    last_piece = tl.where(last_piece < end, last_piece, context + riders)
-    ride = (last_piece < end) & ((end - last_piece - 1) % TILE + 1 + riders <= TILE)
+    last_tile = tl.load(tile_offsets_ptr + sequence + PIECES) - 1
+    _, last_row0, _ = locate(last_tile, pieces_ptr, tile_offsets_ptr, num_pieces, TILE)
+    ride = (last_row0 > context) & (end - last_row0 + riders <= TILE)
 
-    own = tl.minimum(row_end - row0, TILE)
-    rows_here = own + tl.where(ride & (row0 + own == end), riders, 0)
+    own = row_end - row0
+    rows_here = own + tl.where(ride & (tile == last_tile), riders, 0)
     lane = tl.arange(0, PARTS)[:, None] * PART + tl.arange(0, PART)[None, :]
     rows = tl.where(lane < own, row0, context - own) + lane
     valid = lane < rows_here

@@ -25,7 +25,8 @@ LIGHT = tl.constexpr(8)  # tiles that meet fewer others need no order: none of t
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows of a jagged buffer cut into tiles."""
+    """Rows of a jagged buffer cut into tiles. Those of a piece lie as if it began at its first row,
+    of the second piece at the sequence's: `locate` has the rule."""
 
     pieces: Tensor  # int32 [PIECES * B + 1]: row offsets of the pieces of the sequences
     offsets: Tensor  # int32 [PIECES * B + 1]: tile offsets of the pieces
@@ -124,6 +125,14 @@ def _cut_kernel(
         tl.store(pieces_ptr + PIECES * num_sequences, end)
 
 
+@triton.jit
+def _origin(pieces_ptr, piece, start, inside, TILE: tl.constexpr):
+    """Where the tiles of a piece are counted from. A few contextual tokens before it shift none:
+    the rows of a tile then end where a block of the keys they see ends."""
+    before = tl.load(pieces_ptr + piece - 1, mask=inside & (piece % PIECES == 1), other=0)
+    return tl.where(piece % PIECES == 1, start - (start - before) % TILE, start)
+
+
 @triton.jit(do_not_specialize=["num_pieces"])
 def _count_kernel(pieces_ptr, offsets_ptr, num_pieces, TILE: tl.constexpr, CHUNK: tl.constexpr):
     """Tile offsets of pieces. One program: there are few."""
@@ -134,7 +143,8 @@ def _count_kernel(pieces_ptr, offsets_ptr, num_pieces, TILE: tl.constexpr, CHUNK
         inside = piece < num_pieces
         start = tl.load(pieces_ptr + piece, mask=inside, other=0)
         end = tl.load(pieces_ptr + piece + 1, mask=inside, other=0)
-        tiles = tl.cdiv(end - start, TILE)
+        tiles = tl.cdiv(end - _origin(pieces_ptr, piece, start, inside, TILE), TILE)
+        tiles = tl.where(start < end, tiles, 0)
         tl.store(offsets_ptr + piece + 1, before + tl.cumsum(tiles), mask=inside)
         before += tl.sum(tiles)
 
@@ -160,15 +170,18 @@ def _order_kernel(
 
 @triton.jit
 def locate(tile, pieces_ptr, offsets_ptr, num_pieces, TILE: tl.constexpr):
-    """The piece that a tile is of (num_pieces: a surplus tile's), its first row, and that piece's
-    end."""
+    """The piece that a tile is of (num_pieces: a surplus tile's), its first row and the one after
+    its last."""
     piece = count_at_most(offsets_ptr, 0, num_pieces + 1, tile, False) - 1
-    row0 = tl.load(pieces_ptr + piece) + (tile - tl.load(offsets_ptr + piece)) * TILE
-    return piece, row0, tl.load(pieces_ptr + tl.minimum(piece + 1, num_pieces))
+    start = tl.load(pieces_ptr + piece)
+    end = tl.load(pieces_ptr + tl.minimum(piece + 1, num_pieces))
+    row0 = _origin(pieces_ptr, piece, start, piece < num_pieces, TILE)
+    row0 += (tile - tl.load(offsets_ptr + piece)) * TILE
+    return piece, tl.maximum(row0, start), tl.minimum(row0 + TILE, end)
 
 
 @triton.jit
 def weight_of(cost):
-    """The binary exponent of the cost only, and all of the lightest alike: tiles of one sequence
-    then run side by side and find their shared rows in the cache."""
-    return tl.maximum(cost, LIGHT // 2).to(tl.float32).to(tl.int32, bitcast=True) >> 23
+    """The cost's binary exponent and two bits more, and all of the lightest alike: tiles of one
+    sequence then run side by side and find their shared rows in the cache."""
+    return tl.maximum(cost, LIGHT // 2).to(tl.float32).to(tl.int32, bitcast=True) >> 21

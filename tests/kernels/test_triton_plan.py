@@ -89,6 +89,8 @@ def test_masks_and_shards(case: Case, data: st.DataObject) -> None:
     whole = Jagged.whole(case.lengths)
     chunks = data.draw(st.sampled_from([1, 4]))
     chunk = whole.positions * chunks // case.lengths[whole.sequence_ids()].clamp(min=1)
+    if data.draw(st.booleans()):
+        chunk = whole.positions // TILE % chunks
     keep = (chunk == 0) | (chunk == chunks - 1)
     queries = part_of(whole, keep)
     keys = part_of(whole, data.draw(st.sampled_from([keep, ~keep, keep | ~keep])))
