@@ -2,7 +2,7 @@
 
     python -m benchmarks.context_parallel attention --cp 1 2 --lengths 1638-16384
     python -m benchmarks.context_parallel attention --cp 1 2 --exchange ring halo \
-        --lengths 65536 --mask semi-local
+        --lengths 65536 --mask semi-local --layout contiguous
     python -m benchmarks.context_parallel step --cp 1 2 --config configs/long_sequence.yaml \
         data.max_length=16384 data.batch_size=8
     python -m benchmarks.context_parallel longest --cp 1 2 --memory 24 --config ...
@@ -196,7 +196,7 @@ def step(args: argparse.Namespace) -> list[dict]:
 
     row = measure(call, args, "step", trainer.mesh.links)
     ahead.settle()  # its messages must not meet those that follow
-    row |= {"exchange": config.parallel.exchange if world > 1 else "-"}
+    row |= {"exchange": trainer.sharding.exchange if world > 1 else "-"}
     flops, tokens = 0.0, 0
     for batch in batches:
         shard = trainer.shard(batch)
@@ -257,7 +257,7 @@ def longest(args: argparse.Namespace) -> list[dict]:
     used = peak(length)
     return [
         {
-            "exchange": "-" if world == 1 else config.parallel.exchange,
+            "exchange": "-" if world == 1 else trainer.sharding.exchange,
             "longest L": length,
             "ms": (time.perf_counter() - start) * 1e3,
             "peak GiB": used / 2**30,

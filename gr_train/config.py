@@ -89,9 +89,10 @@ class EmbeddingConfig:
 @dataclass
 class ParallelConfig:
     cp: int = 1  # processes that share each sequence; the rest of the mesh is data parallel
-    layout: Literal["zigzag", "contiguous"] = "zigzag"
-    # How keys and values reach the ranks that need them (parallel/exchange/). auto: halo for
-    # windowed and semi-local masks, whose queries see little of the sequence, else ring.
+    # Which positions a rank holds (parallel/layout.py), and how keys and values reach the ranks that
+    # need them (parallel/exchange/). auto: contiguous and halo where queries see a window of at
+    # most a quarter of data.max_length, else zigzag and ring.
+    layout: Literal["auto", "zigzag", "contiguous"] = "auto"
     exchange: Literal["auto", "ring", "all_gather", "halo", "ulysses"] = "auto"
     balance: bool = True  # deal each step's sequences to the dp groups by their work
     timeout_s: int = 600  # a collective that waits longer ends the job

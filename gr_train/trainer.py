@@ -58,7 +58,6 @@ class Trainer:
             device=self.device,
             timeout_s=parallel.timeout_s,
         )
-        self.layout = LAYOUTS[parallel.layout](parallel.cp)
 
         precision = _precision(config.train.precision, self.device)
         on_gpu = self.device.type == "cuda"
@@ -67,7 +66,8 @@ class Trainer:
 
         torch.manual_seed(config.train.seed)
         model = DenseModel(config, self.info).to(self.device)
-        self.exchange_reason = model.exchange_reason
+        self.sharding = model.sharding
+        self.layout = LAYOUTS[model.sharding.layout](parallel.cp)
         dense: nn.Module = replicate(model, self.mesh)
         tokens_per_rank = config.data.batch_size * config.data.max_length // self.mesh.size
         embeddings = shard_tables(
@@ -82,7 +82,13 @@ class Trainer:
         )
         self.dense = dense
         self.model = Recommender(
-            config.model, self.info, embeddings, dense, self.mesh.world, precision, model.exchange
+            config.model,
+            self.info,
+            embeddings,
+            dense,
+            self.mesh.world,
+            precision,
+            self.sharding.exchange,
         )
         self.optimizer = build_optimizer(dense, config.optim)
         self.schedule = build_schedule(self.optimizer, config.optim, config.train.steps)
@@ -252,9 +258,9 @@ class Trainer:
             f"{rows:,} embedding rows of width {self.config.model.width}"
         )
         if self.mesh.cp > 1:
-            exchange = self.model.exchange
+            layout, exchange, why = self.sharding
             by = f" by {self.mesh.links.name}" if exchange == "ring" else ""
-            progress.say(f"keys and values: {exchange}{by} ({self.exchange_reason})")
+            progress.say(f"keys and values: {layout} layout, {exchange}{by} ({why})")
         if first:
             progress.say(f"resumed after step {first}")
         return progress

@@ -1,9 +1,10 @@
 """Who holds which positions: pure functions of lengths, on the host.
 
-A layout cuts every sequence into chunks of consecutive positions and gives each cp rank some of
-them. Ranks get equal token counts: a sequence's rows differ by at most one between ranks, and the
-leftover rows are dealt round-robin through the batch, so a whole batch differs by at most one too,
-even if every sequence is shorter than the cp group. To add a layout, subclass `Layout`.
+A layout cuts every sequence into blocks of so many positions, each block into chunks of consecutive
+ones, and gives each cp rank some of them. Ranks get equal token counts: a sequence's rows differ by
+at most one between ranks, and the leftover rows are dealt round-robin through the batch, so a whole
+batch differs by at most one too, even if every sequence is shorter than the cp group. To add a
+layout, subclass `Layout`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from kernels.jagged import Jagged, lengths_to_offsets
 
+# A multiple of the rows that attention takes at a time: of its tiles none is wasted on a border.
+STRIPE = 128
+
 
 class Layout(ABC):
     """Maps (lengths, cp rank) to positions."""
@@ -24,28 +28,43 @@ class Layout(ABC):
             raise ValueError(f"cp_size={cp_size}: want at least 1")
         self.cp_size = cp_size
 
+    @property
+    @abstractmethod
+    def block(self) -> int:
+        """Positions in a block, a multiple of cp_size; the last of a sequence may be shorter."""
+
     @abstractmethod
     def chunks(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Starts and sizes, int64 [cp, chunks a rank, B], of each rank's chunks in rising order."""
+        """Starts and sizes, int64 [cp, chunks a rank, blocks], of each rank's chunks in blocks of
+        the given lengths, in rising order."""
 
     def positions(self, lengths: Tensor, rank: int, only: Tensor | None = None) -> Jagged:
         """The rows `rank` holds of sequences of the given lengths [B], as a Jagged on the host.
 
-        only: int64 [b], of which of the sequences, if not of all.
+        only: int64 [b], rising: of which of the sequences, if not of all.
         """
-        starts, sizes = (x[rank].T for x in self.chunks(lengths))  # [B, chunks]
+        lengths = lengths.long()
+        count = lengths // self.block + 1
+        sequence = torch.repeat_interleave(count)  # of each block
+        end = count.cumsum(0)
+        block_lengths = torch.full_like(sequence, self.block)
+        block_lengths[end - 1] = lengths % self.block
+        block_starts = (torch.arange(len(sequence)) - (end - count)[sequence]) * self.block
+
+        starts, sizes = (x[rank].T for x in self.chunks(block_lengths))  # [blocks, chunks]
+        starts = starts + block_starts[:, None]
+        rows = torch.zeros_like(lengths).index_add_(0, sequence, sizes.sum(1))  # of each sequence
         if only is not None:
-            starts, sizes = starts[only], sizes[only]
-        per_sequence, total = sizes.sum(1), int(sizes.sum())
-        starts, sizes = starts.flatten(), sizes.flatten()
+            wanted = torch.zeros(len(lengths), dtype=torch.bool).index_fill_(0, only, True)
+            starts, sizes, rows = starts[wanted[sequence]], sizes[wanted[sequence]], rows[only]
+        starts, sizes, total = starts.flatten(), sizes.flatten(), int(rows.sum())
         first_row = lengths_to_offsets(sizes)[:-1]
         shift = torch.repeat_interleave(starts - first_row, sizes, output_size=total)
-        positions = (torch.arange(total) + shift).to(torch.int32)
-        return Jagged(lengths_to_offsets(per_sequence), positions)
+        return Jagged(lengths_to_offsets(rows), (torch.arange(total) + shift).to(torch.int32))
 
     def shares(self, lengths: Tensor) -> Tensor:
-        """Rows per rank and sequence, int64 [cp, B]."""
-        cp, lengths = self.cp_size, lengths.long()
+        """Rows per rank and block, int64 [cp, blocks]."""
+        cp = self.cp_size
         leftover = lengths % cp
         first = leftover.cumsum(0) - leftover  # where the dealing of leftovers stopped before
         turn = (torch.arange(cp)[:, None] - first) % cp
@@ -53,13 +72,21 @@ class Layout(ABC):
 
 
 class ZigzagLayout(Layout):
-    """Rank r holds chunks r and 2 cp - 1 - r of 2 cp: equal work under a causal mask."""
+    """Rank r holds stripes r and 2 cp - 1 - r of every 2 cp, of what is left over such chunks.
+
+    Under a causal mask every rank has equal work, and so it has against the keys of any one other
+    rank, with light rows among the heavy ones: none of a ring's steps ends in a tail of heavy ones.
+    """
+
+    @property
+    def block(self) -> int:
+        return 2 * self.cp_size * STRIPE
 
     def chunks(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
         shares = self.shares(lengths)
         front, back = (shares + 1) // 2, shares // 2
         sizes = torch.stack([front, back], 1)
-        in_order = torch.cat([front, back.flip(0)])  # [2 cp, B], in order of position
+        in_order = torch.cat([front, back.flip(0)])  # [2 cp, blocks], in order of position
         starts = in_order.cumsum(0) - in_order
         cp = self.cp_size
         return torch.stack([starts[:cp], starts[cp:].flip(0)], 1), sizes
@@ -67,6 +94,10 @@ class ZigzagLayout(Layout):
 
 class ContiguousLayout(Layout):
     """Rank r holds the r-th of cp equal chunks: fewest neighbours under a windowed mask."""
+
+    @property
+    def block(self) -> int:
+        return self.cp_size << 40  # longer than any sequence
 
     def chunks(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
         sizes = self.shares(lengths)

@@ -1,11 +1,13 @@
-"""The mask a config names, the exchange that suits it, the work it makes of each sequence."""
+"""The mask a config names, the sharding that suits it, the work it makes of each sequence."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gr_train.config import MaskConfig, ModelConfig
+from gr_train.config import Config, MaskConfig, ModelConfig
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, interval_lengths, semi_local_intervals
 from parallel.batch import JaggedBatch
@@ -25,13 +27,26 @@ def mask_intervals(
     )
 
 
-def choose_exchange(exchange: str, mask: MaskConfig) -> tuple[str, str]:
-    """What "auto" means for this mask, and why; see ParallelConfig.exchange."""
-    if exchange != "auto":
-        return exchange, "as configured"
-    if mask.window or mask.local:
-        return "halo", "a query sees a window of the sequence, so only that is sent"
-    return "ring", "queries see whole histories, whose way hides behind attention"
+class Sharding(NamedTuple):
+    layout: str
+    exchange: str
+    why: str
+
+
+def choose_sharding(config: Config) -> Sharding:
+    """What "auto" means for this mask, and why; see ParallelConfig."""
+    parallel, mask = config.parallel, config.model.mask
+    # The first rows of a sequence see less than a window: of longer windows, equal chunks would
+    # make unequal work.
+    if 0 < (mask.window or mask.local) <= config.data.max_length // 4:
+        best = Sharding("contiguous", "halo", "queries see a window, so only that is sent")
+    else:
+        why = "queries see whole histories, whose way hides behind attention"
+        best = Sharding("zigzag", "ring", why)
+    layout = best.layout if parallel.layout == "auto" else parallel.layout
+    if parallel.exchange == "auto":
+        return best._replace(layout=layout)
+    return Sharding(layout, parallel.exchange, "as configured")
 
 
 def sequence_flops(config: ModelConfig, num_contextual: int, batch: JaggedBatch) -> Tensor:

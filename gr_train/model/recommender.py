@@ -21,7 +21,7 @@ from gr_train.data.sample import DatasetInfo
 from gr_train.model.heads import binary_tasks_loss, sampled_softmax_loss
 from gr_train.model.hstu import HSTULayer
 from gr_train.model.inputs import InputEncoder, Inputs, init_linear, make_inputs
-from gr_train.model.mask import choose_exchange, mask_intervals
+from gr_train.model.mask import choose_sharding, mask_intervals
 from gr_train.model.sasrec import SASRecLayer
 from kernels.backend import compute_dtype
 from kernels.transfer import copy_to
@@ -54,12 +54,12 @@ class DenseModel(nn.Module):
         model, max_length = config.model, config.data.max_length
         self.fp32_residual = config.train.fp32_residual
         self.encoder = InputEncoder(model.width, max_length, model.time_buckets, model.dropout)
-        self.exchange, self.exchange_reason = choose_exchange(config.parallel.exchange, model.mask)
+        self.sharding = choose_sharding(config)
         count = model.num_layers
         recomputing = count if model.recompute_layers is None else model.recompute_layers
         configs = [model] * recomputing + [replace(model, recompute="none")] * (count - recomputing)
         self.layers = nn.ModuleList(
-            HSTULayer(layer, max_length, self.exchange)
+            HSTULayer(layer, max_length, self.sharding.exchange)
             if model.kind == "hstu"
             else SASRecLayer(layer)
             for layer in configs

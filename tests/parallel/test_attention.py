@@ -23,7 +23,7 @@ from tests.kernels.cases import Case
 
 CPU = torch.device("cpu")
 CASES = {
-    "causal": Case(torch.tensor([0, 1, 2, 3, 700, 5, 8]), torch.zeros(7, dtype=torch.int32), 0),
+    "causal": Case(torch.tensor([0, 1, 2, 3, 900, 5, 8]), torch.zeros(7, dtype=torch.int32), 0),
     "targets": Case(
         torch.tensor([9, 0, 4, 90, 33]), torch.tensor([4, 0, 1, 9, 30], dtype=torch.int32), 3
     ),

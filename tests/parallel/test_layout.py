@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.masks import hstu_intervals, interval_lengths
-from parallel.layout import LAYOUTS, ZigzagLayout
+from parallel.layout import LAYOUTS, STRIPE, ZigzagLayout
 
 lengths_strategy = st.lists(
-    st.one_of(st.integers(0, 20), st.integers(0, 3000)), min_size=0, max_size=30
+    st.one_of(st.integers(0, 20), st.integers(0, 9000)), min_size=0, max_size=30
 )
 
 
@@ -58,8 +58,29 @@ def test_zigzag_balances_causal_work() -> None:
     assert float(work.max() / work.mean()) < 1.001
 
 
-def test_zigzag_of_one_long_sequence() -> None:
+def test_zigzag_of_less_than_a_block() -> None:
     lengths = torch.tensor([12], dtype=torch.int32)
     layout = ZigzagLayout(3)
     got = [layout.positions(lengths, r).positions.tolist() for r in range(3)]
     assert got == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
+
+
+def test_zigzag_of_a_long_sequence_is_stripes() -> None:
+    lengths = torch.tensor([5, 4 * STRIPE + 4], dtype=torch.int32)
+    layout = ZigzagLayout(2)
+    stripes = torch.arange(4 * STRIPE).view(4, STRIPE)
+    for rank, (mine, rest) in enumerate([([0, 3], [0, 3]), ([1, 2], [1, 2])]):
+        got = layout.positions(lengths, rank, torch.tensor([1])).positions
+        want = torch.cat([stripes[mine].flatten(), torch.tensor(rest) + 4 * STRIPE])
+        assert got.tolist() == want.tolist()
+
+
+def test_zigzag_balances_the_work_against_every_rank() -> None:
+    """Of each step of a ring, not only of all together; no step is all heavy rows."""
+    lengths = torch.tensor([64_000], dtype=torch.int32)
+    positions = [ZigzagLayout(4).positions(lengths, r).positions for r in range(4)]
+    for queries in positions:
+        for keys in positions:
+            seen = torch.searchsorted(keys, queries, right=True).double()  # by each row
+            assert float(seen.mean()) == pytest.approx(64_000 / 4 / 2, rel=0.02)
+            assert float((seen < seen.max() / 4).double().mean()) == pytest.approx(0.25, abs=0.02)
