@@ -89,9 +89,9 @@ class EmbeddingConfig:
 @dataclass
 class ParallelConfig:
     cp: int = 1  # processes that share each sequence; the rest of the mesh is data parallel
-    # Which positions a rank holds (parallel/layout.py), and how keys and values reach the ranks that
-    # need them (parallel/exchange/). auto: contiguous and halo where queries see a window of at
-    # most a quarter of data.max_length, else zigzag and ring.
+    # Which positions a rank holds (parallel/layout.py), and how keys and values reach the ranks
+    # that need them (parallel/exchange/). auto: contiguous and halo where queries see a window of
+    # at most a quarter of data.max_length, else zigzag and ring.
     layout: Literal["auto", "zigzag", "contiguous"] = "auto"
     exchange: Literal["auto", "ring", "all_gather", "halo", "ulysses"] = "auto"
     balance: bool = True  # deal each step's sequences to the dp groups by their work
