@@ -21,6 +21,7 @@ from kernels.triton.runs import (
     RECORD,
     find_block,
     load_runs,
+    load_segment,
     query_rows,
 )
 from kernels.triton.silu import UNSEEN, silu_and_twice_slope
@@ -40,6 +41,9 @@ def key_value_kernel(
     dk_stride,
     dv_ptr,
     dv_stride,
+    sums_k_ptr,
+    sums_v_ptr,
+    done_ptr,
     tiles_ptr,
     bounds_ptr,
     num_rows,
@@ -59,7 +63,9 @@ def key_value_kernel(
     """dk if KEY, dv if VALUE. Scores are transposed: [keys, queries].
 
     Both at once share the scores; for large head dims their sums do not fit in the registers, and
-    two launches are faster. Grid: key tiles x (TILE / BLOCK_N) x HEADS.
+    two launches are faster. Grid: segments of key tiles x (TILE / BLOCK_N) x HEADS. Segments leave
+    their sums in float32 buffers [segments * TILE, HEADS, dim]; the last of a tile to be done, by
+    int32 counters [segments * TILE / BLOCK_N * HEADS], adds them up in order.
     """
     PARTS: tl.constexpr = TILE // BLOCK_N
     head = tl.program_id(0) % HEADS
@@ -74,8 +80,7 @@ def key_value_kernel(
     v = v_desc.load([row0, head * V_DIM])
     dk = tl.zeros([BLOCK_N, QK_DIM], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, V_DIM], dtype=tl.float32)
-    rows = row0 + tl.arange(0, BLOCK_N)
-    keys = rows[:, None]
+    keys = (row0 + tl.arange(0, BLOCK_N))[:, None]
 
     for kind in tl.static_range(KINDS):
         blocks, runs = load_runs(record, kind, MASKED_RUNS if kind > 0 else FULL_RUNS, BLOCK_M)
@@ -96,15 +101,57 @@ def key_value_kernel(
             if KEY:
                 dk = tl.dot((dweights * slope).to(q.dtype), q, dk, input_precision=PRECISION)
 
-    inside = rows < row_end
-    if KEY:
-        dk *= scale * half_alpha
-        at = head * QK_DIM
-        store_rows(dk_ptr, dk_stride, add_k_ptr, add_k_stride, dk, rows, inside, at)
-    if VALUE:
-        dv *= scale
-        at = head * V_DIM
-        store_rows(dv_ptr, dv_stride, add_v_ptr, add_v_stride, dv, rows, inside, at)
+    # The rows again: registers are dear.
+    rows = tl.load(record) + part * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < tl.load(record + 1)
+    dk *= scale * half_alpha
+    dv *= scale
+    k_at, v_at = head * QK_DIM, head * V_DIM
+    segment, segments, slot = load_segment(record)
+    if segments == 1:
+        if KEY:
+            store_rows(dk_ptr, dk_stride, add_k_ptr, add_k_stride, dk, rows, inside, k_at)
+        if VALUE:
+            store_rows(dv_ptr, dv_stride, add_v_ptr, add_v_stride, dv, rows, inside, v_at)
+    else:
+        sums = (slot * PARTS + part) * BLOCK_N + tl.arange(0, BLOCK_N)
+        if KEY:
+            _store_sums(sums_k_ptr, dk, sums, segment * TILE, head, HEADS)
+        if VALUE:
+            _store_sums(sums_v_ptr, dv, sums, segment * TILE, head, HEADS)
+        tl.debug_barrier()  # all threads have stored
+        done = tl.atomic_add(done_ptr + (slot * PARTS + part) * HEADS + head, 1)
+        if done == segments - 1:
+            if KEY:
+                dk = _add_sums(sums_k_ptr, sums, segments, TILE, head, HEADS, BLOCK_N, QK_DIM)
+                store_rows(dk_ptr, dk_stride, add_k_ptr, add_k_stride, dk, rows, inside, k_at)
+            if VALUE:
+                dv = _add_sums(sums_v_ptr, sums, segments, TILE, head, HEADS, BLOCK_N, V_DIM)
+                store_rows(dv_ptr, dv_stride, add_v_ptr, add_v_stride, dv, rows, inside, v_at)
+
+
+@triton.jit
+def _store_sums(ptr, x, rows, first, head, HEADS: tl.constexpr):
+    DIM: tl.constexpr = x.shape[1]
+    store_rows(ptr, HEADS * DIM, None, 0, x, rows + first, rows >= 0, head * DIM)
+
+
+@triton.jit
+def _add_sums(
+    ptr,
+    rows,
+    segments,
+    TILE: tl.constexpr,
+    head,
+    HEADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """The sum over a tile's segments, always in the same order."""
+    total = tl.zeros([ROWS, DIM], tl.float32)
+    for segment in range(segments):
+        total += load_rows(ptr, rows + segment * TILE, rows >= 0, HEADS * DIM, head * DIM, DIM)
+    return total
 
 
 @triton.jit(do_not_specialize=["num_rows", "half_alpha", "scale"])

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, RECORD, run_at, store_run
-from kernels.triton.tiles import FAR, PIECES, locate, weight_of
+from kernels.triton.tiles import FAR, PIECES, locate
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def key_tiles_kernel(
     q_tile_offsets_ptr,
     hulls_ptr,
     records_ptr,
-    weights_ptr,
+    costs_ptr,
     num_pieces,
     num_query_tiles,
     TILE: tl.constexpr,
@@ -136,4 +136,4 @@ def key_tiles_kernel(
     if overflow < FAR:
         store_run(record, 1, MASKED_RUNS - 1, overflow, a_end)
         store_run(record, 2, MASKED_RUNS - 1, overflow, b_end)
-    tl.store(weights_ptr + key_tile, weight_of(cost))
+    tl.store(costs_ptr + key_tile, cost)

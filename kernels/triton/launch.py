@@ -108,7 +108,10 @@ def key_value_gradients(
     launches = [(config.key, True, config.value is None)]
     if config.value is not None:
         launches.append((config.value, False, True))
-    for blocks, with_key, with_value in launches:
+    rows = plan.most_segments * config.part
+    sums = [x.new_empty(rows, *x.shape[1:], dtype=torch.float32) for x in (k, v)]
+    done = q.new_zeros(len(launches), rows * q.shape[1], dtype=torch.int32)
+    for i, (blocks, with_key, with_value) in enumerate(launches):
         key_value_kernel[(len(tiles) * (config.part // blocks.n) * q.shape[1],)](
             _descriptor(dout, blocks.m),
             _descriptor(q, blocks.m),
@@ -118,6 +121,8 @@ def key_value_gradients(
             *value.add,
             *key.out,
             *value.out,
+            *sums,
+            done[i],
             tiles,
             plan.bounds,
             len(q),

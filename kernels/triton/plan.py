@@ -5,8 +5,9 @@ runs of key rows to visit, and for every key tile the runs of query rows; in a r
 sees every key, so nothing is masked, or one of the rows' two intervals is tested. Rows that no run
 names cost nothing. Key positions appear only here: the plan turns the position intervals of
 `kernels.masks` into intervals of key *rows*, so the kernels never load a position and need not know
-where a sequence or a context-parallel shard ends. Tiles come heaviest first. The host learns no
-length: the number of tiles is bounded by shapes, and surplus tiles are empty.
+where a sequence or a context-parallel shard ends. Tiles come heaviest first; key tiles that far
+more queries see than see others (a prefix under a window) are walked in segments, side by side. The
+host learns no length: the number of tiles is bounded by shapes, and surplus tiles are empty.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from kernels.jagged import Jagged
 from kernels.triton.key_tiles import key_tiles_kernel
 from kernels.triton.query_tiles import HULLS, query_tiles_kernel
-from kernels.triton.tiles import PIECES, Records, Tiles
+from kernels.triton.tiles import PIECES, SHARES, Records, Tiles
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class Plan:
             bounds,
             hulls,
             tiles.records,
-            tiles.weights,
+            tiles.costs,
             parts.records,
-            parts.weights,
+            parts.costs,
             PIECES.value * queries.num_sequences,
             queries.num_rows,
             hulls.shape[1],
@@ -73,16 +74,16 @@ class Plan:
     @cached_property
     def query_tiles(self) -> Tensor:
         """int32 [query tiles, RECORD], heaviest first, as the next two. For the forward."""
-        return self.tile_records.heaviest_first()
+        return self.tile_records.heaviest_first(self.tile)
 
     @cached_property
     def query_parts(self) -> Tensor:
         """int32 [query parts, RECORD]. For the backward."""
-        return self.part_records.heaviest_first()
+        return self.part_records.heaviest_first(self.part)
 
     @cached_property
     def key_parts(self) -> Tensor:
-        """int32 [key parts, RECORD]. For the backward."""
+        """int32 [segments of key parts, RECORD]. For the backward."""
         cut = Tiles.cut(self.keys, None, self.part)
         parts = Records.empty(cut.bound, self.bounds)
         key_tiles_kernel[(cut.bound,)](
@@ -92,7 +93,7 @@ class Plan:
             self.query_cut.offsets,
             self.hulls,
             parts.records,
-            parts.weights,
+            parts.costs,
             PIECES.value * self.keys.num_sequences,
             self.hulls.shape[1],
             TILE=self.part,
@@ -100,7 +101,12 @@ class Plan:
             CHUNK=256,
             num_warps=4,
         )
-        return parts.heaviest_first()
+        return parts.in_segments(self.part)
+
+    @property
+    def most_segments(self) -> int:
+        """Of key parts that have several, as many at most."""
+        return 2 * SHARES
 
 
 # One batch's plans, found again by every layer, forward and backward, and freed with its intervals.

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.runs import RECORD, RIDERS_AT, store_run
-from kernels.triton.tiles import FAR, PIECES, count_at_most, locate, weight_of
+from kernels.triton.tiles import FAR, PIECES, count_at_most, locate
 
 # What a part of a query tile sees, int32 each: for both intervals the hull [low, high) over its
 # rows and what all of them share. Empty ones have low = FAR, high = 0.
@@ -48,7 +48,7 @@ def _store_hull_runs(record, interval: tl.constexpr, hull, TILE: tl.constexpr):
 
 @triton.jit
 def _store_query_record(
-    records_ptr, weights_ptr, tile, row0, row_end, rider0, rider_end, a, b, TILE: tl.constexpr
+    records_ptr, costs_ptr, tile, row0, row_end, rider0, rider_end, a, b, TILE: tl.constexpr
 ):
     """One tile or a vector of them, with the hulls of both intervals."""
     record = records_ptr + tile.to(tl.int64) * RECORD
@@ -57,7 +57,7 @@ def _store_query_record(
     tl.store(record + RIDERS_AT, rider0)
     tl.store(record + RIDERS_AT + 1, rider_end)
     cost = _store_hull_runs(record, 0, a, TILE) + _store_hull_runs(record, 1, b, TILE)
-    tl.store(weights_ptr + tile, weight_of(cost))
+    tl.store(costs_ptr + tile, cost)
 
 
 @triton.jit
@@ -83,9 +83,9 @@ def query_tiles_kernel(
     bounds_ptr,
     hulls_ptr,
     tiles_ptr,
-    tile_weights_ptr,
+    tile_costs_ptr,
     parts_ptr,
-    part_weights_ptr,
+    part_costs_ptr,
     num_pieces,
     num_rows,
     num_parts,
@@ -138,7 +138,7 @@ def query_tiles_kernel(
         rider_end = context + rows_here - own
         _store_query_record(
             tiles_ptr,
-            tile_weights_ptr,
+            tile_costs_ptr,
             tile,
             row0,
             row_end,
@@ -154,7 +154,7 @@ def query_tiles_kernel(
         part_own = tl.minimum(row0 + own - part_row0, PART)
         _store_query_record(
             parts_ptr,
-            part_weights_ptr,
+            part_costs_ptr,
             tile * PARTS + part,
             part_row0,
             row0 + own,

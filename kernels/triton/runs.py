@@ -4,12 +4,13 @@ A record is int32: the tile's first row, the row after its last one (of its sequ
 beyond the tile), the same of other rows that ride along behind these, then runs of rows to visit as
 (start, end); what is unused is empty. There are three kinds of runs: full ones, where every query
 sees every key, and those where the queries' first interval is to be tested, or their second. A full
-run is a multiple of every block.
+run is a multiple of every block. Last, of a key tile, which of how many segments of its blocks
+these runs are, and where in a buffer the sums of the tile's segments begin.
 """
 
 from __future__ import annotations
 
-# ruff: noqa: N803 (Triton's constants are written in capitals)
+# ruff: noqa: N803, N806 (Triton's constants are written in capitals)
 # mypy: disallow-untyped-defs=False
 import triton
 import triton.language as tl
@@ -19,6 +20,7 @@ FULL_RUNS = tl.constexpr(2)
 MASKED_RUNS = tl.constexpr(4)  # per interval
 RIDERS_AT = tl.constexpr(2)
 RUNS_AT = tl.constexpr(4)
+SEGMENT_AT = tl.constexpr(24)
 RECORD = tl.constexpr(32)
 
 
@@ -34,6 +36,28 @@ def store_run(record, kind: tl.constexpr, run, start, end):
     at = record + run_at(kind, run)
     tl.store(at, start)
     tl.store(at + 1, end)
+
+
+@triton.jit
+def copy_runs(record, into, here, kind: tl.constexpr, segment, segments, BLOCK: tl.constexpr):
+    """Of the blocks of a kind, those of one segment. Vectors of records."""
+    COUNT: tl.constexpr = MASKED_RUNS if kind > 0 else FULL_RUNS
+    blocks = segments * 0
+    for run in tl.static_range(COUNT):
+        start = tl.load(record + run_at(kind, run), mask=here)
+        end = tl.load(record + run_at(kind, run) + 1, mask=here)
+        blocks += tl.cdiv(tl.maximum(end - start, 0), BLOCK)
+    first = blocks * segment // segments
+    last = blocks * (segment + 1) // segments
+    for run in tl.static_range(COUNT):
+        start = tl.load(record + run_at(kind, run), mask=here)
+        end = tl.load(record + run_at(kind, run) + 1, mask=here)
+        count = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
+        at = into + run_at(kind, run)
+        tl.store(at, start + tl.maximum(first, 0) * BLOCK, mask=here)
+        tl.store(at + 1, tl.minimum(end, start + last * BLOCK), mask=here)
+        first -= count
+        last -= count
 
 
 @triton.jit
@@ -58,6 +82,21 @@ def load_runs(record, kind: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constex
         runs = runs + ((blocks, start - blocks * BLOCK, end),)  # type: ignore[assignment] # noqa: RUF005
         blocks += tl.cdiv(tl.maximum(end - start, 0), BLOCK)
     return blocks, runs
+
+
+@triton.jit
+def store_segment(record, here, segment, segments, slot):
+    at = record + SEGMENT_AT
+    tl.store(at, segment, mask=here)
+    tl.store(at + 1, segments, mask=here)
+    tl.store(at + 2, slot, mask=here)
+
+
+@triton.jit
+def load_segment(record):
+    """Which segment of its tile a record is, of how many, and where their sums begin."""
+    at = record + SEGMENT_AT
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
 
 
 @triton.jit

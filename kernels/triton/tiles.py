@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.jagged import Jagged
 from kernels.triton.integers import cdiv
-from kernels.triton.runs import RECORD
+from kernels.triton.runs import KINDS, RECORD, RUNS_AT, copy_runs, store_segment
 
 FAR = tl.constexpr(1 << 30)
 PIECES = tl.constexpr(3)  # a sequence is cut into so many pieces, empty ones included
@@ -44,23 +44,39 @@ class Tiles:
         return Tiles(pieces, offsets, rows.num_rows // tile + num_pieces)
 
 
+# Of a tile that meets more than one in SHARES of what all tiles meet, a GPU would still be walking
+# the blocks when it has done all the others.
+SHARES = 64
+LEAST = 64  # tiles that meet fewer others are not worth it
+
+
 @dataclass(frozen=True)
 class Records:
-    """Tiles as `runs.py` reads them, and what they weigh: int32 [tiles, RECORD] and [tiles]."""
+    """Tiles as `runs.py` reads them, and how many others they meet: int32 [tiles, RECORD] and
+    [tiles]."""
 
     records: Tensor
-    weights: Tensor
+    costs: Tensor
 
     @staticmethod
     def empty(count: int, like: Tensor) -> Records:
         zeros = like.new_zeros(RECORD.value + 1, count)
         return Records(zeros[:-1].view(count, -1), zeros[-1])
 
-    def heaviest_first(self) -> Tensor:
-        ordered = torch.empty_like(self.records)
-        count = len(self.weights)
+    def heaviest_first(self, tile: int) -> Tensor:
+        """Of tiles of so many rows."""
+        return self._ordered(torch.empty_like(self.records), tile, 0)
+
+    def in_segments(self, tile: int) -> Tensor:
+        """Heaviest first, and one record for each segment: at most SHARES more than tiles, and at
+        most 2 SHARES of tiles that have several."""
+        room = self.records.new_zeros(len(self.costs) + SHARES, RECORD.value)
+        return self._ordered(room, tile, SHARES)
+
+    def _ordered(self, ordered: Tensor, tile: int, shares: int) -> Tensor:
+        count = len(self.costs)
         _order_kernel[(cdiv(count, 32),)](
-            self.records, self.weights, ordered, count, BLOCK=32, CHUNK=256
+            self.records, self.costs, ordered, count, shares, LEAST, TILE=tile, BLOCK=32, CHUNK=256
         )
         return ordered
 
@@ -149,23 +165,58 @@ def _count_kernel(pieces_ptr, offsets_ptr, num_pieces, TILE: tl.constexpr, CHUNK
         before += tl.sum(tiles)
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles", "shares", "least"])
 def _order_kernel(
-    records_ptr, weights_ptr, ordered_ptr, num_tiles, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+    records_ptr,
+    costs_ptr,
+    ordered_ptr,
+    num_tiles,
+    shares,
+    least,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """Copy each record behind those of heavier tiles, and of equal ones that come before it."""
+    """Copy each record behind those of heavier tiles, and of equal ones that come before it.
+
+    shares: if not 0, a record for each segment, none of more than a share of all costs.
+    """
+    most = FAR
+    if shares > 0:
+        total = tl.zeros([CHUNK], tl.int64)
+        for chunk in range(0, num_tiles, CHUNK):
+            other = chunk + tl.arange(0, CHUNK)
+            total += tl.load(costs_ptr + other, mask=other < num_tiles, other=0)
+        most = tl.maximum(tl.cdiv(tl.sum(total), shares), least).to(tl.int32)
     mine = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
     inside = mine < num_tiles
-    weight = tl.load(weights_ptr + mine, mask=inside, other=0)
+    segments, weight = _segments(tl.load(costs_ptr + mine, mask=inside, other=0), most)
     place = tl.zeros([BLOCK, 1], tl.int32)
+    slot = tl.zeros([BLOCK, 1], tl.int32)
     for chunk in range(0, num_tiles, CHUNK):
         other = (chunk + tl.arange(0, CHUNK))[None, :]
-        other_weight = tl.load(weights_ptr + other, mask=other < num_tiles, other=-1)
+        cost = tl.load(costs_ptr + other, mask=other < num_tiles, other=0)
+        count, other_weight = _segments(cost, most)
+        count = tl.where(other < num_tiles, count, 0)
         ahead = (other_weight > weight) | ((other_weight == weight) & (other < mine))
-        place += tl.sum(ahead.to(tl.int32), 1, keep_dims=True)
-    column = tl.arange(0, RECORD)[None, :]
-    record = tl.load(records_ptr + mine.to(tl.int64) * RECORD + column, mask=inside)
-    tl.store(ordered_ptr + place.to(tl.int64) * RECORD + column, record, mask=inside)
+        place += tl.sum(tl.where(ahead, count, 0), 1, keep_dims=True)
+        slot += tl.sum(tl.where((other < mine) & (count > 1), count, 0), 1, keep_dims=True)
+    record = records_ptr + mine.to(tl.int64) * RECORD
+    for segment in range(tl.max(segments)):
+        into = ordered_ptr + (place + segment).to(tl.int64) * RECORD
+        here = inside & (segment < segments)
+        for i in tl.static_range(RUNS_AT):
+            tl.store(into + i, tl.load(record + i, mask=here), mask=here)
+        for kind in tl.static_range(KINDS):
+            copy_runs(record, into, here, kind, segment, segments, TILE)
+        store_segment(into, here, segment, segments, slot)
+
+
+@triton.jit
+def _segments(cost, most):
+    """How many segments a tile has, and the weight of each."""
+    segments = tl.maximum(tl.cdiv(cost, most), 1)
+    return segments, _weight_of(cost // segments)
 
 
 @triton.jit
@@ -181,7 +232,7 @@ def locate(tile, pieces_ptr, offsets_ptr, num_pieces, TILE: tl.constexpr):
 
 
 @triton.jit
-def weight_of(cost):
+def _weight_of(cost):
     """The cost's binary exponent and two bits more, and all of the lightest alike: tiles of one
     sequence then run side by side and find their shared rows in the cache."""
     return tl.maximum(cost, LIGHT // 2).to(tl.float32).to(tl.int32, bitcast=True) >> 21

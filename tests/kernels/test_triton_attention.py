@@ -18,7 +18,7 @@ from kernels.attention import hstu_attention
 from kernels.blockwise import blockwise_backward, blockwise_forward
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, semi_local_intervals
-from kernels.triton import configs, launch
+from kernels.triton import configs, launch, tiles
 from kernels.weighting import Weighting
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -28,8 +28,9 @@ TARGETS = (6, 0, 1, 0, 2)
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many tiles, and tiles of several blocks, in a short sequence. dv has its own launch."""
+    """Many tiles, of several blocks and segments, in a short sequence. dv has its own launch."""
     block = configs.Blocks(16, 16, 4, 1)
+    monkeypatch.setattr(tiles, "LEAST", 1)
     monkeypatch.setattr(configs, "SINGLE", configs.Config(32, 16, block, block, block, block))
 
 

@@ -15,12 +15,19 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from kernels.jagged import Jagged
+from kernels.masks import semi_local_intervals
+from kernels.triton import tiles
 from kernels.triton.plan import Plan
-from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, RIDERS_AT, RUNS_AT
+from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, RIDERS_AT, RUNS_AT, SEGMENT_AT
 from tests.kernels.cases import Case, cases
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILE, PART = 16, 8
+
+
+@pytest.fixture(autouse=True)
+def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "LEAST", 2)
 
 
 def visible(queries: Jagged, keys: Jagged, intervals: Tensor) -> Tensor:
@@ -33,7 +40,8 @@ def visible(queries: Jagged, keys: Jagged, intervals: Tensor) -> Tensor:
 
 def runs_of(record: list[int]) -> list[list[tuple[int, int]]]:
     """The runs of each kind."""
-    pairs = list(zip(record[RUNS_AT.value :: 2], record[RUNS_AT.value + 1 :: 2], strict=True))
+    ends = record[RUNS_AT.value : SEGMENT_AT.value]
+    pairs = list(zip(ends[::2], ends[1::2], strict=True))
     first, second = FULL_RUNS.value, FULL_RUNS.value + MASKED_RUNS.value
     return [pairs[:first], pairs[first:second], pairs[second : second + MASKED_RUNS.value]]
 
@@ -66,6 +74,25 @@ def visited(plan: Plan, records: Tensor, tile: int, by_keys: bool) -> Tensor:
     return count
 
 
+def check_segments(plan: Plan) -> int:
+    """Segments of a tile are numbered, and their sums have places of their own; how many are not
+    alone."""
+    by_tile: dict[int, list[list[int]]] = {}
+    for record in plan.key_parts.tolist():
+        if record[0] < record[1]:
+            by_tile.setdefault(record[0], []).append(record[SEGMENT_AT.value :][:3])
+    slots = []
+    for segments in by_tile.values():
+        index, count, slot = zip(*sorted(segments), strict=True)
+        assert index == tuple(range(len(segments)))
+        assert set(count) == {len(segments)}
+        assert len(set(slot)) == 1
+        slots += range(slot[0], slot[0] + len(segments)) if len(segments) > 1 else ()
+    assert sorted(slots) == list(range(len(slots)))
+    assert len(slots) <= plan.most_segments
+    return len(slots)
+
+
 def check(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
     on_device = [Jagged(x.offsets.to(DEVICE), x.positions.to(DEVICE)) for x in (queries, keys)]
     plan = Plan.build(*on_device, intervals.to(DEVICE), TILE, PART)
@@ -73,6 +100,7 @@ def check(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
     assert torch.equal(visited(plan, plan.query_tiles, TILE, by_keys=False), want.int())
     assert torch.equal(visited(plan, plan.query_parts, PART, by_keys=False), want.int())
     assert torch.equal(visited(plan, plan.key_parts, PART, by_keys=True), want.int())
+    check_segments(plan)
 
 
 def part_of(whole: Jagged, keep: Tensor) -> Jagged:
@@ -114,3 +142,21 @@ def test_any_intervals(seed: int) -> None:
     intervals = ends.to(torch.int32)
     intervals[torch.rand(whole.num_rows, generator=generator) < 0.1] = 0
     check(whole, whole, intervals)
+
+
+def test_a_prefix_that_all_see_is_walked_in_segments() -> None:
+    """The keys that every query sees under a window: half of all there is to do, in two tiles."""
+    lengths = torch.tensor([640], dtype=torch.int32)
+    whole = Jagged.whole(lengths)
+    intervals = semi_local_intervals(
+        whole, lengths, torch.zeros_like(lengths), local=8, prefix=2 * PART
+    )
+    check(whole, whole, intervals)
+    plan = Plan.build(
+        Jagged(whole.offsets.to(DEVICE), whole.positions.to(DEVICE)),
+        Jagged(whole.offsets.to(DEVICE), whole.positions.to(DEVICE)),
+        intervals.to(DEVICE),
+        TILE,
+        PART,
+    )
+    assert check_segments(plan) >= 2 * 8
