@@ -23,8 +23,8 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Config:
-    """One shape of problem. The plan's `tile` is a multiple of `part` and of the forward's blocks;
-    `part` is one of the backward's."""
+    """One shape of problem. The plan's `tile` is a multiple of `part` and of the forward's query
+    blocks; `part` is one of its key blocks and of the backward's blocks."""
 
     tile: int
     part: int

@@ -47,11 +47,21 @@ def _store_codes(record, kind: tl.constexpr, codes, row, row_end, overflow):
     tl.store(at + 1, row_end, mask=ends & (row < overflow))
 
 
+@triton.jit
+def _rows_of_part(part, start, origin, end, TILE: tl.constexpr, PARTS: tl.constexpr):
+    """The first row of a part of a piece's tiles, and the one after its last."""
+    first = part < PARTS  # of the first tile, which may be short
+    row = tl.where(first, start, origin) + part * TILE
+    return row, tl.minimum(row + TILE, tl.where(first, tl.minimum(origin + PARTS * TILE, end), end))
+
+
 @triton.jit(do_not_specialize=["num_pieces", "num_query_tiles"])
 def key_tiles_kernel(
     pieces_ptr,
+    origins_ptr,
     tile_offsets_ptr,
     q_pieces_ptr,
+    q_origins_ptr,
     q_tile_offsets_ptr,
     hulls_ptr,
     records_ptr,
@@ -68,7 +78,9 @@ def key_tiles_kernel(
     room in the record, all tiles share the last run of either interval.
     """
     key_tile = tl.program_id(0)
-    piece, key0, key_end = locate(key_tile, pieces_ptr, tile_offsets_ptr, num_pieces, TILE)
+    piece, key0, key_end = locate(
+        key_tile, pieces_ptr, origins_ptr, tile_offsets_ptr, num_pieces, TILE
+    )
     if piece == num_pieces:
         return
     record = records_ptr + key_tile.to(tl.int64) * RECORD
@@ -85,8 +97,8 @@ def key_tiles_kernel(
     row_second = tl.load(q_pieces_ptr + q_piece + 1)
     row_third = tl.load(q_pieces_ptr + q_piece + 2)
     row_last = tl.load(q_pieces_ptr + q_piece + 3)
-    # The second piece's first tile is shorter than the others: see `locate`.
-    shorter = (row_second - row_first) % (TILE * PARTS)
+    origin_second = tl.load(q_origins_ptr + q_piece + 1)
+    origin_third = tl.load(q_origins_ptr + q_piece + 2)
 
     overflow = FAR  # the row where runs that have no room begin
     for storing in tl.static_range(2):  # first find that row
@@ -102,14 +114,13 @@ def key_tiles_kernel(
             inside = (tile > first) & (tile <= last)
             before = _meets(hulls_ptr, num_query_tiles, tile - 1, inside, key0, key_end)
             after = _meets(hulls_ptr, num_query_tiles, tile + 1, tile + 1 < last, key0, key_end)
-            row = row_first + (tile - first) * TILE
-            row = tl.where(tile >= second, row_second + (tile - second) * TILE, row)
-            row = tl.where(tile >= second + PARTS, row - shorter, row)
-            row = tl.where(tile >= third, row_third + (tile - third) * TILE, row)
-            row_end = tl.where(tile >= second, row_second - shorter + PARTS * TILE, row_second)
-            row_end = tl.where(tile >= second + PARTS, row_third, row_end)
-            row_end = tl.minimum(row_end, tl.where(tile >= second, row_third, row_second))
-            row_end = tl.minimum(row + TILE, tl.where(tile >= third, row_last, row_end))
+            row = _rows_of_part(tile - first, row_first, row_first, row_second, TILE, PARTS)
+            row2 = _rows_of_part(tile - second, row_second, origin_second, row_third, TILE, PARTS)
+            row3 = _rows_of_part(tile - third, row_third, origin_third, row_last, TILE, PARTS)
+            row_end = tl.where(tile >= second, row2[1], row[1])
+            row_end = tl.where(tile >= third, row3[1], row_end)
+            row = tl.where(tile >= second, row2[0], row[0])
+            row = tl.where(tile >= third, row3[0], row)
             # A new piece starts a new run: its first row need not follow a whole tile.
             starts = (tile == second) | (tile == third)
             ends = (tile + 1 == second) | (tile + 1 == third) | (row_end == overflow)

@@ -30,7 +30,8 @@ class Plan:
     """See the module's docstring.
 
     The forward's tiles have `tile` rows; the backward's, of queries and of keys, only `part`, which
-    divides it: fewer rows next to a mask's edge work for nothing. Both are multiples of the blocks.
+    divides it: fewer rows next to a mask's edge work for nothing. Full runs are multiples of
+    `part`, and that of the blocks that walk them.
     """
 
     tile: int
@@ -46,12 +47,13 @@ class Plan:
     @staticmethod
     def build(queries: Jagged, keys: Jagged, intervals: Tensor, tile: int, part: int) -> Plan:
         intervals = intervals.contiguous()
-        cut = Tiles.cut(queries, intervals, tile)
+        cut = Tiles.cut(queries, intervals, tile, part)
         bounds = intervals.new_empty(4, queries.num_rows)
         hulls = intervals.new_empty(HULLS, cut.bound * (tile // part))
         tiles, parts = Records.empty(cut.bound, bounds), Records.empty(hulls.shape[1], bounds)
         query_tiles_kernel[(cut.bound,)](
             cut.pieces,
+            cut.origins,
             cut.offsets,
             keys.offsets,
             keys.positions,
@@ -74,7 +76,7 @@ class Plan:
     @cached_property
     def query_tiles(self) -> Tensor:
         """int32 [query tiles, RECORD], heaviest first, as the next two. For the forward."""
-        return self.tile_records.heaviest_first(self.tile)
+        return self.tile_records.heaviest_first(self.part)
 
     @cached_property
     def query_parts(self) -> Tensor:
@@ -84,12 +86,14 @@ class Plan:
     @cached_property
     def key_parts(self) -> Tensor:
         """int32 [segments of key parts, RECORD]. For the backward."""
-        cut = Tiles.cut(self.keys, None, self.part)
+        cut = Tiles.cut(self.keys, None, self.part, self.part)
         parts = Records.empty(cut.bound, self.bounds)
         key_tiles_kernel[(cut.bound,)](
             cut.pieces,
+            cut.origins,
             cut.offsets,
             self.query_cut.pieces,
+            self.query_cut.origins,
             self.query_cut.offsets,
             self.hulls,
             parts.records,

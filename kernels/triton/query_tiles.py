@@ -33,22 +33,22 @@ def _join_hulls(hulls):
 
 
 @triton.jit
-def _store_hull_runs(record, interval: tl.constexpr, hull, TILE: tl.constexpr):
-    """A hull as a masked, a full and a masked run, cut at multiples of TILE from its start."""
+def _store_hull_runs(record, interval: tl.constexpr, hull, PART: tl.constexpr):
+    """A hull as a masked, a full and a masked run, cut at multiples of PART from its start."""
     start, end, low, high = hull
-    tiles = tl.cdiv(tl.maximum(end - start, 0), TILE)
-    before = tl.minimum(tl.cdiv(tl.maximum(low - start, 0), TILE), tiles)
-    full_start = start + before * TILE
-    full_end = full_start + tl.maximum(tl.minimum(high, end) - full_start, 0) // TILE * TILE
+    parts = tl.cdiv(tl.maximum(end - start, 0), PART)
+    before = tl.minimum(tl.cdiv(tl.maximum(low - start, 0), PART), parts)
+    full_start = start + before * PART
+    full_end = full_start + tl.maximum(tl.minimum(high, end) - full_start, 0) // PART * PART
     store_run(record, 1 + interval, 0, start, tl.minimum(full_start, end))
     store_run(record, 0, interval, full_start, full_end)
     store_run(record, 1 + interval, 1, full_end, end)
-    return tiles
+    return parts
 
 
 @triton.jit
 def _store_query_record(
-    records_ptr, costs_ptr, tile, row0, row_end, rider0, rider_end, a, b, TILE: tl.constexpr
+    records_ptr, costs_ptr, tile, row0, row_end, rider0, rider_end, a, b, PART: tl.constexpr
 ):
     """One tile or a vector of them, with the hulls of both intervals."""
     record = records_ptr + tile.to(tl.int64) * RECORD
@@ -56,7 +56,7 @@ def _store_query_record(
     tl.store(record + 1, row_end)
     tl.store(record + RIDERS_AT, rider0)
     tl.store(record + RIDERS_AT + 1, rider_end)
-    cost = _store_hull_runs(record, 0, a, TILE) + _store_hull_runs(record, 1, b, TILE)
+    cost = _store_hull_runs(record, 0, a, PART) + _store_hull_runs(record, 1, b, PART)
     tl.store(costs_ptr + tile, cost)
 
 
@@ -76,6 +76,7 @@ def _store_hulls(at, stride, hulls, whole):
 )
 def query_tiles_kernel(
     pieces_ptr,
+    origins_ptr,
     tile_offsets_ptr,
     k_offsets_ptr,
     k_positions_ptr,
@@ -94,7 +95,7 @@ def query_tiles_kernel(
 ):
     PARTS: tl.constexpr = TILE // PART
     tile = tl.program_id(0)
-    piece, row0, row_end = locate(tile, pieces_ptr, tile_offsets_ptr, num_pieces, TILE)
+    piece, row0, row_end = locate(tile, pieces_ptr, origins_ptr, tile_offsets_ptr, num_pieces, TILE)
     if piece == num_pieces:
         return
     k_start = tl.load(k_offsets_ptr + piece // PIECES)
@@ -107,7 +108,7 @@ def query_tiles_kernel(
     riders = tl.load(pieces_ptr + sequence + 1) - context
     end = tl.load(pieces_ptr + sequence + PIECES)
     last_tile = tl.load(tile_offsets_ptr + sequence + PIECES) - 1
-    _, last_row0, _ = locate(last_tile, pieces_ptr, tile_offsets_ptr, num_pieces, TILE)
+    _, last_row0, _ = locate(last_tile, pieces_ptr, origins_ptr, tile_offsets_ptr, num_pieces, TILE)
     ride = (last_row0 > context) & (end - last_row0 + riders <= TILE)
 
     own = row_end - row0
@@ -146,7 +147,7 @@ def query_tiles_kernel(
             rider_end,
             _join_hulls(a),
             _join_hulls(b),
-            TILE,
+            PART,
         )
         # A part has the next so many of the rows, then of the riders.
         part_row0 = row0 + tl.minimum(part * PART, own)

@@ -39,23 +39,23 @@ def store_run(record, kind: tl.constexpr, run, start, end):
 
 
 @triton.jit
-def copy_runs(record, into, here, kind: tl.constexpr, segment, segments, BLOCK: tl.constexpr):
-    """Of the blocks of a kind, those of one segment. Vectors of records."""
+def copy_runs(record, into, here, kind: tl.constexpr, segment, segments, PART: tl.constexpr):
+    """Of the runs of a kind, what one segment walks. Vectors of records."""
     COUNT: tl.constexpr = MASKED_RUNS if kind > 0 else FULL_RUNS
-    blocks = segments * 0
+    parts = segments * 0
     for run in tl.static_range(COUNT):
         start = tl.load(record + run_at(kind, run), mask=here)
         end = tl.load(record + run_at(kind, run) + 1, mask=here)
-        blocks += tl.cdiv(tl.maximum(end - start, 0), BLOCK)
-    first = blocks * segment // segments
-    last = blocks * (segment + 1) // segments
+        parts += tl.cdiv(tl.maximum(end - start, 0), PART)
+    first = parts * segment // segments
+    last = parts * (segment + 1) // segments
     for run in tl.static_range(COUNT):
         start = tl.load(record + run_at(kind, run), mask=here)
         end = tl.load(record + run_at(kind, run) + 1, mask=here)
-        count = tl.cdiv(tl.maximum(end - start, 0), BLOCK)
+        count = tl.cdiv(tl.maximum(end - start, 0), PART)
         at = into + run_at(kind, run)
-        tl.store(at, start + tl.maximum(first, 0) * BLOCK, mask=here)
-        tl.store(at + 1, tl.minimum(end, start + last * BLOCK), mask=here)
+        tl.store(at, start + tl.maximum(first, 0) * PART, mask=here)
+        tl.store(at + 1, tl.minimum(end, start + last * PART), mask=here)
         first -= count
         last -= count
 

@@ -25,23 +25,23 @@ LIGHT = tl.constexpr(8)  # tiles that meet fewer others need no order: none of t
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows of a jagged buffer cut into tiles. Those of a piece lie as if it began at its first row,
-    of the second piece at the sequence's: `locate` has the rule."""
+    """Rows of a jagged buffer cut into tiles."""
 
     pieces: Tensor  # int32 [PIECES * B + 1]: row offsets of the pieces of the sequences
+    origins: Tensor  # int32 [PIECES * B + 1]: rows that the pieces' tiles are counted from
     offsets: Tensor  # int32 [PIECES * B + 1]: tile offsets of the pieces
     bound: int  # at most this many tiles, known to the host
 
     @staticmethod
-    def cut(rows: Jagged, intervals: Tensor | None, tile: int) -> Tiles:
-        """intervals: of these rows, if they are queries."""
+    def cut(rows: Jagged, intervals: Tensor | None, tile: int, part: int) -> Tiles:
+        """intervals: of these rows, if they are queries; part: a divisor of the tile."""
         num_pieces = PIECES.value * rows.num_sequences
-        pieces, offsets = (rows.offsets.new_empty(num_pieces + 1) for _ in range(2))
+        pieces, origins, offsets = (rows.offsets.new_empty(num_pieces + 1) for _ in range(3))
         _cut_kernel[(rows.num_sequences,)](
             rows.offsets, rows.positions, intervals, pieces, rows.num_sequences, TILE=tile
         )
-        _count_kernel[(1,)](pieces, offsets, num_pieces, TILE=tile, CHUNK=1024)
-        return Tiles(pieces, offsets, rows.num_rows // tile + num_pieces)
+        _count_kernel[(1,)](pieces, origins, offsets, num_pieces, TILE=tile, PART=part, CHUNK=1024)
+        return Tiles(pieces, origins, offsets, rows.num_rows // tile + num_pieces)
 
 
 # Of a tile that meets more than one in SHARES of what all tiles meet, a GPU would still be walking
@@ -63,20 +63,20 @@ class Records:
         zeros = like.new_zeros(RECORD.value + 1, count)
         return Records(zeros[:-1].view(count, -1), zeros[-1])
 
-    def heaviest_first(self, tile: int) -> Tensor:
-        """Of tiles of so many rows."""
-        return self._ordered(torch.empty_like(self.records), tile, 0)
+    def heaviest_first(self, part: int) -> Tensor:
+        """part: what full runs are a multiple of."""
+        return self._ordered(torch.empty_like(self.records), part, 0)
 
-    def in_segments(self, tile: int) -> Tensor:
+    def in_segments(self, part: int) -> Tensor:
         """Heaviest first, and one record for each segment: at most SHARES more than tiles, and at
         most 2 SHARES of tiles that have several."""
         room = self.records.new_zeros(len(self.costs) + SHARES, RECORD.value)
-        return self._ordered(room, tile, SHARES)
+        return self._ordered(room, part, SHARES)
 
-    def _ordered(self, ordered: Tensor, tile: int, shares: int) -> Tensor:
+    def _ordered(self, ordered: Tensor, part: int, shares: int) -> Tensor:
         count = len(self.costs)
         _order_kernel[(cdiv(count, 32),)](
-            self.records, self.costs, ordered, count, shares, LEAST, TILE=tile, BLOCK=32, CHUNK=256
+            self.records, self.costs, ordered, count, shares, LEAST, PART=part, BLOCK=32, CHUNK=256
         )
         return ordered
 
@@ -141,17 +141,23 @@ def _cut_kernel(
         tl.store(pieces_ptr + PIECES * num_sequences, end)
 
 
-@triton.jit
-def _origin(pieces_ptr, piece, start, inside, TILE: tl.constexpr):
-    """Where the tiles of a piece are counted from. A few contextual tokens before it shift none:
-    the rows of a tile then end where a block of the keys they see ends."""
-    before = tl.load(pieces_ptr + piece - 1, mask=inside & (piece % PIECES == 1), other=0)
-    return tl.where(piece % PIECES == 1, start - (start - before) % TILE, start)
-
-
 @triton.jit(do_not_specialize=["num_pieces"])
-def _count_kernel(pieces_ptr, offsets_ptr, num_pieces, TILE: tl.constexpr, CHUNK: tl.constexpr):
-    """Tile offsets of pieces. One program: there are few."""
+def _count_kernel(
+    pieces_ptr,
+    origins_ptr,
+    offsets_ptr,
+    num_pieces,
+    TILE: tl.constexpr,
+    PART: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Origins and tile offsets of pieces. One program: there are few.
+
+    A piece's first tile may be short, which costs little: under most masks it sees the fewest keys.
+    Those after contextual tokens are counted from the sequence's first row: the rows of a tile then
+    end where a block of the keys they see ends. And where parts of the last tile would be empty,
+    riders left out, they move to the front.
+    """
     tl.store(offsets_ptr, 0)
     before = 0
     for chunk in range(0, num_pieces, CHUNK):
@@ -159,8 +165,15 @@ def _count_kernel(pieces_ptr, offsets_ptr, num_pieces, TILE: tl.constexpr, CHUNK
         inside = piece < num_pieces
         start = tl.load(pieces_ptr + piece, mask=inside, other=0)
         end = tl.load(pieces_ptr + piece + 1, mask=inside, other=0)
-        tiles = tl.cdiv(end - _origin(pieces_ptr, piece, start, inside, TILE), TILE)
-        tiles = tl.where(start < end, tiles, 0)
+        nth = piece % PIECES
+        context = tl.load(pieces_ptr + piece - nth, mask=inside, other=0)
+        riders = tl.load(pieces_ptr + piece - nth + 1, mask=inside, other=0) - context
+        skipped = tl.where(nth == 1, riders, 0)
+        room = (TILE - (end - start + skipped) % TILE) % TILE
+        skipped += tl.where(nth > 0, tl.maximum(room - riders, 0) // PART * PART, 0)
+        origin = start - skipped % TILE
+        tl.store(origins_ptr + piece, origin, mask=inside)
+        tiles = tl.where(start < end, tl.cdiv(end - origin, TILE), 0)
         tl.store(offsets_ptr + piece + 1, before + tl.cumsum(tiles), mask=inside)
         before += tl.sum(tiles)
 
@@ -173,7 +186,7 @@ def _order_kernel(
     num_tiles,
     shares,
     least,
-    TILE: tl.constexpr,
+    PART: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -208,7 +221,7 @@ def _order_kernel(
         for i in tl.static_range(RUNS_AT):
             tl.store(into + i, tl.load(record + i, mask=here), mask=here)
         for kind in tl.static_range(KINDS):
-            copy_runs(record, into, here, kind, segment, segments, TILE)
+            copy_runs(record, into, here, kind, segment, segments, PART)
         store_segment(into, here, segment, segments, slot)
 
 
@@ -220,14 +233,13 @@ def _segments(cost, most):
 
 
 @triton.jit
-def locate(tile, pieces_ptr, offsets_ptr, num_pieces, TILE: tl.constexpr):
+def locate(tile, pieces_ptr, origins_ptr, offsets_ptr, num_pieces, TILE: tl.constexpr):
     """The piece that a tile is of (num_pieces: a surplus tile's), its first row and the one after
     its last."""
     piece = count_at_most(offsets_ptr, 0, num_pieces + 1, tile, False) - 1
     start = tl.load(pieces_ptr + piece)
     end = tl.load(pieces_ptr + tl.minimum(piece + 1, num_pieces))
-    row0 = _origin(pieces_ptr, piece, start, piece < num_pieces, TILE)
-    row0 += (tile - tl.load(offsets_ptr + piece)) * TILE
+    row0 = tl.load(origins_ptr + piece) + (tile - tl.load(offsets_ptr + piece)) * TILE
     return piece, tl.maximum(row0, start), tl.minimum(row0 + TILE, end)
 
 

@@ -65,11 +65,11 @@ def visited(plan: Plan, records: Tensor, tile: int, by_keys: bool) -> Tensor:
             for start, end in runs:
                 if start >= end:
                     continue
-                assert kind or (end - start) % tile == 0
+                assert kind or (end - start) % PART == 0
                 if by_keys:
                     count[start:end, rows] += seen[kind][start:end, rows]
                 else:  # its last block may overrun the run
-                    end = start + -(-(end - start) // tile) * tile
+                    end = start + -(-(end - start) // PART) * PART
                     count[rows, start:end] += seen[kind][rows, start:end]
     return count
 
