@@ -90,8 +90,8 @@ class EmbeddingConfig:
 class ParallelConfig:
     cp: int = 1  # processes that share each sequence; the rest of the mesh is data parallel
     # Which positions a rank holds (parallel/layout.py), and how keys and values reach the ranks
-    # that need them (parallel/exchange/). auto: contiguous and halo where queries see a window of
-    # at most a quarter of data.max_length, else zigzag and ring.
+    # that need them (parallel/exchange/). auto: contiguous and halo where queries see a window, so
+    # short that contiguous chunks are equal work, else zigzag and ring.
     layout: Literal["auto", "zigzag", "contiguous"] = "auto"
     exchange: Literal["auto", "ring", "all_gather", "halo", "ulysses"] = "auto"
     balance: bool = True  # deal each step's sequences to the dp groups by their work

@@ -72,7 +72,8 @@ class Layout(ABC):
 
 
 class ZigzagLayout(Layout):
-    """Rank r holds stripes r and 2 cp - 1 - r of every 2 cp, of what is left over such chunks.
+    """Rank r holds stripes r and 2 cp - 1 - r of every 2 cp. The rest of a sequence, too short for
+    2 cp stripes, is cut into 2 cp equal chunks and dealt alike.
 
     Under a causal mask every rank has equal work, and so it has against the keys of any one other
     rank, with light rows among the heavy ones: none of a ring's steps ends in a tail of heavy ones.

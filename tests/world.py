@@ -35,15 +35,15 @@ def _serve(rank: int, size: int, gpus: bool, pipe: Connection) -> None:
             return
         os.environ["MASTER_PORT"] = port
         try:
-            answer = function(*args), None
+            result = function(*args)
+            # The threads of a gloo group wake a hundred times a second: those of all tests together
+            # would keep a small machine from anything else.
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            gc.collect()
+            pipe.send((result, None))
         except BaseException:
-            answer = None, f"rank {rank} of {size}:\n{traceback.format_exc()}"
-        # The threads of a gloo group wake a hundred times a second: those of all tests together
-        # would keep a small machine from anything else.
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        gc.collect()
-        pipe.send(answer)
+            pipe.send((None, f"rank {rank} of {size}:\n{traceback.format_exc()}"))
 
 
 def _free_port() -> str:

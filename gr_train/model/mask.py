@@ -35,18 +35,32 @@ class Sharding(NamedTuple):
 
 def choose_sharding(config: Config) -> Sharding:
     """What "auto" means for this mask, and why; see ParallelConfig."""
-    parallel, mask = config.parallel, config.model.mask
-    # The first rows of a sequence see less than a window: of longer windows, equal chunks would
-    # make unequal work.
-    if 0 < (mask.window or mask.local) <= config.data.max_length // 4:
-        best = Sharding("contiguous", "halo", "queries see a window, so only that is sent")
-    else:
-        why = "queries see whole histories, whose way hides behind attention"
-        best = Sharding("zigzag", "ring", why)
-    layout = best.layout if parallel.layout == "auto" else parallel.layout
-    if parallel.exchange == "auto":
-        return best._replace(layout=layout)
-    return Sharding(layout, parallel.exchange, "as configured")
+    mask, layout, exchange = config.model.mask, config.parallel.layout, config.parallel.exchange
+    windowed = bool(mask.window or mask.local)
+    if layout == "auto":
+        near = windowed and exchange in ("auto", "halo") and _chunks_are_equal_work(config)
+        layout = "contiguous" if near else "zigzag"
+    if exchange != "auto":
+        return Sharding(layout, exchange, "as configured")
+    if windowed and layout == "contiguous":
+        return Sharding(layout, "halo", "queries see a window, so only that is sent")
+    why = "queries see much of a sequence, whose way hides behind attention"
+    return Sharding(layout, "ring", why)
+
+
+def _chunks_are_equal_work(config: Config) -> bool:
+    """Whether a rank that holds one chunk of a sequence has at most a tenth more work than the
+    mean: the first rows see less than a window, a full suffix more.
+
+    Of a sequence half as long as they may be, as many are.
+    """
+    length, cp = config.data.max_length // 2, config.parallel.cp
+    lengths = torch.tensor([length], dtype=torch.int32)
+    intervals = mask_intervals(
+        config.model.mask, 0, Jagged.whole(lengths), lengths, torch.zeros_like(lengths)
+    )
+    work = torch.stack([x.double().sum() for x in interval_lengths(intervals).tensor_split(cp)])
+    return bool(work.max() <= 1.1 * work.mean())
 
 
 def sequence_flops(config: ModelConfig, num_contextual: int, batch: JaggedBatch) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention backward without atomics: dk and dv per key tile, dq per query tile.
+"""Attention backward without atomic sums: dk and dv per key tile, dq per query tile.
 
 With s = alpha q . k, p = silu(s) and dp = dout . v, all sums over the visible pairs:
 dv = scale sum p dout, dk = scale alpha sum silu'(s) dp q, dq = scale alpha sum silu'(s) dp k.

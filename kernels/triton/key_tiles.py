@@ -47,14 +47,6 @@ def _store_codes(record, kind: tl.constexpr, codes, row, row_end, overflow):
     tl.store(at + 1, row_end, mask=ends & (row < overflow))
 
 
-@triton.jit
-def _rows_of_part(part, start, origin, end, TILE: tl.constexpr, PARTS: tl.constexpr):
-    """The first row of a part of a piece's tiles, and the one after its last."""
-    first = part < PARTS  # of the first tile, which may be short
-    row = tl.where(first, start, origin) + part * TILE
-    return row, tl.minimum(row + TILE, tl.where(first, tl.minimum(origin + PARTS * TILE, end), end))
-
-
 @triton.jit(do_not_specialize=["num_pieces", "num_query_tiles"])
 def key_tiles_kernel(
     pieces_ptr,
@@ -78,7 +70,7 @@ def key_tiles_kernel(
     room in the record, all tiles share the last run of either interval.
     """
     key_tile = tl.program_id(0)
-    piece, key0, key_end = locate(
+    piece, _, key0, key_end = locate(
         key_tile, pieces_ptr, origins_ptr, tile_offsets_ptr, num_pieces, TILE
     )
     if piece == num_pieces:
@@ -114,13 +106,13 @@ def key_tiles_kernel(
             inside = (tile > first) & (tile <= last)
             before = _meets(hulls_ptr, num_query_tiles, tile - 1, inside, key0, key_end)
             after = _meets(hulls_ptr, num_query_tiles, tile + 1, tile + 1 < last, key0, key_end)
-            row = _rows_of_part(tile - first, row_first, row_first, row_second, TILE, PARTS)
-            row2 = _rows_of_part(tile - second, row_second, origin_second, row_third, TILE, PARTS)
-            row3 = _rows_of_part(tile - third, row_third, origin_third, row_last, TILE, PARTS)
-            row_end = tl.where(tile >= second, row2[1], row[1])
-            row_end = tl.where(tile >= third, row3[1], row_end)
-            row = tl.where(tile >= second, row2[0], row[0])
-            row = tl.where(tile >= third, row3[0], row)
+            begin = row_first + (tile - first) * TILE
+            begin = tl.where(tile >= second, origin_second + (tile - second) * TILE, begin)
+            begin = tl.where(tile >= third, origin_third + (tile - third) * TILE, begin)
+            start = tl.where(tile >= second, row_second, row_first)
+            row = tl.maximum(begin, tl.where(tile >= third, row_third, start))
+            end = tl.where(tile >= second, row_third, row_second)
+            row_end = tl.minimum(begin + TILE, tl.where(tile >= third, row_last, end))
             # A new piece starts a new run: its first row need not follow a whole tile.
             starts = (tile == second) | (tile == third)
             ends = (tile + 1 == second) | (tile + 1 == third) | (row_end == overflow)

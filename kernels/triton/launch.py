@@ -110,8 +110,7 @@ def key_value_gradients(
         launches.append((config.value, False, True))
     rows = plan.most_segments * config.part
     sums = [x.new_empty(rows, *x.shape[1:], dtype=torch.float32) for x in (k, v)]
-    done = q.new_zeros(len(launches), rows * q.shape[1], dtype=torch.int32)
-    for i, (blocks, with_key, with_value) in enumerate(launches):
+    for blocks, with_key, with_value in launches:
         key_value_kernel[(len(tiles) * (config.part // blocks.n) * q.shape[1],)](
             _descriptor(dout, blocks.m),
             _descriptor(q, blocks.m),
@@ -122,7 +121,7 @@ def key_value_gradients(
             *key.out,
             *value.out,
             *sums,
-            done[i],
+            q.new_zeros(rows // blocks.n * q.shape[1], dtype=torch.int32),
             tiles,
             plan.bounds,
             len(q),

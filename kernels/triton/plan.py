@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from kernels.jagged import Jagged
 from kernels.triton.key_tiles import key_tiles_kernel
 from kernels.triton.query_tiles import HULLS, query_tiles_kernel
-from kernels.triton.tiles import PIECES, SHARES, Records, Tiles
+from kernels.triton.tiles import PIECES, Records, Tiles, most_segments
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ class Plan:
 
     @property
     def most_segments(self) -> int:
-        """Of key parts that have several, as many at most."""
-        return 2 * SHARES
+        """Of key parts that have several: at most as many."""
+        return most_segments(self.hulls.shape[1])
 
 
 # One batch's plans, found again by every layer, forward and backward, and freed with its intervals.

@@ -95,7 +95,9 @@ def query_tiles_kernel(
 ):
     PARTS: tl.constexpr = TILE // PART
     tile = tl.program_id(0)
-    piece, row0, row_end = locate(tile, pieces_ptr, origins_ptr, tile_offsets_ptr, num_pieces, TILE)
+    piece, begin, row0, row_end = locate(
+        tile, pieces_ptr, origins_ptr, tile_offsets_ptr, num_pieces, TILE
+    )
     if piece == num_pieces:
         return
     k_start = tl.load(k_offsets_ptr + piece // PIECES)
@@ -108,14 +110,18 @@ def query_tiles_kernel(
     riders = tl.load(pieces_ptr + sequence + 1) - context
     end = tl.load(pieces_ptr + sequence + PIECES)
     last_tile = tl.load(tile_offsets_ptr + sequence + PIECES) - 1
-    _, last_row0, _ = locate(last_tile, pieces_ptr, origins_ptr, tile_offsets_ptr, num_pieces, TILE)
-    ride = (last_row0 > context) & (end - last_row0 + riders <= TILE)
+    _, last_begin, last_row0, _ = locate(
+        last_tile, pieces_ptr, origins_ptr, tile_offsets_ptr, num_pieces, TILE
+    )
+    ride = (last_row0 > context) & (end - last_begin + riders <= TILE)
+    riders = tl.where(ride & (tile == last_tile), riders, 0)
 
-    own = row_end - row0
-    rows_here = own + tl.where(ride & (tile == last_tile), riders, 0)
+    # Lanes are the tile's places for rows, in parts: some in front may be empty, riders come last.
+    used = row_end - begin
     lane = tl.arange(0, PARTS)[:, None] * PART + tl.arange(0, PART)[None, :]
-    rows = tl.where(lane < own, row0, context - own) + lane
-    valid = lane < rows_here
+    rows = tl.where(lane < used, begin, context - used) + lane
+    own = (begin + lane >= row0) & (lane < used)
+    valid = own | ((lane >= used) & (lane < used + riders))
     at = intervals_ptr + rows.to(tl.int64) * 4
     a0 = _key_row(k_positions_ptr, k_start, k_length, tl.load(at, mask=valid, other=0))
     a1 = _key_row(k_positions_ptr, k_start, k_length, tl.load(at + 1, mask=valid, other=0))
@@ -127,16 +133,15 @@ def query_tiles_kernel(
     tl.store(at + num_rows.to(tl.int64) * 2, b0, mask=valid)
     tl.store(at + num_rows.to(tl.int64) * 3, b1, mask=valid)
 
-    part = tl.arange(0, PARTS)
-    whole = (part + 1) * PART <= own
-    at = hulls_ptr + tile * PARTS + part
-    _store_hulls(at, num_parts, _hull(a0, a1, lane < own), whole)
-    _store_hulls(at + num_parts * 4, num_parts, _hull(b0, b1, lane < own), whole)
+    part0 = tl.arange(0, PARTS) * PART
+    whole = (begin + part0 >= row0) & (part0 + PART <= used)
+    at = hulls_ptr + tile * PARTS + tl.arange(0, PARTS)
+    _store_hulls(at, num_parts, _hull(a0, a1, own), whole)
+    _store_hulls(at + num_parts * 4, num_parts, _hull(b0, b1, own), whole)
 
     if not (ride & (piece == sequence)):
         a = _hull(a0, a1, valid)
         b = _hull(b0, b1, valid)
-        rider_end = context + rows_here - own
         _store_query_record(
             tiles_ptr,
             tile_costs_ptr,
@@ -144,23 +149,19 @@ def query_tiles_kernel(
             row0,
             row_end,
             context,
-            rider_end,
+            context + riders,
             _join_hulls(a),
             _join_hulls(b),
             PART,
         )
-        # A part has the next so many of the rows, then of the riders.
-        part_row0 = row0 + tl.minimum(part * PART, own)
-        part_rider0 = tl.minimum(context + tl.maximum(part * PART - own, 0), rider_end)
-        part_own = tl.minimum(row0 + own - part_row0, PART)
         _store_query_record(
             parts_ptr,
             part_costs_ptr,
-            tile * PARTS + part,
-            part_row0,
-            row0 + own,
-            part_rider0,
-            tl.minimum(part_rider0 + PART - part_own, rider_end),
+            tile * PARTS + tl.arange(0, PARTS),
+            tl.minimum(tl.maximum(begin + part0, row0), row_end),
+            tl.minimum(tl.maximum(begin + part0 + PART, row0), row_end),
+            context + tl.minimum(tl.maximum(part0 - used, 0), riders),
+            context + tl.minimum(tl.maximum(part0 + PART - used, 0), riders),
             a,
             b,
             PART,

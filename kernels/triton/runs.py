@@ -20,7 +20,7 @@ FULL_RUNS = tl.constexpr(2)
 MASKED_RUNS = tl.constexpr(4)  # per interval
 RIDERS_AT = tl.constexpr(2)
 RUNS_AT = tl.constexpr(4)
-SEGMENT_AT = tl.constexpr(24)
+SEGMENT_AT = tl.constexpr(RUNS_AT + 2 * (FULL_RUNS + 2 * MASKED_RUNS))
 RECORD = tl.constexpr(32)
 
 

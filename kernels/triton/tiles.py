@@ -20,7 +20,7 @@ from kernels.triton.runs import KINDS, RECORD, RUNS_AT, copy_runs, store_segment
 
 FAR = tl.constexpr(1 << 30)
 PIECES = tl.constexpr(3)  # a sequence is cut into so many pieces, empty ones included
-LIGHT = tl.constexpr(8)  # tiles that meet fewer others need no order: none of them makes a tail
+LIGHT = tl.constexpr(8)  # tiles that meet no more need no order: none of them makes a tail
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Tiles:
     """Rows of a jagged buffer cut into tiles."""
 
     pieces: Tensor  # int32 [PIECES * B + 1]: row offsets of the pieces of the sequences
-    origins: Tensor  # int32 [PIECES * B + 1]: rows that the pieces' tiles are counted from
+    origins: Tensor  # int32 [PIECES * B + 1]: where the first tiles of the pieces begin
     offsets: Tensor  # int32 [PIECES * B + 1]: tile offsets of the pieces
     bound: int  # at most this many tiles, known to the host
 
@@ -50,6 +50,11 @@ SHARES = 64
 LEAST = 64  # tiles that meet fewer others are not worth it
 
 
+def most_segments(num_query_tiles: int) -> int:
+    """Of key tiles that have several, if so many query tiles can meet one: at most as many."""
+    return 2 * SHARES if KINDS.value * num_query_tiles > LEAST else 0
+
+
 @dataclass(frozen=True)
 class Records:
     """Tiles as `runs.py` reads them, and how many others they meet: int32 [tiles, RECORD] and
@@ -68,8 +73,7 @@ class Records:
         return self._ordered(torch.empty_like(self.records), part, 0)
 
     def in_segments(self, part: int) -> Tensor:
-        """Heaviest first, and one record for each segment: at most SHARES more than tiles, and at
-        most 2 SHARES of tiles that have several."""
+        """Heaviest first, and one record for each segment: at most SHARES more than tiles."""
         room = self.records.new_zeros(len(self.costs) + SHARES, RECORD.value)
         return self._ordered(room, part, SHARES)
 
@@ -153,12 +157,13 @@ def _count_kernel(
 ):
     """Origins and tile offsets of pieces. One program: there are few.
 
-    A piece's first tile may be short, which costs little: under most masks it sees the fewest keys.
-    Those after contextual tokens are counted from the sequence's first row: the rows of a tile then
-    end where a block of the keys they see ends. And where parts of the last tile would be empty,
-    riders left out, they move to the front.
+    A piece's first tile may be short in front, which costs little: under most masks it sees the
+    fewest keys. Tiles after contextual tokens begin with the sequence: their rows then end where a
+    block of the keys they see ends. And parts of the last tile that would be empty, but for riders,
+    are missing in the first.
     """
     tl.store(offsets_ptr, 0)
+    tl.store(origins_ptr + num_pieces, 0)
     before = 0
     for chunk in range(0, num_pieces, CHUNK):
         piece = chunk + tl.arange(0, CHUNK)
@@ -192,7 +197,7 @@ def _order_kernel(
 ):
     """Copy each record behind those of heavier tiles, and of equal ones that come before it.
 
-    shares: if not 0, a record for each segment, none of more than a share of all costs.
+    shares: if not 0, a record for each segment, none of more than a share of all costs, or `least`.
     """
     most = FAR
     if shares > 0:
@@ -234,17 +239,17 @@ def _segments(cost, most):
 
 @triton.jit
 def locate(tile, pieces_ptr, origins_ptr, offsets_ptr, num_pieces, TILE: tl.constexpr):
-    """The piece that a tile is of (num_pieces: a surplus tile's), its first row and the one after
-    its last."""
+    """The piece that a tile is of (num_pieces: a surplus tile's), where the tile begins, its first
+    row, which is not there if the tile is short in front, and the one after its last."""
     piece = count_at_most(offsets_ptr, 0, num_pieces + 1, tile, False) - 1
     start = tl.load(pieces_ptr + piece)
     end = tl.load(pieces_ptr + tl.minimum(piece + 1, num_pieces))
-    row0 = tl.load(origins_ptr + piece) + (tile - tl.load(offsets_ptr + piece)) * TILE
-    return piece, tl.maximum(row0, start), tl.minimum(row0 + TILE, end)
+    begin = tl.load(origins_ptr + piece) + (tile - tl.load(offsets_ptr + piece)) * TILE
+    return piece, begin, tl.maximum(begin, start), tl.minimum(begin + TILE, end)
 
 
 @triton.jit
 def _weight_of(cost):
     """The cost's binary exponent and two bits more, and all of the lightest alike: tiles of one
     sequence then run side by side and find their shared rows in the cache."""
-    return tl.maximum(cost, LIGHT // 2).to(tl.float32).to(tl.int32, bitcast=True) >> 21
+    return tl.maximum(cost, LIGHT).to(tl.float32).to(tl.int32, bitcast=True) >> 21

@@ -142,6 +142,14 @@ def test_zigzag_shards(mask: str) -> None:
     problem(queries, rows_where(whole, whole.positions % 3 > 0), intervals[outer]).check()
 
 
+def test_parts_of_several_blocks_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of dk and dv, in segments."""
+    block = configs.Blocks(16, 16, 4, 1)
+    monkeypatch.setattr(configs, "SINGLE", configs.Config(64, 32, block, block, block))
+    whole, _, _ = tokens()
+    problem(whole, whole, masks()["semi-local"], heads=2).check()
+
+
 def test_any_intervals() -> None:
     """What our masks never have: random ends, rows that see nothing, runs beyond a record."""
     whole, lengths, _ = tokens()

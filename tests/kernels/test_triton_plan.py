@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton")
 
 from kernels.jagged import Jagged
-from kernels.masks import semi_local_intervals
+from kernels.masks import hstu_intervals, semi_local_intervals
 from kernels.triton import tiles
 from kernels.triton.plan import Plan
 from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, RIDERS_AT, RUNS_AT, SEGMENT_AT
@@ -114,6 +115,9 @@ def part_of(whole: Jagged, keep: Tensor) -> Jagged:
 def test_masks_and_shards(case: Case, data: st.DataObject) -> None:
     if int(case.lengths.sum()) == 0:
         return
+    if data.draw(st.booleans()):  # as many contextual tokens as a part or tile has rows, or about
+        contextual = data.draw(st.sampled_from([PART - 1, PART, PART + 1, TILE, TILE + 1, 40]))
+        case = replace(case, num_contextual=contextual)
     whole = Jagged.whole(case.lengths)
     chunks = data.draw(st.sampled_from([1, 4]))
     chunk = whole.positions * chunks // case.lengths[whole.sequence_ids()].clamp(min=1)
@@ -160,3 +164,22 @@ def test_a_prefix_that_all_see_is_walked_in_segments() -> None:
         PART,
     )
     assert check_segments(plan) >= 2 * 8
+
+
+def test_stripes_are_masked_at_the_diagonal_alone() -> None:
+    """A causal shard's steps of a ring: what lies below the diagonal is full, also where the short
+    tile in front breaks a run."""
+    lengths = torch.tensor([TILE * 8 + PART], dtype=torch.int32)
+    whole = Jagged.whole(lengths)
+    stripe = whole.positions // TILE % 4
+    outer = (stripe == 0) | (stripe == 3)
+    for keys in (outer, ~outer):
+        parts = [part_of(whole, keep) for keep in (outer, keys)]
+        intervals = hstu_intervals(parts[0], lengths, torch.zeros_like(lengths))
+        check(*parts, intervals)
+        on_device = [Jagged(x.offsets.to(DEVICE), x.positions.to(DEVICE)) for x in parts]
+        plan = Plan.build(*on_device, intervals.to(DEVICE), TILE, PART)
+        for records in (plan.query_parts, plan.key_parts):
+            masked = [runs_of(record)[1] for record in records.tolist()]
+            blocks = [sum(-(-max(end - start, 0) // PART) for start, end in x) for x in masked]
+            assert max(blocks) <= 1
