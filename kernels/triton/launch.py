@@ -163,7 +163,8 @@ def _nothing(add: Tensor | None, out: Tensor) -> Tensor:
 
 def _plan(q: Tensor, v: Tensor, weighting: Weighting) -> tuple[Config, Plan]:
     mean_length = len(q) // weighting.queries.num_sequences
-    config = config_for(max(q.shape[2], v.shape[2]), mean_length, q.dtype, q.device)
+    dim, rows_of_heads = max(q.shape[2], v.shape[2]), len(q) * q.shape[1]
+    config = config_for(dim, rows_of_heads, mean_length, q.dtype, q.device)
     rows = weighting.queries, weighting.keys, weighting.intervals
     return config, plan_for(*rows, config.tile, config.part)
 
