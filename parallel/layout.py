@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.jagged import Jagged, lengths_to_offsets
+from parallel.spans import count_out
 
 # A multiple of the rows that attention takes at a time: of its tiles none is wasted on a border.
 STRIPE = 128
@@ -44,23 +45,19 @@ class Layout(ABC):
         only: int64 [b], rising: of which of the sequences, if not of all.
         """
         lengths = lengths.long()
-        count = lengths // self.block + 1
-        sequence = torch.repeat_interleave(count)  # of each block
-        end = count.cumsum(0)
+        blocks = Jagged.whole((lengths // self.block + 1).int())  # a row is a block
+        sequence = blocks.sequence_ids()
         block_lengths = torch.full_like(sequence, self.block)
-        block_lengths[end - 1] = lengths % self.block
-        block_starts = (torch.arange(len(sequence)) - (end - count)[sequence]) * self.block
+        block_lengths[blocks.offsets[1:] - 1] = lengths % self.block
 
         starts, sizes = (x[rank].T for x in self.chunks(block_lengths))  # [blocks, chunks]
-        starts = starts + block_starts[:, None]
+        starts = starts + blocks.positions[:, None].long() * self.block
         rows = torch.zeros_like(lengths).index_add_(0, sequence, sizes.sum(1))  # of each sequence
         if only is not None:
             wanted = torch.zeros(len(lengths), dtype=torch.bool).index_fill_(0, only, True)
             starts, sizes, rows = starts[wanted[sequence]], sizes[wanted[sequence]], rows[only]
-        starts, sizes, total = starts.flatten(), sizes.flatten(), int(rows.sum())
-        first_row = lengths_to_offsets(sizes)[:-1]
-        shift = torch.repeat_interleave(starts - first_row, sizes, output_size=total)
-        return Jagged(lengths_to_offsets(rows), (torch.arange(total) + shift).to(torch.int32))
+        positions = count_out(starts.flatten(), sizes.flatten(), torch.device("cpu"))
+        return Jagged(lengths_to_offsets(rows), positions.int())
 
     def shares(self, lengths: Tensor) -> Tensor:
         """Rows per rank and block, int64 [cp, blocks]."""

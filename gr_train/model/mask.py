@@ -11,6 +11,7 @@ from gr_train.config import Config, MaskConfig, ModelConfig
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, interval_lengths, semi_local_intervals
 from parallel.batch import JaggedBatch
+from parallel.layout import ContiguousLayout
 
 
 def mask_intervals(
@@ -54,13 +55,14 @@ def _chunks_are_equal_work(config: Config) -> bool:
 
     Of a sequence half as long as they may be, as many are.
     """
-    length, cp = config.data.max_length // 2, config.parallel.cp
-    lengths = torch.tensor([length], dtype=torch.int32)
-    intervals = mask_intervals(
-        config.model.mask, 0, Jagged.whole(lengths), lengths, torch.zeros_like(lengths)
-    )
-    work = torch.stack([x.double().sum() for x in interval_lengths(intervals).tensor_split(cp)])
-    return bool(work.max() <= 1.1 * work.mean())
+    layout = ContiguousLayout(config.parallel.cp)
+    lengths = torch.tensor([config.data.max_length // 2], dtype=torch.int32)
+    work = []
+    for rank in range(layout.cp_size):
+        rows = layout.positions(lengths, rank)
+        seen = mask_intervals(config.model.mask, 0, rows, lengths, torch.zeros_like(lengths))
+        work.append(float(interval_lengths(seen).sum()))
+    return max(work) <= 1.1 * sum(work) / len(work)
 
 
 def sequence_flops(config: ModelConfig, num_contextual: int, batch: JaggedBatch) -> Tensor:

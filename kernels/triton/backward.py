@@ -108,17 +108,18 @@ def key_value_kernel(
     dv *= scale
     k_at, v_at = head * QK_DIM, head * V_DIM
     segment, segments, slot = load_segment(record)
+    # Both branches store: joined before that, they would hold dk and dv beside the new sums.
     if segments == 1:
         if KEY:
             store_rows(dk_ptr, dk_stride, add_k_ptr, add_k_stride, dk, rows, inside, k_at)
         if VALUE:
             store_rows(dv_ptr, dv_stride, add_v_ptr, add_v_stride, dv, rows, inside, v_at)
     else:
-        sums = (slot * PARTS + part) * BLOCK_N + tl.arange(0, BLOCK_N)
+        sums = slot * TILE + part * BLOCK_N + tl.arange(0, BLOCK_N)
         if KEY:
-            _store_sums(sums_k_ptr, dk, sums, segment * TILE, head, HEADS)
+            _store_sums(sums_k_ptr, dk, sums + segment * TILE, head, HEADS)
         if VALUE:
-            _store_sums(sums_v_ptr, dv, sums, segment * TILE, head, HEADS)
+            _store_sums(sums_v_ptr, dv, sums + segment * TILE, head, HEADS)
         tl.debug_barrier()  # all threads have stored
         done = tl.atomic_add(done_ptr + (slot * PARTS + part) * HEADS + head, 1)
         if done == segments - 1:
@@ -131,9 +132,9 @@ def key_value_kernel(
 
 
 @triton.jit
-def _store_sums(ptr, x, rows, first, head, HEADS: tl.constexpr):
+def _store_sums(ptr, x, rows, head, HEADS: tl.constexpr):
     DIM: tl.constexpr = x.shape[1]
-    store_rows(ptr, HEADS * DIM, None, 0, x, rows + first, rows >= 0, head * DIM)
+    store_rows(ptr, HEADS * DIM, None, 0, x, rows, rows >= 0, head * DIM)
 
 
 @triton.jit
@@ -185,7 +186,7 @@ def query_kernel(
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS % PARTS
     record = tiles_ptr + (tl.program_id(0) // (HEADS * PARTS)).to(tl.int64) * RECORD
-    queries, inside, some = query_rows(record, part, TILE, BLOCK_M)
+    queries, inside, some = query_rows(record, part, BLOCK_M)
     if not some:
         return
 
@@ -209,6 +210,6 @@ def query_kernel(
             _, slope = silu_and_twice_slope(half_scores, FAST)
             dq = tl.dot((dweights * slope).to(k.dtype), k, dq, input_precision=PRECISION)
 
-    queries, inside, _ = query_rows(record, part, TILE, BLOCK_M)  # again: registers are dear
+    queries, inside, _ = query_rows(record, part, BLOCK_M)  # again: registers are dear
     dq *= scale * half_alpha
     store_rows(dq_ptr, dq_stride, add_ptr, add_stride, dq, queries, inside, head * QK_DIM)

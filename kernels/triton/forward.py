@@ -73,7 +73,7 @@ def forward_kernel(
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS % PARTS
     record = tiles_ptr + (tl.program_id(0) // (HEADS * PARTS)).to(tl.int64) * RECORD
-    queries, inside, some = query_rows(record, part, TILE, BLOCK_M)
+    queries, inside, some = query_rows(record, part, BLOCK_M)
     if not some:
         return
 
@@ -94,6 +94,6 @@ def forward_kernel(
             v = v_desc.load([row, head * V_DIM])
             acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
 
-    queries, inside, _ = query_rows(record, part, TILE, BLOCK_M)  # again: registers are dear
+    queries, inside, _ = query_rows(record, part, BLOCK_M)  # again: registers are dear
     out = acc * scale
     store_rows(out_ptr, out_stride, add_ptr, add_stride, out, queries, inside, head * V_DIM)

@@ -1,16 +1,16 @@
 """How a kernel walks the rows its tile has to visit: the record that a plan has for it.
 
-A record is int32: the tile's first row, the row after its last one (of its sequence, so it may lie
-beyond the tile), the same of other rows that ride along behind these, then runs of rows to visit as
-(start, end); what is unused is empty. There are three kinds of runs: full ones, where every query
-sees every key, and those where the queries' first interval is to be tested, or their second. A full
-run is a multiple of every block. Last, of a key tile, which of how many segments of its blocks
-these runs are, and where in a buffer the sums of the tile's segments begin.
+A record is int32: the tile's first row, the row after its last one, the same of other rows that
+ride along behind these, then runs of rows to visit as (start, end); what is unused is empty. There
+are three kinds of runs: full ones, where every query sees every key, and those where the queries'
+first interval is to be tested, or their second. A full run is a multiple of every block. Last, of a
+key tile, which of how many segments of its blocks these runs are, and where in a buffer the sums of
+the tile's segments begin.
 """
 
 from __future__ import annotations
 
-# ruff: noqa: N803, N806 (Triton's constants are written in capitals)
+# ruff: noqa: N803 (Triton's constants are written in capitals)
 # mypy: disallow-untyped-defs=False
 import triton
 import triton.language as tl
@@ -39,32 +39,10 @@ def store_run(record, kind: tl.constexpr, run, start, end):
 
 
 @triton.jit
-def copy_runs(record, into, here, kind: tl.constexpr, segment, segments, PART: tl.constexpr):
-    """Of the runs of a kind, what one segment walks. Vectors of records."""
-    COUNT: tl.constexpr = MASKED_RUNS if kind > 0 else FULL_RUNS
-    parts = segments * 0
-    for run in tl.static_range(COUNT):
-        start = tl.load(record + run_at(kind, run), mask=here)
-        end = tl.load(record + run_at(kind, run) + 1, mask=here)
-        parts += tl.cdiv(tl.maximum(end - start, 0), PART)
-    first = parts * segment // segments
-    last = parts * (segment + 1) // segments
-    for run in tl.static_range(COUNT):
-        start = tl.load(record + run_at(kind, run), mask=here)
-        end = tl.load(record + run_at(kind, run) + 1, mask=here)
-        count = tl.cdiv(tl.maximum(end - start, 0), PART)
-        at = into + run_at(kind, run)
-        tl.store(at, start + tl.maximum(first, 0) * PART, mask=here)
-        tl.store(at + 1, tl.minimum(end, start + last * PART), mask=here)
-        first -= count
-        last -= count
-
-
-@triton.jit
-def query_rows(record, part, TILE: tl.constexpr, BLOCK: tl.constexpr):
+def query_rows(record, part, BLOCK: tl.constexpr):
     """The rows of a part of a tile, which of them there are, and whether there are any."""
     row0 = tl.load(record)
-    own = tl.minimum(tl.load(record + 1) - row0, TILE)
+    own = tl.load(record + 1) - row0
     rider0 = tl.load(record + RIDERS_AT)
     all = own + tl.load(record + RIDERS_AT + 1) - rider0
     at = part * BLOCK + tl.arange(0, BLOCK)
@@ -82,6 +60,19 @@ def load_runs(record, kind: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constex
         runs = runs + ((blocks, start - blocks * BLOCK, end),)  # type: ignore[assignment] # noqa: RUF005
         blocks += tl.cdiv(tl.maximum(end - start, 0), BLOCK)
     return blocks, runs
+
+
+@triton.jit
+def copy_runs(record, into, here, kind: tl.constexpr, segment, segments, PART: tl.constexpr):
+    """Of the runs of a kind, what one segment walks. Vectors of records."""
+    parts, runs = load_runs(record, kind, MASKED_RUNS if kind > 0 else FULL_RUNS, PART)
+    first = parts * segment // segments
+    last = parts * (segment + 1) // segments
+    for run in tl.static_range(len(runs)):
+        before, origin, end = runs[run]
+        at = into + run_at(kind, run)
+        tl.store(at, origin + tl.maximum(first, before) * PART, mask=here)
+        tl.store(at + 1, tl.minimum(origin + last * PART, end), mask=here)
 
 
 @triton.jit

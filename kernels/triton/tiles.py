@@ -219,12 +219,12 @@ def _order_kernel(
         ahead = (other_weight > weight) | ((other_weight == weight) & (other < mine))
         place += tl.sum(tl.where(ahead, count, 0), 1, keep_dims=True)
         slot += tl.sum(tl.where((other < mine) & (count > 1), count, 0), 1, keep_dims=True)
-    record = records_ptr + mine.to(tl.int64) * RECORD
+    record = records_ptr + tl.minimum(mine, num_tiles - 1).to(tl.int64) * RECORD
     for segment in range(tl.max(segments)):
         into = ordered_ptr + (place + segment).to(tl.int64) * RECORD
         here = inside & (segment < segments)
         for i in tl.static_range(RUNS_AT):
-            tl.store(into + i, tl.load(record + i, mask=here), mask=here)
+            tl.store(into + i, tl.load(record + i), mask=here)
         for kind in tl.static_range(KINDS):
             copy_runs(record, into, here, kind, segment, segments, PART)
         store_segment(into, here, segment, segments, slot)

@@ -94,7 +94,7 @@ def check_segments(plan: Plan) -> int:
     return len(slots)
 
 
-def check(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
+def check(queries: Jagged, keys: Jagged, intervals: Tensor) -> Plan:
     on_device = [Jagged(x.offsets.to(DEVICE), x.positions.to(DEVICE)) for x in (queries, keys)]
     plan = Plan.build(*on_device, intervals.to(DEVICE), TILE, PART)
     want = visible(queries, keys, intervals)
@@ -102,6 +102,7 @@ def check(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
     assert torch.equal(visited(plan, plan.query_parts, PART, by_keys=False), want.int())
     assert torch.equal(visited(plan, plan.key_parts, PART, by_keys=True), want.int())
     check_segments(plan)
+    return plan
 
 
 def part_of(whole: Jagged, keep: Tensor) -> Jagged:
@@ -155,15 +156,7 @@ def test_a_prefix_that_all_see_is_walked_in_segments() -> None:
     intervals = semi_local_intervals(
         whole, lengths, torch.zeros_like(lengths), local=8, prefix=2 * PART
     )
-    check(whole, whole, intervals)
-    plan = Plan.build(
-        Jagged(whole.offsets.to(DEVICE), whole.positions.to(DEVICE)),
-        Jagged(whole.offsets.to(DEVICE), whole.positions.to(DEVICE)),
-        intervals.to(DEVICE),
-        TILE,
-        PART,
-    )
-    assert check_segments(plan) >= 2 * 8
+    assert check_segments(check(whole, whole, intervals)) >= 2 * 8
 
 
 def test_stripes_are_masked_at_the_diagonal_alone() -> None:
@@ -176,9 +169,7 @@ def test_stripes_are_masked_at_the_diagonal_alone() -> None:
     for keys in (outer, ~outer):
         parts = [part_of(whole, keep) for keep in (outer, keys)]
         intervals = hstu_intervals(parts[0], lengths, torch.zeros_like(lengths))
-        check(*parts, intervals)
-        on_device = [Jagged(x.offsets.to(DEVICE), x.positions.to(DEVICE)) for x in parts]
-        plan = Plan.build(*on_device, intervals.to(DEVICE), TILE, PART)
+        plan = check(*parts, intervals)
         for records in (plan.query_parts, plan.key_parts):
             masked = [runs_of(record)[1] for record in records.tolist()]
             blocks = [sum(-(-max(end - start, 0) // PART) for start, end in x) for x in masked]
