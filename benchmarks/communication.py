@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from benchmarks.attention import milliseconds
-from parallel.transport import Transport
+from parallel.transport import Message, Transport
 
-COMMUNICATION = re.compile("nccl|Memcpy PtoP", re.IGNORECASE)
+COMMUNICATION = re.compile("nccl|Memcpy", re.IGNORECASE)
 
 
 class Traffic:
@@ -36,11 +35,11 @@ class Traffic:
         collectives = {name: getattr(dist, name) for name in names}
 
         def counting_swap(
-            transport: Transport, name: str, message: Tensor, to: int | None, *rest: Any
+            transport: Transport, name: str, message: Message, to: int | None, *rest: Any
         ) -> Any:
             if to is not None:
-                self.bytes += message.nbytes
-                self.messages.append(message.nbytes)
+                self.messages.append(sum(part.nbytes for part in message))
+                self.bytes += self.messages[-1]
             return swap(transport, name, message, to, *rest)
 
         def counting(name: str) -> Callable[..., Any]:
@@ -111,10 +110,10 @@ def link_curve(transport: Transport) -> list[tuple[int, float]]:
         count = mebibytes << 20
 
         def swap(count: int = count) -> None:
-            message = transport.outbox("link", count, count, torch.uint8)
-            incoming = transport.inbox("link", count, torch.uint8)
+            message = transport.outbox("link", count, torch.uint8)
+            incoming = transport.inbox("link", count, count, torch.uint8)
             to, source = (rank + 1) % size, (rank - 1) % size
-            transport.swap("link", message, to, incoming, source).wait()
+            transport.swap("link", (message,), to, incoming, source).wait()
 
         milliseconds(swap, 5)
         curve.append((count, statistics.median(milliseconds(swap, 10))))

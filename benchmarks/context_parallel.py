@@ -5,6 +5,7 @@
         --lengths 65536 --mask semi-local --layout contiguous
     python -m benchmarks.context_parallel step --cp 1 2 --config configs/long_sequence.yaml \
         data.max_length=16384 data.batch_size=8
+    python -m benchmarks.context_parallel step --cp 1 --dp 2 --zipf 1.2 --config ... model...=...
     python -m benchmarks.context_parallel longest --cp 1 2 --memory 24 --config ...
 
 One process a GPU, started anew for every cp; one table. `efficiency` is time at cp = 1 over cp
@@ -12,7 +13,8 @@ times the time here. `idle` is the share of the time in which the GPU computes n
 profiler's trace: it copies, waits for another GPU or, also at cp = 1, for the host; `sent` is what
 a rank sends, the messages' own bytes; `host` the time until a call has been enqueued. Times are
 medians of the slowest rank; FLOPs count as in `benchmarks.attention` (backward 2.5 times forward),
-of matrix products 6 a weight and token. `longest` is the length at which data.batch_size equal
+of matrix products 6 a weight and token; MFU is their share of 989 TFLOP/s, the dense bf16 peak of
+H100 and H200. `longest` is the length at which data.batch_size equal
 sequences take --memory GiB a GPU: from the peak memory of steps at two lengths, then tried with no
 more memory than that.
 
@@ -47,6 +49,7 @@ from benchmarks.attention import Work, milliseconds
 from benchmarks.communication import Traffic, idle_share, link_curve
 from gr_train.ahead import Ahead
 from gr_train.config import load_config
+from gr_train.data.synthetic import SyntheticSource
 from gr_train.model.mask import mask_intervals
 from gr_train.model.recommender import Prepared
 from gr_train.trainer import Trainer
@@ -67,6 +70,7 @@ COLUMNS = {  # of the table: title and format
     "host ms": ".2f",
     "tokens/s": ",.0f",
     "TFLOP/s a GPU": ".0f",
+    "MFU %": ".1f",
     "efficiency": ".3f",
     "longest L": ",d",
     "longer": ".2f",
@@ -75,6 +79,7 @@ COLUMNS = {  # of the table: title and format
     "idle %": ".1f",
     "peak GiB": ".2f",
 }
+PEAK_TFLOPS = 989  # of H100 and H200, SXM: dense bf16
 
 
 def measure(
@@ -172,9 +177,11 @@ def attention(args: argparse.Namespace) -> list[dict]:
 
 def step(args: argparse.Namespace) -> list[dict]:
     """The row of one cp: training steps of a config."""
-    world = int(args.worker)
-    overrides = [*args.overrides, f"parallel.cp={world}"]
-    config = load_config(args.config, overrides, world_size=world)
+    cp = int(args.worker)
+    overrides = [*args.overrides, f"parallel.cp={cp}"]
+    config = load_config(args.config, overrides, world_size=cp * args.dp)
+    if args.zipf:
+        draw_zipf_lengths(args.zipf)
     trainer = Trainer(config)
     trainer.dense.train()
     batches = list(islice(trainer.loader, args.batches))
@@ -196,7 +203,7 @@ def step(args: argparse.Namespace) -> list[dict]:
 
     row = measure(call, args, "step", trainer.mesh.links)
     ahead.settle()  # its messages must not meet those that follow
-    row |= {"exchange": trainer.sharding.exchange if world > 1 else "-"}
+    row |= {"exchange": trainer.sharding.exchange if cp > 1 else "-"}
     flops, tokens = 0.0, 0
     for batch in batches:
         shard = trainer.shard(batch)
@@ -208,10 +215,20 @@ def step(args: argparse.Namespace) -> list[dict]:
         weights = model.width * 2 * heads + model.num_heads * model.v_dim * model.width
         flops += model.num_layers * (3.5 * 2 * heads * pairs + 6 * weights * rows)
         tokens += rows
-    row |= {"flops": flops / len(batches)}
-    total = torch.tensor([float(tokens)])
-    dist.all_reduce(total)
-    return [row | {"tokens": float(total) / len(batches)}]
+    totals = torch.tensor([flops, tokens], dtype=torch.float64)
+    dist.all_reduce(totals)
+    flops, tokens = (totals / len(batches)).tolist()
+    return [row | {"flops": flops / dist.get_world_size(), "tokens": tokens}]
+
+
+def draw_zipf_lengths(exponent: float) -> None:
+    """Have synthetic users' numbers of events follow Zipf's law, those above data.synthetic's
+    max_events cut to it; the event that is only a label comes on top."""
+
+    def num_events(source: SyntheticSource, rng: np.random.Generator) -> int:
+        return min(int(rng.zipf(exponent)), source.config.max_events - 1) + 1
+
+    SyntheticSource._num_events = num_events  # type: ignore[assignment, method-assign]
 
 
 def longest(args: argparse.Namespace) -> list[dict]:
@@ -292,7 +309,8 @@ def launch(args: argparse.Namespace) -> list[dict]:
     rows: list[dict] = []
     for cp, simulated in [*((cp, False) for cp in args.cp), *((cp, True) for cp in args.simulate)]:
         with tempfile.NamedTemporaryFile() as file:
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={cp}"]
+            count = f"--nproc-per-node={cp * args.dp}"
+            torchrun = ["-m", "torch.distributed.run", "--standalone", count]
             command = [sys.executable, *([] if simulated else torchrun)]
             command += ["-m", "benchmarks.context_parallel", *sys.argv[1:]]
             command += ["--worker", str(cp), "--out", file.name]
@@ -306,6 +324,7 @@ def launch(args: argparse.Namespace) -> list[dict]:
             row["longer"] = row["longest L"] / rows[0]["longest L"]
             continue
         row["TFLOP/s a GPU"] = row["flops"] / seconds / 1e12
+        row["MFU %"] = 100 * row["TFLOP/s a GPU"] / PEAK_TFLOPS
         if curve and row["messages"]:
             sizes, times = (list(x) for x in zip(*curve, strict=True))
             row["link ms"] = float(np.interp(row["messages"], sizes, times).sum())
@@ -341,6 +360,8 @@ def main() -> None:
     group = parser.add_argument_group("step and longest")
     group.add_argument("--config", help="as of gr-train train")
     group.add_argument("--batches", type=int, default=4, help="made beforehand, used in turn")
+    group.add_argument("--dp", type=int, default=1, help="so many times cp GPUs, for step")
+    group.add_argument("--zipf", type=float, help="exponent of the numbers of events, for step")
     group = parser.add_argument_group("longest")
     group.add_argument("--memory", type=float, default=24, help="GiB a GPU")
     args, rest = parser.parse_known_args()
@@ -352,8 +373,9 @@ def main() -> None:
         work_as_rank(args)
         return
 
-    if torch.cuda.device_count() < max(args.cp):
-        parser.error(f"--cp {max(args.cp)}: this machine has {torch.cuda.device_count()} GPUs")
+    gpus = max(args.cp) * args.dp
+    if torch.cuda.device_count() < gpus:
+        parser.error(f"{gpus} GPUs wanted, this machine has {torch.cuda.device_count()}")
     rows = launch(args)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {' '.join(sys.argv[1:])}")
     cells = [

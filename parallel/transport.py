@@ -1,9 +1,10 @@
 """How messages travel inside a cp group while the device computes: one interface, two roads.
 
-`CopyEngines` for GPUs that reach each other's memory: the receiver's copy engine reads the sender's
-buffer (symmetric memory), so that no multiprocessor is taken from the kernels. `SendReceive`
-elsewhere: NCCL's send and receive, or gloo's on a CPU. Buffers are allocated once and shared by all
-layers and steps; they grow when a batch needs more.
+`CopyEngines` for GPUs that reach each other's memory: the sender's copy engine writes into the
+receiver's buffer (symmetric memory), right out of what is sent, though its rows lie apart. No
+multiprocessor is taken from the kernels, nothing is packed. `SendReceive` elsewhere: NCCL's send
+and receive, or gloo's on a CPU. Buffers are allocated once and shared by all layers and steps; they
+grow when a batch needs more.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import ctypes
 import socket
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,6 +25,9 @@ from torch import Tensor
 from parallel.watchdog import Watchdog
 
 GROWTH = 1.25  # a new buffer's size over what is asked for
+
+# What is sent, part behind part: each flat, or rows [n, ...] that are contiguous in themselves.
+Message = Sequence[Tensor]
 
 
 class Arrival(ABC):
@@ -37,8 +41,9 @@ class Arrival(ABC):
 class Transport(ABC):
     """Messages between the ranks of a group, which are counted in it.
 
-    A message is written into an outbox; `swap` moves it. Each rank's swaps must match its peers':
-    whom one sends to, receives. Both ends know all sizes, so empty messages are not sent at all.
+    `swap` moves a message into an inbox. Each rank's swaps must match its peers': whom one sends
+    to, receives, in an inbox of the same name. Both ends know all sizes, so empty messages are not
+    sent at all.
     """
 
     name: str
@@ -46,19 +51,33 @@ class Transport(ABC):
     def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
         self.group, self.device, self.watchdog = group, device, watchdog
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-        self._inboxes: dict[str, Tensor] = {}
+        self._outboxes: dict[str, Tensor] = {}
         self._operations: dict[tuple[str, int | None, int | None], str] = {}
 
+    def outbox(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
+        """A buffer [numel] to write a message into, free once the last one in it is on its way."""
+        if name in self._outboxes:
+            self.settle(self._outboxes[name])
+        return _piece(self._outboxes, name, numel, dtype, self.device)
+
     @abstractmethod
-    def outbox(self, name: str, numel: int, capacity: int, dtype: torch.dtype) -> Tensor:
-        """A buffer [numel] to write a message into, free once the last one in it has been read.
+    def inbox(self, name: str, numel: int, capacity: int, dtype: torch.dtype) -> Tensor:
+        """A buffer [numel] to receive into.
 
         capacity: the largest numel of any rank of the group; the same on all of them.
         """
 
+    @abstractmethod
+    def pack(self, name: str, parts: Message) -> Message:
+        """What `swap` can send: the parts as they are, or copied into an outbox."""
+
+    @abstractmethod
+    def settle(self, flat: Tensor) -> None:
+        """What is enqueued from now on may overwrite a message that was one flat part."""
+
     @property
     def nbytes(self) -> int:
-        """Memory of this rank's outboxes that PyTorch's allocator does not know of."""
+        """Memory of this rank's inboxes that PyTorch's allocator does not know of."""
         return 0
 
     def beside(self, messages: Callable[[], None], work: Callable[[], None]) -> None:
@@ -82,28 +101,25 @@ class Transport(ABC):
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
-    def inbox(self, name: str, numel: int, dtype: torch.dtype) -> Tensor:
-        """A buffer [numel] to receive into."""
-        return _piece(self._inboxes, name, numel, dtype, self.device)
-
     def swap(
-        self, name: str, message: Tensor, to: int | None, incoming: Tensor, source: int | None
+        self, name: str, message: Message, to: int | None, incoming: Tensor, source: int | None
     ) -> Arrival:
-        """Send `message`, in this rank's outbox `name`; receive what `source` has in its own.
+        """Send `message` into the inbox `name` of a rank; receive, in mine, what `source` sends.
 
-        None: to or from nobody. Starts when what is enqueued so far is done, and waits for no more.
+        None: to or from nobody. The message must not change until `join` or `settle`. Starts when
+        what is enqueued so far is done, and waits for no more.
         """
         return self._swap(
             name,
             message,
-            to if message.numel() else None,
+            to if any(part.numel() for part in message) else None,
             incoming,
             source if incoming.numel() else None,
         )
 
     @abstractmethod
     def _swap(
-        self, name: str, message: Tensor, to: int | None, incoming: Tensor, source: int | None
+        self, name: str, message: Message, to: int | None, incoming: Tensor, source: int | None
     ) -> Arrival: ...
 
     def _operation(self, name: str, to: int | None, source: int | None) -> str:
@@ -159,26 +175,37 @@ class SendReceive(Transport):
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
         super().__init__(group, device, watchdog)
-        self._outboxes: dict[str, Tensor] = {}
-        self._leaving: dict[str, list[_Messages]] = {}
+        self._inboxes: dict[str, Tensor] = {}
+        self._leaving: dict[int, list[_Messages]] = {}  # by the address of what is sent
 
-    def outbox(self, name: str, numel: int, capacity: int, dtype: torch.dtype) -> Tensor:
-        for messages in self._leaving.pop(name, []):
+    def inbox(self, name: str, numel: int, capacity: int, dtype: torch.dtype) -> Tensor:
+        return _piece(self._inboxes, name, capacity, dtype, self.device)[:numel]
+
+    def pack(self, name: str, parts: Message) -> Message:
+        if len(parts) == 1 and parts[0].is_contiguous():
+            return parts
+        flat = self.outbox(name, sum(part.numel() for part in parts), parts[0].dtype)
+        for part, place in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            place.view(part.shape).copy_(part)
+        return (flat,)
+
+    def settle(self, flat: Tensor) -> None:
+        for messages in self._leaving.pop(flat.data_ptr(), []):
             messages.wait()
-        return _piece(self._outboxes, name, numel, dtype, self.device)
 
     def _swap(
-        self, name: str, message: Tensor, to: int | None, incoming: Tensor, source: int | None
+        self, name: str, message: Message, to: int | None, incoming: Tensor, source: int | None
     ) -> Arrival:
+        (sent,) = message
         ops = []
         if to is not None:
-            ops.append(dist.P2POp(dist.isend, message, group=self.group, group_peer=to))
+            ops.append(dist.P2POp(dist.isend, sent, group=self.group, group_peer=to))
         if source is not None:
             ops.append(dist.P2POp(dist.irecv, incoming, group=self.group, group_peer=source))
         works = dist.batch_isend_irecv(ops) if ops else []
         messages = _Messages(works, self._operation(name, to, source), self.watchdog)
-        leaving = [before for before in self._leaving.get(name, []) if before.works]
-        self._leaving[name] = [*leaving, messages]
+        leaving = self._leaving.get(sent.data_ptr(), [])
+        self._leaving[sent.data_ptr()] = [*(x for x in leaving if x.works), messages]
         return messages
 
 
@@ -195,7 +222,7 @@ class _Messages(Arrival):
 
 
 class CopyEngines(Transport):
-    """Copies out of the peers' memory, on a stream of their own.
+    """Copies into the peers' memory, on a stream of their own.
 
     Ranks tell each other of messages by counters, which streams write and wait for without a
     kernel: a kernel, however small, would queue behind attention's blocks.
@@ -205,43 +232,50 @@ class CopyEngines(Transport):
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
         super().__init__(group, device, watchdog)
-        self._outboxes: dict[str, _SymmetricBuffer] = {}
+        self._inboxes: dict[str, _SymmetricBuffer] = {}
+        self._leaving: dict[int, torch.cuda.Event] = {}  # behind messages, by their address
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.size for buffer in self._outboxes.values())
+        return sum(buffer.size for buffer in self._inboxes.values())
 
-    def outbox(self, name: str, numel: int, capacity: int, dtype: torch.dtype) -> Tensor:
-        size, buffer = capacity * dtype.itemsize, self._outboxes.get(name)
-        if buffer is not None and buffer.readers:
-            stream = torch.cuda.current_stream(self.device)
-            for reader in buffer.readers:
-                read = self._operation(f"{name}, read,", None, reader)
-                with self.watchdog.operation(read):
-                    buffer.read.wait(reader, stream)
-            buffer.readers.clear()
+    def inbox(self, name: str, numel: int, capacity: int, dtype: torch.dtype) -> Tensor:
+        size, buffer = capacity * dtype.itemsize, self._inboxes.get(name)
         if buffer is None or buffer.size < size:
             buffer = _SymmetricBuffer(int(size * GROWTH), self.group, self.device)
-            self._outboxes[name] = buffer
+            self._inboxes[name] = buffer
         return buffer.local[: numel * dtype.itemsize].view(dtype)
 
+    def pack(self, name: str, parts: Message) -> Message:
+        return [part if _is_rows(part) else part.contiguous() for part in parts]
+
+    def settle(self, flat: Tensor) -> None:
+        if flat.data_ptr() in self._leaving:
+            torch.cuda.current_stream(self.device).wait_event(self._leaving.pop(flat.data_ptr()))
+
     def _swap(
-        self, name: str, message: Tensor, to: int | None, incoming: Tensor, source: int | None
+        self, name: str, message: Message, to: int | None, incoming: Tensor, source: int | None
     ) -> Arrival:
-        buffer = self._outboxes[name]
-        assert self.stream is not None
-        assert not message.numel() or message.data_ptr() == buffer.local.data_ptr()
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        if to is not None:
-            buffer.written.tell(to, self.stream)
-            buffer.readers.append(to)
+        buffer, stream = self._inboxes[name], self.stream
+        assert stream is not None
+        assert not incoming.numel() or incoming.data_ptr() == buffer.local.data_ptr()
+        current = torch.cuda.current_stream(self.device)
+        if current != stream:
+            stream.wait_stream(current)
         if source is not None:
-            buffer.written.wait(source, self.stream)
-            there = buffer.of[source][: incoming.nbytes]
-            with torch.cuda.stream(self.stream):
-                incoming.view(torch.uint8).copy_(there, non_blocking=True)
-            buffer.read.tell(source, self.stream)
-        done = self.stream.record_event()
+            buffer.free.tell(source, stream)
+        if to is not None:
+            buffer.free.wait(to, stream)
+            end = 0
+            for part in message:
+                start, end = end, end + part.nbytes
+                _copy_rows(part, buffer.of[to][start:end], stream)
+            buffer.full.tell(to, stream)
+        if source is not None:
+            buffer.full.wait(source, stream)
+        done = stream.record_event()
+        if len(message) == 1:
+            self._leaving[message[0].data_ptr()] = done
         self.watchdog.watch(self._operation(name, to, source), done)
         return _Copy(done, self.device)
 
@@ -255,10 +289,9 @@ class _Copy(Arrival):
 
 
 class _SymmetricBuffer:
-    """`size` bytes on every rank of the group, each readable by all. Collective; the host waits.
+    """`size` bytes on every rank of the group, writable by all. Collective; the host waits.
 
-    written: the owner tells a reader that its message is complete; read: and is told that it has
-    been copied.
+    free: the owner tells a sender that it may write; full: and is told that it has written.
     """
 
     def __init__(self, size: int, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -273,11 +306,10 @@ class _SymmetricBuffer:
             for rank in range(group.size())
         ]
         self.local = whole[: self.size]
-        self.readers: list[int] = []  # told of the message, and not known to have read it
         self.of = [x[: self.size] for x in peers]
         counters = [x[self.size :].view(torch.int32).view(2, -1) for x in peers]
-        self.written = _Counters([x[0] for x in counters], group.rank())
-        self.read = _Counters([x[1] for x in counters], group.rank())
+        self.free = _Counters([x[0] for x in counters], group.rank())
+        self.full = _Counters([x[1] for x in counters], group.rank())
 
 
 class _Counters:
@@ -309,19 +341,71 @@ _thread = threading.local()  # autograd calls the driver from a thread of its ow
 
 def _on_stream(name: str, stream: torch.cuda.Stream, address: int, value: int) -> None:
     """Write to, or wait until at least this is at, an address: flags 0."""
+    _call(name, stream, stream.cuda_stream, address, value, 0)
+
+
+def _call(name: str, stream: torch.cuda.Stream, *args: int) -> None:
+    """The driver's function of that name."""
     if not getattr(_thread, "has_context", False):
         torch.cuda.mem_get_info(stream.device)  # any call of the runtime gives a thread one
         _thread.has_context = True
-    error = _driver_function(name)(stream.cuda_stream, address, value, 0)
+    error = _driver_function(name)(*args)
     if error:
         raise RuntimeError(f"{name}: CUDA driver error {error}")
 
 
+DRIVER_FUNCTIONS = {
+    "cuStreamWriteValue32_v2": [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint],
+    "cuStreamWaitValue32_v2": [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint],
+    "cuMemcpy2DAsync_v2": [ctypes.c_void_p, ctypes.c_void_p],
+}
+
+
 @cache
-def _driver_function(name: str) -> Callable[[int, int, int, int], int]:
+def _driver_function(name: str) -> Callable[..., int]:
     function = getattr(ctypes.CDLL("libcuda.so.1"), name)
-    function.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint]
+    function.argtypes = DRIVER_FUNCTIONS[name]
     return function
+
+
+class _Memcpy2D(ctypes.Structure):
+    """The driver's CUDA_MEMCPY2D."""
+
+    _fields_ = [
+        (end + name, kind)
+        for end in ("src", "dst")
+        for name, kind in (
+            ("XInBytes", ctypes.c_size_t),
+            ("Y", ctypes.c_size_t),
+            ("MemoryType", ctypes.c_int),
+            ("Host", ctypes.c_void_p),
+            ("Device", ctypes.c_uint64),
+            ("Array", ctypes.c_void_p),
+            ("Pitch", ctypes.c_size_t),
+        )
+    ] + [("WidthInBytes", ctypes.c_size_t), ("Height", ctypes.c_size_t)]
+
+
+DEVICE_MEMORY = 2  # CU_MEMORYTYPE_DEVICE
+
+
+def _copy_rows(part: Tensor, to: Tensor, stream: torch.cuda.Stream) -> None:
+    """A message's part, row behind row, into bytes `to`, perhaps a peer's: one engine's copy."""
+    rows = 1 if part.dim() == 1 else part.shape[0]
+    if not part.numel():
+        return
+    width = part.nbytes // rows
+    copy = _Memcpy2D(
+        srcMemoryType=DEVICE_MEMORY,
+        srcDevice=part.data_ptr(),
+        srcPitch=max(width, part.stride(0) * part.itemsize),
+        dstMemoryType=DEVICE_MEMORY,
+        dstDevice=to.data_ptr(),
+        dstPitch=width,
+        WidthInBytes=width,
+        Height=rows,
+    )
+    _call("cuMemcpy2DAsync_v2", stream, ctypes.addressof(copy), stream.cuda_stream)
 
 
 def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -339,15 +423,20 @@ def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
     try:
         buffer = _SymmetricBuffer(1, group, device)
         for rank in range(group.size()):
-            buffer.written.tell(rank, torch.cuda.current_stream(device))
+            buffer.full.tell(rank, torch.cuda.current_stream(device))
         torch.cuda.synchronize(device)
     except (RuntimeError, OSError, AttributeError):
         agreed.zero_()
     dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
     if agreed.item():  # everybody has told everybody; did it arrive?
-        agreed.fill_(bool((buffer.written.of[group.rank()] == 1).all()))
+        agreed.fill_(bool((buffer.full.of[group.rank()] == 1).all()))
     dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
     return bool(agreed.item())
+
+
+def _is_rows(part: Tensor) -> bool:
+    """Whether rows of a part [n, ...] are contiguous in themselves."""
+    return part[:1].is_contiguous()
 
 
 def _piece(

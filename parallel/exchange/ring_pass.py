@@ -8,11 +8,12 @@ from torch import Tensor
 
 from kernels.backend import accumulator
 from kernels.weighting import Weighting
-from parallel.transport import Transport
+from parallel.transport import Message, Transport
 from parallel.visibility import Visibility, piece_of
 
 Block = tuple[Tensor, Tensor]  # keys and values of one rank, or their gradients
-KEYS, GRADIENTS = "keys and values", "gradients of keys and values"
+KEYS = ("keys and values", "next keys and values")  # in turn: one fills while the other is read
+GRADIENTS = "gradients of keys and values"
 
 
 class RingPass:
@@ -40,7 +41,7 @@ class RingPass:
         self.places = links.within.group.size()
         self.nodes = seen.shard.cp_size // self.places
         self.node, self.place = divmod(self.rank, self.places)
-        self.held: dict[int, Tensor] = {}  # turn -> keys and values, where the node can get them
+        self.held: dict[int, Message] = {}  # turn -> keys and values, as the node is sent them
 
     def weighting(self, turn: int, step: int) -> Weighting:
         queries, keys = self.seen.shard.device_rows, self.parts[self._owner(turn, step)]
@@ -51,25 +52,25 @@ class RingPass:
 
     def hold_own(self, turn: int) -> None:
         """Hold this rank's own keys and values for a turn."""
-        self.held[turn] = self._outbox_of(turn)
-        copy_block((self.k, self.v), self._split(self.held[turn]))
+        self.held[turn] = self.within.pack(KEYS[turn % 2], (self.k, self.v))
 
     def carry_on(self, turn: int) -> None:
         """Send what this rank holds on to the next node, and have the next turn's brought.
 
-        It leaves from, and comes to, where the node's ranks read; `arrive` waits for both ways, so
-        that the place is free when its turn comes again.
+        `arrive` waits for both ways, so that the place is free when its turn comes again.
         """
         if turn + 1 >= self.nodes:
             return
         assert self.across is not None
         mine, coming = self._owner(turn, 0), self._owner(turn + 1, 0)
-        self.held[turn + 1] = self._outbox_of(turn + 1)
+        place = self._inbox(self.across, turn + 1, 0, (turn + 1) % 2)
+        self.held[turn + 1] = (place,)
+        self.within.settle(place)
         self.turn_coming = self.across.swap(
-            KEYS,
-            self.held[turn],
+            KEYS[(turn + 1) % 2],
+            self.across.pack(KEYS[turn % 2], self.held[turn]),
             self._at(self.node + 1, self.place) if self._goes_to(self.node + 1, mine) else None,
-            self.held[turn + 1],
+            place,
             self._at(self.node - 1, self.place) if self._goes_to(self.node, coming) else None,
         )
 
@@ -84,10 +85,10 @@ class RingPass:
             return
         reader, held = self._at(self.node, self.place + step), self._owner(turn, 0)
         self.keys_coming = self.within.swap(
-            self._name(turn),
+            KEYS[step % 2],
             self.held[turn],
             reader % self.places if self.seen.meets[reader][held] else None,
-            self._inbox(turn, step),
+            self._inbox(self.within, turn, step, step % 2),
             (self.place - step) % self.places if self.sees_block(turn, step) else None,
         )
 
@@ -97,9 +98,9 @@ class RingPass:
             return None
         if step:
             self.keys_coming.wait()
-            return self._split(self._inbox(turn, step))
+            return self._split(self._inbox(self.within, turn, step, step % 2))
         own = self._owner(turn, 0) == self.rank
-        return (self.k, self.v) if own else self._split(self.held[turn])
+        return (self.k, self.v) if own else self._split(self.held[turn][0])
 
     def outgoing(self, turn: int, step: int) -> Block:
         """Where to write dk and dv of a step's keys, with what the ranks before found for them.
@@ -108,7 +109,8 @@ class RingPass:
         """
         link = self.within if step else self.across
         assert link is not None
-        self.gradients = self._outbox(link, GRADIENTS, self._owner(turn, step), self.sum_dtype)
+        numel = self._numel(self._owner(turn, step))
+        self.gradients = link.outbox(GRADIENTS, numel, self.sum_dtype)
         return self._split(self.gradients)
 
     def pass_on(self, turn: int, step: int) -> None:
@@ -116,7 +118,7 @@ class RingPass:
         before = self._at(self.node, self.place - 1)
         self.gradients_coming = self.within.swap(
             GRADIENTS,
-            self.gradients,
+            (self.gradients,),
             (self.place + 1) % self.places if self._found(self.rank, turn, step) else None,
             self._gradient_inbox(self.within, turn, step + 1),
             before % self.places if self._found(before, turn, step) else None,
@@ -148,7 +150,7 @@ class RingPass:
         mine, coming = self._owner(turn, 0), self._owner(turn + 1, 0)
         self.turn_gradients_coming = self.across.swap(
             GRADIENTS,
-            self.gradients,
+            (self.gradients,),
             self._at(self.node + 1, self.place) if self._found_by_turn(turn, mine) else None,
             self._gradient_inbox(self.across, turn + 1, 0),
             self._at(self.node - 1, self.place) if self._found_by_turn(turn, coming) else None,
@@ -182,25 +184,19 @@ class RingPass:
         """Whose keys this rank works on."""
         return self._at(self.node - turn, self.place - step)
 
-    def _name(self, turn: int) -> str:
-        """Of the outbox: two take turns, one is sent on while the other fills."""
-        return KEYS if self.nodes == 1 else f"{KEYS} {turn % 2}"
-
-    def _outbox_of(self, turn: int) -> Tensor:
-        return self._outbox(self.within, self._name(turn), self._owner(turn, 0), self.k.dtype)
-
-    def _inbox(self, turn: int, step: int) -> Tensor:
-        """Two take turns: one fills while the other is worked on."""
+    def _inbox(self, link: Transport, turn: int, step: int, which: int) -> Tensor:
         numel = self._numel(self._owner(turn, step))
-        return self.within.inbox(f"{KEYS} {step % 2}", numel, self.k.dtype)
+        return link.inbox(KEYS[which], numel, self._most, self.k.dtype)
 
     def _gradient_inbox(self, link: Transport, turn: int, step: int) -> Tensor:
         """One will do: it fills again once the kernel that reads it has ended."""
-        return link.inbox(GRADIENTS, self._numel(self._owner(turn, step)), self.sum_dtype)
+        numel = self._numel(self._owner(turn, step))
+        return link.inbox(GRADIENTS, numel, self._most, self.sum_dtype)
 
-    def _outbox(self, link: Transport, name: str, owner: int, dtype: torch.dtype) -> Tensor:
-        capacity = max(self._numel(rank) for rank in range(len(self.parts)))
-        return link.outbox(name, self._numel(owner), capacity, dtype)
+    @property
+    def _most(self) -> int:
+        """That any rank's message has."""
+        return max(self._numel(rank) for rank in range(len(self.parts)))
 
     @property
     def sum_dtype(self) -> torch.dtype:
@@ -219,18 +215,9 @@ class RingPass:
 
 
 def copy_block(source: Block | None, target: Block) -> None:
-    """Zeros for None. The source's rows may lie apart."""
+    """Zeros for None."""
     for i, x in enumerate(target):
         if source is None:
             x.zero_()
-            continue
-        pair = [source[i].flatten(1), x.view(len(x), x.shape[1:].numel())]
-        if source[i].dtype == x.dtype and all(map(_in_words, pair)):
-            pair = [y.view(torch.int64) for y in pair]  # else numbers are copied one by one
-        pair[1].copy_(pair[0])
-
-
-def _in_words(x: Tensor) -> bool:
-    """Whether rows of x are whole words of eight bytes."""
-    sizes = (x.shape[1], x.stride(0), x.storage_offset())
-    return x.stride(1) == 1 and not any(size * x.itemsize % 8 for size in sizes)
+        else:
+            x.copy_(source[i])

@@ -133,6 +133,10 @@ class Device:
         else:
             self.graph.heard.append((node, (address, value)))
 
+    def copy_rows(self, part: Tensor, to: Tensor, stream: Stream) -> None:
+        node = stream.enqueue()
+        self.graph.uses += [(node, part, False), (node, to, True)]
+
     def synchronize(self, device: Any = None) -> None:
         both = self.main.last, self.side.last
         for stream in (self.main, self.side):
@@ -195,6 +199,7 @@ def run_rank(device: Device, size: int, layout: str, batches: list[list[int]]) -
         patch.object(torch.cuda, "stream", device.stream),
         patch.object(torch.cuda, "synchronize", device.synchronize),
         patch.object(transport, "_on_stream", device.on_stream),
+        patch.object(transport, "_copy_rows", device.copy_rows),
         patch.object(transport.symmetric_memory, "empty", lambda n, **kw: torch.empty(n, **kw)),
         patch.object(transport.symmetric_memory, "rendezvous", device.meet),
         patch.object(dist, "get_global_rank", lambda _, rank: rank),

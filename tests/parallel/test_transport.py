@@ -108,11 +108,11 @@ mesh = build_mesh(dp=1, cp=2, device=device, timeout_s=4)
 mesh.watchdog.where = "step 12"
 transport = mesh.links.within
 for step in range(2):
-    message = transport.outbox("keys", 1024, 1024, torch.uint8)
+    message = transport.outbox("keys", 1024, torch.uint8)
     if step == 1 and mesh.rank == 1:
         time.sleep(1000)
-    incoming = transport.inbox("keys", 1024, torch.uint8)
-    transport.swap("keys", message, 1 - mesh.rank, incoming, 1 - mesh.rank).wait()
+    incoming = transport.inbox("keys", 1024, 1024, torch.uint8)
+    transport.swap("keys", (message,), 1 - mesh.rank, incoming, 1 - mesh.rank).wait()
     torch.cuda.synchronize()
 """
 

@@ -71,9 +71,9 @@ def _late() -> Any:
     errors = []
     if dist.get_rank() == 0:
         transport = mesh.links.within
-        message = transport.outbox("keys and values", 4, 4, torch.float32)
-        incoming = transport.inbox("in", 4, torch.float32)
-        arrival = transport.swap("keys and values", message, None, incoming, 1)
+        message = transport.outbox("keys and values", 4, torch.float32)
+        incoming = transport.inbox("keys and values", 4, 4, torch.float32)
+        arrival = transport.swap("keys and values", (message,), None, incoming, 1)
         with pytest.raises(RuntimeError) as raised, mesh.watchdog.doing("step 12"):
             arrival.wait()
         errors.append(str(raised.value))
