@@ -22,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from kernels.jagged import Jagged
 from kernels.triton.key_tiles import key_tiles_kernel
 from kernels.triton.query_tiles import HULLS, query_tiles_kernel
-from kernels.triton.tiles import PIECES, Records, Tiles, most_segments
+from kernels.triton.tiles import PIECES, Records, Tiles, most_segments, order_bits
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class Plan:
     @cached_property
     def query_tiles(self) -> Tensor:
         """int32 [query tiles, RECORD], heaviest first, as the next two. For the forward."""
-        return self.tile_records.heaviest_first(self.part)
+        return self.tile_records.heaviest_first(self.part, order_bits(self.queries.num_rows))
 
     @cached_property
     def query_parts(self) -> Tensor:
         """int32 [query parts, RECORD]. For the backward."""
-        return self.part_records.heaviest_first(self.part)
+        return self.part_records.heaviest_first(self.part, order_bits(self.queries.num_rows))
 
     @cached_property
     def key_parts(self) -> Tensor:
@@ -105,7 +105,20 @@ class Plan:
             CHUNK=256,
             num_warps=4,
         )
-        return parts.in_segments(self.part)
+        return parts.in_segments(self.part, order_bits(self.keys.num_rows))
+
+    @cached_property
+    def _counters(self) -> dict[tuple[int, int], Tensor]:
+        return {}
+
+    def counters(self, count: int) -> Tensor:
+        """int32 [count], all zero: kernels that count in them leave them so for the next one. Each
+        stream has its own: what runs side by side must not count together."""
+        stream = torch.cuda.current_stream().cuda_stream if self.bounds.is_cuda else 0
+        known = self._counters.get((count, stream))
+        if known is None:
+            known = self._counters[count, stream] = self.bounds.new_zeros(count)
+        return known
 
     @property
     def most_segments(self) -> int:
@@ -125,11 +138,12 @@ def plan_for(queries: Jagged, keys: Jagged, intervals: Tensor, tile: int, part: 
     if intervals.is_cuda and torch.cuda.is_current_stream_capturing():
         return Plan.build(queries, keys, intervals, tile, part)  # a graph must plan at every replay
     parts = (queries.offsets, queries.positions, keys.offsets, keys.positions)
-    key = (tile, part, _version(intervals), *((id(part), _version(part)) for part in parts))
+    key = (tile, part, _version(intervals), *map(id, parts), *map(_version, parts))
     known = _plans.setdefault(intervals, {})
-    if key not in known:
-        known[key] = Plan.build(queries, keys, intervals, tile, part)
-    return known[key]
+    plan = known.get(key)
+    if plan is None:
+        plan = known[key] = Plan.build(queries, keys, intervals, tile, part)
+    return plan
 
 
 def _version(tensor: Tensor) -> int:

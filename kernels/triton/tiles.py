@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.jagged import Jagged
 from kernels.triton.integers import cdiv
+from kernels.triton.launcher import remembered
 from kernels.triton.runs import KINDS, RECORD, RUNS_AT, copy_runs, store_segment
 
 FAR = tl.constexpr(1 << 30)
@@ -68,21 +69,42 @@ class Records:
         zeros = like.new_zeros(RECORD.value + 1, count)
         return Records(zeros[:-1].view(count, -1), zeros[-1])
 
-    def heaviest_first(self, part: int) -> Tensor:
-        """part: what full runs are a multiple of."""
-        return self._ordered(torch.empty_like(self.records), part, 0)
+    def heaviest_first(self, part: int, bits: int) -> Tensor:
+        """part: what full runs are a multiple of; bits: how finely weights are told apart."""
+        return self._ordered(torch.empty_like(self.records), part, bits, 0)
 
-    def in_segments(self, part: int) -> Tensor:
+    def in_segments(self, part: int, bits: int) -> Tensor:
         """Heaviest first, and one record for each segment: at most SHARES more than tiles."""
         room = self.records.new_zeros(len(self.costs) + SHARES, RECORD.value)
-        return self._ordered(room, part, SHARES)
+        return self._ordered(room, part, bits, SHARES)
 
-    def _ordered(self, ordered: Tensor, part: int, shares: int) -> Tensor:
+    def _ordered(self, ordered: Tensor, part: int, bits: int, shares: int) -> Tensor:
         count = len(self.costs)
         _order_kernel[(cdiv(count, 32),)](
-            self.records, self.costs, ordered, count, shares, LEAST, PART=part, BLOCK=32, CHUNK=256
+            self.records,
+            self.costs,
+            ordered,
+            count,
+            bits,
+            shares,
+            LEAST,
+            PART=part,
+            BLOCK=32,
+            CHUNK=256,
         )
         return ordered
+
+
+# Tiles of about the same weight keep the order of their rows: those of one sequence then run side
+# by side and find the rows they share in the cache. Told apart by powers of two, twice as many are
+# found there as by quarters of one (counted). But where there are few tiles for a GPU, a launch
+# would end in a tail of heavy ones.
+FEW_ROWS = 48 * 1024
+
+
+def order_bits(num_rows: int) -> int:
+    """Of a weight's binary fraction: how finely to order the tiles of so many rows."""
+    return 2 if num_rows < FEW_ROWS else 0
 
 
 @triton.jit
@@ -106,6 +128,7 @@ def count_at_most(sorted_ptr, start, length, value, minus_row: tl.constexpr):
 
 # Offsets and positions may start anywhere in a buffer: kernels compiled for aligned ones would have
 # to be compiled again in the middle of training.
+@remembered
 @triton.jit(
     do_not_specialize=["num_sequences"],
     do_not_specialize_on_alignment=["offsets_ptr", "positions_ptr"],
@@ -145,6 +168,7 @@ def _cut_kernel(
         tl.store(pieces_ptr + PIECES * num_sequences, end)
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_pieces"])
 def _count_kernel(
     pieces_ptr,
@@ -183,12 +207,14 @@ def _count_kernel(
         before += tl.sum(tiles)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "shares", "least"])
+@remembered
+@triton.jit(do_not_specialize=["num_tiles", "bits", "shares", "least"])
 def _order_kernel(
     records_ptr,
     costs_ptr,
     ordered_ptr,
     num_tiles,
+    bits,
     shares,
     least,
     PART: tl.constexpr,
@@ -208,13 +234,13 @@ def _order_kernel(
         most = tl.maximum(tl.cdiv(tl.sum(total), shares), least).to(tl.int32)
     mine = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
     inside = mine < num_tiles
-    segments, weight = _segments(tl.load(costs_ptr + mine, mask=inside, other=0), most)
+    segments, weight = _segments(tl.load(costs_ptr + mine, mask=inside, other=0), most, bits)
     place = tl.zeros([BLOCK, 1], tl.int32)
     slot = tl.zeros([BLOCK, 1], tl.int32)
     for chunk in range(0, num_tiles, CHUNK):
         other = (chunk + tl.arange(0, CHUNK))[None, :]
         cost = tl.load(costs_ptr + other, mask=other < num_tiles, other=0)
-        count, other_weight = _segments(cost, most)
+        count, other_weight = _segments(cost, most, bits)
         count = tl.where(other < num_tiles, count, 0)
         ahead = (other_weight > weight) | ((other_weight == weight) & (other < mine))
         place += tl.sum(tl.where(ahead, count, 0), 1, keep_dims=True)
@@ -231,10 +257,10 @@ def _order_kernel(
 
 
 @triton.jit
-def _segments(cost, most):
+def _segments(cost, most, bits):
     """How many segments a tile has, and the weight of each."""
     segments = tl.maximum(tl.cdiv(cost, most), 1)
-    return segments, _weight_of(cost // segments)
+    return segments, _weight_of(cost // segments, bits)
 
 
 @triton.jit
@@ -249,7 +275,6 @@ def locate(tile, pieces_ptr, origins_ptr, offsets_ptr, num_pieces, TILE: tl.cons
 
 
 @triton.jit
-def _weight_of(cost):
-    """The cost's binary exponent and two bits more, and all of the lightest alike: tiles of one
-    sequence then run side by side and find their shared rows in the cache."""
-    return tl.maximum(cost, LIGHT).to(tl.float32).to(tl.int32, bitcast=True) >> 21
+def _weight_of(cost, bits):
+    """The cost's binary exponent and so many bits of its fraction; all of the lightest alike."""
+    return tl.maximum(cost, LIGHT).to(tl.float32).to(tl.int32, bitcast=True) >> (23 - bits)
