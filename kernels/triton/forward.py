@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.triton.launcher import remembered
 from kernels.triton.runs import KINDS, RECORD, find_block, load_runs, query_rows
 from kernels.triton.silu import UNSEEN, silu
 
@@ -44,6 +45,7 @@ def store_rows(ptr, stride, add_ptr, add_stride, x, rows, inside, column0):
     tl.store(ptr + rows * stride + columns, x.to(ptr.dtype.element_ty), mask=inside[:, None])
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_rows", "half_alpha", "scale"])
 def forward_kernel(
     q_ptr,
@@ -78,7 +80,10 @@ def forward_kernel(
         return
 
     q = load_rows(q_ptr, queries, inside, q_stride, head * QK_DIM, QK_DIM)
-    acc = tl.zeros([BLOCK_M, V_DIM], dtype=tl.float32)
+    if add_ptr is None:
+        acc = tl.zeros([BLOCK_M, V_DIM], dtype=tl.float32)
+    else:  # now, not at the end: there is no room for it beside the sums then
+        acc = load_rows(add_ptr, queries, inside, add_stride, head * V_DIM, V_DIM) / scale
     for kind in tl.static_range(KINDS):  # a loop each: the full blocks' never looks at the mask
         blocks, runs = load_runs(record, kind, 2, BLOCK_N)
         if kind > 0:
@@ -96,4 +101,4 @@ def forward_kernel(
 
     queries, inside, _ = query_rows(record, part, BLOCK_M)  # again: registers are dear
     out = acc * scale
-    store_rows(out_ptr, out_stride, add_ptr, add_stride, out, queries, inside, head * V_DIM)
+    store_rows(out_ptr, out_stride, None, 0, out, queries, inside, head * V_DIM)
