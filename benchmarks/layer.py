@@ -22,7 +22,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from triton.runtime.jit import JITFunction
 
 import kernels.triton.backward
 import kernels.triton.forward
@@ -31,6 +30,7 @@ from gr_train.config import ModelConfig
 from gr_train.model.hstu import HSTULayer
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals
+from kernels.triton.launcher import Launcher
 from parallel.attention import context_parallel_attention
 from parallel.shard import Shard
 from parallel.visibility import Visibility
@@ -41,7 +41,7 @@ ATTENTION = {
     name
     for module in (kernels.triton.forward, kernels.triton.backward)
     for name, value in vars(module).items()
-    if isinstance(value, JITFunction)
+    if isinstance(value, Launcher)
 }
 
 

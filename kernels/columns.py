@@ -37,11 +37,12 @@ def _are_columns(parts: Sequence[Tensor]) -> bool:
     """Whether these are different columns of the same rows of one buffer."""
     if any(type(x) is not Tensor for x in parts):
         return False  # traced by torch.compile: they have no memory
-    first = parts[0]
-    same = all(_rows(x) == _rows(first) and _is_packed(x) for x in parts)
+    rows = _rows(parts[0])
+    if not all(_rows(x) == rows and _is_packed(x) for x in parts):
+        return False
     spans = sorted((_start(x), _start(x) + prod(x.shape[1:])) for x in parts)
     apart = all(x[1] <= y[0] for x, y in pairwise(spans))
-    return same and apart and spans[-1][1] - spans[0][0] <= first.stride(0)
+    return apart and spans[-1][1] - spans[0][0] <= parts[0].stride(0)
 
 
 def _rows(x: Tensor) -> tuple[object, ...]:
@@ -50,7 +51,12 @@ def _rows(x: Tensor) -> tuple[object, ...]:
 
 def _is_packed(x: Tensor) -> bool:
     """Whether each row [...] is contiguous."""
-    return x[:1].is_contiguous()
+    packed = 1
+    for size, stride in zip(x.shape[:0:-1], x.stride()[:0:-1], strict=True):
+        if stride != packed and size != 1:
+            return False
+        packed *= size
+    return True
 
 
 def _start(x: Tensor) -> int:

@@ -7,6 +7,7 @@ backward.py   attention backward: dk and dv per key tile, dq per query tile; no 
 silu.py       SiLU and its slope through tanh, for both
 configs.py    block shapes per GPU generation and head dim
 launch.py     padding, descriptors and grids
+launcher.py   compiled kernels, found again by what their arguments are
 operator.py   all of it as one operator that autograd and torch.compile know
 
 layer_norm.py, gated_norm.py, pointwise.py   what lies between a layer's matrix products

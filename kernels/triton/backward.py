@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.forward import load_bounds, load_rows, store_rows
+from kernels.triton.launcher import remembered
 from kernels.triton.runs import (
     FULL_RUNS,
     KINDS,
@@ -27,6 +28,7 @@ from kernels.triton.runs import (
 from kernels.triton.silu import UNSEEN, silu_and_twice_slope
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_rows", "half_alpha", "scale"])
 def key_value_kernel(
     dout_desc,
@@ -65,7 +67,8 @@ def key_value_kernel(
     Both at once share the scores; for large head dims their sums do not fit in the registers, and
     two launches are faster. Grid: segments of key tiles x (TILE / BLOCK_N) x HEADS. Segments leave
     their sums in float32 buffers [segments * TILE, HEADS, dim]; the last of a tile to be done, by
-    int32 counters [segments * TILE / BLOCK_N * HEADS], adds them up in order.
+    int32 counters [segments * TILE / BLOCK_N * HEADS], adds them up in order. Counters are zero
+    before and after.
     """
     PARTS: tl.constexpr = TILE // BLOCK_N
     head = tl.program_id(0) % HEADS
@@ -121,8 +124,10 @@ def key_value_kernel(
         if VALUE:
             _store_sums(sums_v_ptr, dv, sums + segment * TILE, head, HEADS)
         tl.debug_barrier()  # all threads have stored
-        done = tl.atomic_add(done_ptr + (slot * PARTS + part) * HEADS + head, 1)
+        done_at = done_ptr + (slot * PARTS + part) * HEADS + head
+        done = tl.atomic_add(done_at, 1)
         if done == segments - 1:
+            tl.store(done_at, 0)  # as the next launch wants it
             if KEY:
                 dk = _add_sums(sums_k_ptr, sums, segments, TILE, head, HEADS, BLOCK_N, QK_DIM)
                 store_rows(dk_ptr, dk_stride, add_k_ptr, add_k_stride, dk, rows, inside, k_at)
@@ -155,6 +160,7 @@ def _add_sums(
     return total
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_rows", "half_alpha", "scale"])
 def query_kernel(
     dout_ptr,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.integers import cdiv
+from kernels.triton.launcher import remembered
 from kernels.triton.rows import (
     STAGES,
     block_shape,
@@ -127,6 +128,7 @@ def _mask(seed_ptr, rows, dropout, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLU
     return tl.where(numbers >= dropout, 1 / (1 - dropout), 0.0)
 
 
+@remembered
 @triton.jit(
     do_not_specialize=["num_rows", "eps", "dropout"], do_not_specialize_on_alignment=["rstd_ptr"]
 )
@@ -169,6 +171,7 @@ def gated_norm_forward_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_rows", "dropout"], do_not_specialize_on_alignment=["rstd_ptr"])
 def gated_norm_backward_kernel(
     dout_ptr,

@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.triton.launcher import remembered
 from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, RECORD, run_at, store_run
 from kernels.triton.tiles import FAR, PIECES, locate
 
@@ -47,6 +48,7 @@ def _store_codes(record, kind: tl.constexpr, codes, row, row_end, overflow):
     tl.store(at + 1, row_end, mask=ends & (row < overflow))
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_pieces", "num_query_tiles"])
 def key_tiles_kernel(
     pieces_ptr,

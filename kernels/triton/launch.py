@@ -34,7 +34,7 @@ def forward(
     config, plan = _plan(q, v, weighting)
     blocks, tiles = config.forward, plan.query_tiles
     target = _Target(out, add, v.shape[2])
-    forward_kernel[(len(tiles) * (config.tile // blocks.m) * q.shape[1],)](
+    forward_kernel[(tiles.shape[0] * (config.tile // blocks.m) * q.shape[1],)](
         q,
         q.stride(0),
         _descriptor(k, blocks.n),
@@ -43,7 +43,7 @@ def forward(
         *target.out,
         tiles,
         plan.bounds,
-        len(q),
+        q.shape[0],
         weighting.alpha / 2,
         weighting.scale,
         **_constants(q, v, config.tile, blocks),
@@ -64,11 +64,11 @@ def query_gradient(
     """`out` [Tq, H, Dqk], written with dq, plus `add` if given."""
     if q.shape[0] == 0 or k.shape[0] == 0:
         return _nothing(add, out)
-    dout, q, k, v = _ready(dout.to(q.dtype)), _ready(q), _ready(k), _ready(v)
+    dout, q, k, v = _ready(dout, q.dtype), _ready(q), _ready(k), _ready(v)
     config, plan = _plan(q, v, weighting)
     blocks, tiles = config.query, plan.query_parts
     target = _Target(out, add, q.shape[2])
-    query_kernel[(len(tiles) * (config.part // blocks.m) * q.shape[1],)](
+    query_kernel[(tiles.shape[0] * (config.part // blocks.m) * q.shape[1],)](
         dout,
         q,
         dout.stride(0),
@@ -79,7 +79,7 @@ def query_gradient(
         *target.out,
         tiles,
         plan.bounds,
-        len(q),
+        q.shape[0],
         weighting.alpha / 2,
         weighting.scale,
         **_constants(q, v, config.part, blocks),
@@ -101,7 +101,7 @@ def key_value_gradients(
     add_k, add_v = add or (None, None)
     if q.shape[0] == 0 or k.shape[0] == 0:
         return _nothing(add_k, out[0]), _nothing(add_v, out[1])
-    dout, q, k, v = _ready(dout.to(q.dtype)), _ready(q), _ready(k), _ready(v)
+    dout, q, k, v = _ready(dout, q.dtype), _ready(q), _ready(k), _ready(v)
     config, plan = _plan(q, v, weighting)
     tiles = plan.key_parts
     key, value = _Target(out[0], add_k, k.shape[2]), _Target(out[1], add_v, v.shape[2])
@@ -111,7 +111,7 @@ def key_value_gradients(
     rows = plan.most_segments * config.part
     sums = [x.new_empty(rows, *x.shape[1:], dtype=torch.float32) for x in (k, v)]
     for blocks, with_key, with_value in launches:
-        key_value_kernel[(len(tiles) * (config.part // blocks.n) * q.shape[1],)](
+        key_value_kernel[(tiles.shape[0] * (config.part // blocks.n) * q.shape[1],)](
             _descriptor(dout, blocks.m),
             _descriptor(q, blocks.m),
             _descriptor(k, blocks.n),
@@ -121,10 +121,10 @@ def key_value_gradients(
             *key.out,
             *value.out,
             *sums,
-            q.new_zeros(rows // blocks.n * q.shape[1], dtype=torch.int32),
+            plan.counters(rows // blocks.n * q.shape[1]),
             tiles,
             plan.bounds,
-            len(q),
+            q.shape[0],
             weighting.alpha / 2,
             weighting.scale,
             KEY=with_key,
@@ -152,9 +152,11 @@ class _Target:
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
     """x [T, H, D] and its stride from row to row; a row itself must be contiguous."""
-    assert x.stride(2) == 1
-    assert x.shape[1] == 1 or x.stride(1) == x.shape[2]
-    return x, x.stride(0)
+    _, heads, dim = x.shape
+    row, head, one = x.stride()
+    assert one == 1
+    assert heads == 1 or head == dim
+    return x, row
 
 
 def _nothing(add: Tensor | None, out: Tensor) -> Tensor:
@@ -162,26 +164,28 @@ def _nothing(add: Tensor | None, out: Tensor) -> Tensor:
 
 
 def _plan(q: Tensor, v: Tensor, weighting: Weighting) -> tuple[Config, Plan]:
-    mean_length = len(q) // weighting.queries.num_sequences
-    dim, rows_of_heads = max(q.shape[2], v.shape[2]), len(q) * q.shape[1]
-    config = config_for(dim, rows_of_heads, mean_length, q.dtype, q.device)
-    rows = weighting.queries, weighting.keys, weighting.intervals
-    return config, plan_for(*rows, config.tile, config.part)
+    queries, keys, intervals = weighting.queries, weighting.keys, weighting.intervals
+    rows, heads, dim = q.shape
+    mean_length = rows // queries.num_sequences
+    config = config_for(max(dim, v.shape[2]), rows * heads, mean_length, q.dtype, q.device)
+    return config, plan_for(queries, keys, intervals, config.tile, config.part)
 
 
-def _ready(x: Tensor) -> Tensor:
+def _ready(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """x [T, H, D] with rows as descriptors want them: contiguous, aligned, head dims padded."""
-    x = _padded(x)
+    x = _padded(x if dtype is None or x.dtype == dtype else x.to(dtype))
+    _, heads, dim = x.shape
     row, head, one = x.stride()
-    packed = one == 1 and (x.shape[1] == 1 or head == x.shape[2])
+    packed = one == 1 and (heads == 1 or head == dim)
     aligned = row * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
     return x if packed and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _padded(x: Tensor) -> Tensor:
     """Head dim up to a power of two, at least 32, with zeros: they add nothing to any product."""
-    dim = max(32, next_power_of_2(x.shape[2]))
-    return x if dim == x.shape[2] else F.pad(x, (0, dim - x.shape[2]))
+    dim = x.shape[2]
+    padded = max(32, next_power_of_2(dim))
+    return x if padded == dim else F.pad(x, (0, padded - dim))
 
 
 def _descriptor(x: Tensor, block: int) -> TensorDescriptor:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.integers import cdiv
+from kernels.triton.launcher import remembered
 from kernels.triton.rows import (
     STAGES,
     block_shape,
@@ -84,6 +85,7 @@ def backward(
     return dx, dweight, dbias
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_rows", "eps"], do_not_specialize_on_alignment=["rstd_ptr"])
 def layer_norm_forward_kernel(
     x_ptr,
@@ -115,6 +117,7 @@ def layer_norm_forward_kernel(
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["rstd_ptr"])
 def layer_norm_backward_kernel(
     dout_ptr,

@@ -1,4 +1,8 @@
-"""Triton attention as one operator, `gr_kernels::attention`, for autograd and torch.compile."""
+"""Triton attention as one operator, `gr_kernels::attention`, for autograd and torch.compile.
+
+Registered by hand: what `torch.library.custom_op` puts around an operator (checks for aliases,
+wrappers around autograd) costs the host more than the launches themselves.
+"""
 
 from __future__ import annotations
 
@@ -12,71 +16,69 @@ from kernels.jagged import Jagged
 from kernels.triton import launch
 from kernels.weighting import Weighting
 
+INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor q_positions, Tensor k_offsets, "
+    "Tensor k_positions, Tensor intervals, float alpha, float scale"
+)
+OUTPUTS = "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv"
 
-@torch.library.custom_op("gr_kernels::attention", mutates_args=())
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    q_positions: Tensor,
-    k_offsets: Tensor,
-    k_positions: Tensor,
-    intervals: Tensor,
-    alpha: float,
-    scale: float,
-) -> Tensor:
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> Tensor:
     """`kernels.attention.hstu_attention` without its checks, on the tensors of its `Jagged`s."""
-    return launch.forward(
-        q,
-        k,
-        v,
-        Weighting(
-            Jagged(q_offsets, q_positions), Jagged(k_offsets, k_positions), intervals, alpha, scale
-        ),
-        out=q.new_empty(q.shape[0], q.shape[1], v.shape[2]),
-    )
+    return launch.forward(q, k, v, _weighting(*mask), out=_empty_output(q, k, v))
 
 
-@torch.library.custom_op("gr_kernels::attention_backward", mutates_args=("dq", "dk", "dv"))
 def attention_backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    q_positions: Tensor,
-    k_offsets: Tensor,
-    k_positions: Tensor,
-    intervals: Tensor,
-    alpha: float,
-    scale: float,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *mask_and_gradients: Any
 ) -> None:
     """Writes the gradients of `attention` for q, k and v."""
-    weighting = Weighting(
-        Jagged(q_offsets, q_positions), Jagged(k_offsets, k_positions), intervals, alpha, scale
-    )
+    *mask, dq, dk, dv = mask_and_gradients
+    weighting = _weighting(*mask)
     launch.key_value_gradients(dout, q, k, v, weighting, out=(dk, dv))
     launch.query_gradient(dout, q, k, v, weighting, out=dq)
 
 
-@attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> Tensor:
+def _weighting(
+    q_offsets: Tensor,
+    q_positions: Tensor,
+    k_offsets: Tensor,
+    k_positions: Tensor,
+    intervals: Tensor,
+    alpha: float,
+    scale: float,
+) -> Weighting:
+    queries, keys = Jagged(q_offsets, q_positions), Jagged(k_offsets, k_positions)
+    return Weighting(queries, keys, intervals, alpha, scale)
+
+
+def _empty_output(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, *ctx.mask, ctx.alpha, ctx.scale = inputs  # the mask's very tensors: plans know them
-    ctx.save_for_backward(q, k, v)
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> Tensor:
+        ctx.mask = mask  # the very tensors: plans know them
+        ctx.save_for_backward(q, k, v)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.gr_kernels.attention(q, k, v, *mask)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        qkv = ctx.saved_tensors  # once: each access would have them computed again
+        grads = empty_gradients(*qkv)
+        torch.ops.gr_kernels.attention_backward(dout, *qkv, *ctx.mask, *grads)
+        return *grads, *(None for _ in ctx.mask)
 
 
-def _differentiate(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    grads = empty_gradients(*ctx.saved_tensors)
-    attention_backward(dout, *ctx.saved_tensors, *ctx.mask, ctx.alpha, ctx.scale, *grads)
-    return *grads, None, None, None, None, None, None, None
-
-
-attention.register_autograd(_differentiate, setup_context=_keep)
+_library = torch.library.Library("gr_kernels", "DEF")
+_library.define(f"attention({INPUTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_library.define(
+    f"attention_backward(Tensor dout, {INPUTS}, {OUTPUTS}) -> ()", tags=torch.Tag.pt2_compliant_tag
+)
+for _device in ("CPU", "CUDA"):
+    _library.impl("attention", attention, _device)
+    _library.impl("attention_backward", attention_backward, _device)
+_library.impl("attention", _Attention.apply, "Autograd")
+torch.library.register_fake("gr_kernels::attention", _empty_output, lib=_library)
+torch.library.register_fake("gr_kernels::attention_backward", lambda *_: None, lib=_library)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.integers import cdiv
+from kernels.triton.launcher import remembered
 from kernels.triton.rows import STAGES, block_shape, store_sums, summing_programs
 
 MIN_COLUMNS, MAX_COLUMNS = 128, 1024
@@ -74,6 +75,7 @@ def _columns(width: int) -> int:
     return min(divisor if divisor >= MIN_COLUMNS else width, MAX_COLUMNS)
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_rows"])
 def silu_forward_kernel(
     x_ptr,
@@ -95,6 +97,7 @@ def silu_forward_kernel(
     tl.store(out_at, (x * tl.sigmoid(x)).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@remembered
 @triton.jit(do_not_specialize=["num_rows"])
 def silu_backward_kernel(
     dout_ptr,

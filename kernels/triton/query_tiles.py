@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.triton.launcher import remembered
 from kernels.triton.runs import RECORD, RIDERS_AT, store_run
 from kernels.triton.tiles import FAR, PIECES, count_at_most, locate
 
@@ -70,6 +71,7 @@ def _store_hulls(at, stride, hulls, whole):
     tl.store(at + stride * 3, tl.where(whole, full_high, 0))
 
 
+@remembered
 @triton.jit(
     do_not_specialize=["num_pieces", "num_rows", "num_parts"],
     do_not_specialize_on_alignment=["k_offsets_ptr", "k_positions_ptr"],

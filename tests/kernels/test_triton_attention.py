@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
@@ -18,7 +21,7 @@ from kernels.attention import hstu_attention
 from kernels.blockwise import blockwise_backward, blockwise_forward
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, semi_local_intervals
-from kernels.triton import configs, launch, tiles
+from kernels.triton import configs, launch, plan, tiles
 from kernels.weighting import Weighting
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -215,12 +218,35 @@ def test_autograd_compile_and_fake_tensors() -> None:
         arguments,
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+    torch.library.opcheck(
+        torch.ops.gr_kernels.attention_backward.default,
+        [x.detach() if isinstance(x, Tensor) else x for x in (dout, *arguments, *qkv)],
+        test_utils=("test_schema", "test_faketensor"),
+    )
     compiled = torch.compile(torch.ops.gr_kernels.attention, backend="aot_eager", fullgraph=True)
     out = compiled(*arguments)
     for got, want in zip(
         [out, *torch.autograd.grad(out, qkv, dout)], results["triton"], strict=True
     ):
         assert torch.equal(got, want)
+
+
+def test_one_plan_serves_the_backward_and_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _, _ = tokens()
+    case = problem(whole, whole, masks()["causal"])
+    *qkv, dout = (x.requires_grad_() for x in case.tensors)
+    plans, build = [], plan.Plan.build
+
+    def note(*args: Any) -> plan.Plan:
+        plans.append(build(*args))
+        return plans[-1]
+
+    monkeypatch.setattr(plan.Plan, "build", note)
+    attend = partial(hstu_attention, **case.mask, backend="triton")
+    want = torch.autograd.grad(attend(*qkv), qkv, dout)
+    got = torch.autograd.grad(checkpoint(attend, *qkv, use_reentrant=False), qkv, dout)
+    assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
+    assert len(plans) == 1
 
 
 def test_a_changed_mask_is_planned_anew() -> None:

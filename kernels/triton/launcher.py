@@ -1,0 +1,74 @@
+"""Launches of compiled kernels that do not ask Triton each time which one it is.
+
+Triton binds, specialises and hashes all arguments at every launch, in Python. For a step of many
+small launches, that is a good part of what the host has to do.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+INT32 = 1 << 31
+
+
+def remembered(kernel: Any) -> Any:
+    """A decorator of `triton.jit` kernels: called as before, but constants by keyword and last."""
+    return Launcher(kernel) if isinstance(kernel, JITFunction) else kernel  # else: interpreted
+
+
+class Launcher:
+    """Remembers what Triton compiled for which arguments. Compiling itself is left to Triton.
+
+    The hooks and knobs that Triton minds at a launch are minded here too; only globals of the
+    kernel that changed since it was compiled are no longer found out.
+    """
+
+    def __init__(self, kernel: JITFunction) -> None:
+        self.kernel = kernel
+        self._compiled: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        if torch.compiler.is_compiling() or self._is_hooked():
+            self.kernel[grid](*args, **constants)
+            return
+        device = driver.active.get_current_device()
+        modes = knobs.runtime.debug, knobs.compilation.instrumentation_mode
+        key = (device, modes, *map(specialization, args), *constants.items())
+        compiled, values = self._compiled.get(key, (None, ()))
+        if compiled is not None:
+            stream = driver.active.get_current_stream(device)
+            compiled[(*grid, 1, 1)[:3]](*args, *values, stream=stream)
+            return
+        params = self.kernel.params
+        assert [x.is_constexpr for x in params] == [i >= len(args) for i in range(len(params))]
+        compiled = self.kernel[grid](*args, **constants)
+        self._compiled[key] = compiled, tuple(constants[x.name] for x in params[len(args) :])
+
+    def _is_hooked(self) -> bool:
+        """Whether someone wants to see each launch, or to change how kernels are compiled."""
+        return bool(self.kernel.pre_run_hooks or knobs.runtime.add_stages_inspection_hook)
+
+
+def specialization(x: Any) -> object:
+    """Different for arguments that Triton would compile different kernels for."""
+    kind = type(x)
+    if kind is int:
+        return x == 1, x % 16 == 0, -INT32 <= x < INT32, x < INT32 << 32
+    if kind is float:
+        return kind
+    if isinstance(x, Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if kind is TensorDescriptor:
+        return x.base.dtype, tuple(x.block_shape)
+    return x

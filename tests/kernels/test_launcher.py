@@ -1,0 +1,116 @@
+"""The launcher compiles where Triton would, and launches what Triton would."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import native_specialize_impl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.triton import launcher
+from kernels.triton.launcher import Launcher, specialization
+
+BACKEND = make_backend(GPUTarget("cuda", 90, 32))
+EDGES = (0, 2**31, 2**63)
+
+
+def arguments() -> Iterator[object]:
+    """One, at least, of each kind that Triton tells apart, and of its neighbours."""
+    yield from (None, True, False, 0.0, 1.0, 16.0, math.inf)
+    for edge in EDGES:
+        yield from range(edge - 33, edge + 34)
+        yield from range(-edge, 34 - edge)
+    for dtype in (torch.float32, torch.bfloat16, torch.int32, torch.int64):
+        pool = torch.zeros(64 * 64, dtype=dtype)
+        yield from (pool[start:] for start in range(17))
+        if dtype.is_floating_point:
+            yield torch.nn.Parameter(pool)
+            yield torch.nn.Parameter(pool[1:])
+            for block in ([16], [1], [32]):
+                yield TensorDescriptor(pool, [64], [1], block)
+            for block in ([16, 16], [16, 32], [32, 16], [1, 1]):
+                yield TensorDescriptor(pool, [64, 64], [64, 1], block)
+
+
+def test_what_triton_tells_apart_has_different_keys() -> None:
+    by_key: dict[object, list[object]] = {}
+    for x in arguments():
+        flags = [(specialize, align) for specialize in (False, True) for align in (False, True)]
+        by_triton = [native_specialize_impl(BACKEND, x, False, *of) for of in flags]
+        assert by_key.setdefault(specialization(x), by_triton) == by_triton, x
+
+
+class Kernel:
+    """A `triton.jit` kernel(x, n, SIZE, FLAG) that notes what it is called with."""
+
+    def __init__(self, notes: list[tuple[Any, ...]]) -> None:
+        self.notes = notes
+        self.pre_run_hooks: list[object] = []
+        names = [("x", False), ("n", False), ("SIZE", True), ("FLAG", True)]
+        self.params = [SimpleNamespace(name=name, is_constexpr=known) for name, known in names]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*args: object, **constants: object) -> Compiled:
+            self.notes.append(("compiled", grid, args, constants))
+            return Compiled(self.notes)
+
+        return run
+
+
+class Compiled:
+    def __init__(self, notes: list[tuple[Any, ...]]) -> None:
+        self.notes = notes
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, stream: self.notes.append(("launched", grid, args, stream))
+
+
+def test_the_second_launch_does_not_ask_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7)
+    monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=active))
+    notes: list[tuple[Any, ...]] = []
+    kernel = Kernel(notes)
+    launch = Launcher(kernel)  # type: ignore[arg-type]
+    x, other = torch.zeros(4), torch.ones(8)
+
+    launch[(3,)](x, 5, FLAG=True, SIZE=64, num_warps=4)
+    assert notes == [("compiled", (3,), (x, 5), dict(FLAG=True, SIZE=64, num_warps=4))]
+    launch[(2, 6)](other, 7, FLAG=True, SIZE=64, num_warps=4)
+    assert notes[1:] == [("launched", (2, 6, 1), (other, 7, 64, True), 7)]  # as in the signature
+
+    def compiles(*args: object, **constants: object) -> bool:
+        del notes[:]
+        launch[(1,)](*args, **(dict(FLAG=True, SIZE=64, num_warps=4) | constants))
+        return notes[0][0] == "compiled"
+
+    assert compiles(x, 1)
+    assert compiles(x.half(), 5)
+    assert compiles(other[1:], 5)
+    assert compiles(x, 5, SIZE=32)
+    assert compiles(x, 5, num_warps=8)
+    assert not compiles(x, 5, SIZE=32)
+    active.get_current_device = lambda: 1
+    assert compiles(x, 5)
+    assert not compiles(x, 5)
+    kernel.pre_run_hooks.append(print)  # Triton runs hooks only on its own path
+    assert compiles(x, 5)
+
+
+def test_constants_come_by_keyword(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By position, they would be taken for numbers that a kernel is not compiled for."""
+    active = SimpleNamespace(get_current_device=lambda: 0)
+    monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=active))
+    launch = Launcher(Kernel([]))  # type: ignore[arg-type]
+    for args, constants in (((1, 2, 3), dict(FLAG=True)), ((1,), dict(n=1, SIZE=1, FLAG=True))):
+        with pytest.raises(AssertionError):
+            launch[(1,)](*args, **constants)
