@@ -48,11 +48,11 @@ class Model:
         """Bytes, however long the sequences.
 
         Weights, their gradients and AdamW's two moments, all float32; the ring's buffers, which
-        gradients want in float32: an outbox and up to two inboxes of keys, one each of gradients.
+        gradients want in float32: up to two inboxes of keys, an outbox and an inbox of gradients.
         And attention's float32 sums of dk and dv in segments: at most 128 tiles.
         """
         weights = 16 * self.layers * self.width * 5 * self.heads * self.dim
-        messages = 1 + min(2, self.cp - 1) + 2 * (1 + 1)
+        messages = min(2, self.cp - 1) + 2 * (1 + 1)
         sums = 2 * 4 * 128 * (128 if self.dim > 128 else 64) * self.heads * self.dim
         return weights + sums + (int(GROWTH * MESSAGE_BYTES) * messages if self.cp > 1 else 0)
 

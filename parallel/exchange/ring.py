@@ -29,7 +29,7 @@ from kernels.columns import empty_gradients
 from parallel.exchange.ring_pass import Block, RingPass, copy_block
 from parallel.visibility import Visibility
 
-MESSAGE_BYTES = 96 << 20  # at the speed of the link, and little beside a GPU's memory
+MESSAGE_BYTES = 192 << 20  # more launches are more tails; and little beside a GPU's memory
 
 
 def ring_attention(

@@ -146,10 +146,10 @@ def test_large_messages_are_cut_into_heads_then_rows() -> None:
         return ring._chunks(k, v, SimpleNamespace(most_rows=rows))  # type: ignore[arg-type]
 
     assert chunks(0) == (4, 1)
-    assert chunks(33_000) == (4, 1)  # 64 MiB
-    assert chunks(60_000) == (2, 1)
-    assert chunks(1_000_000) == (1, 6)  # 512 bytes a row and head
-    assert chunks(100_000, heads=3) == (1, 1)  # two are a little too much: no rows are cut
+    assert chunks(66_000) == (4, 1)  # 129 MiB
+    assert chunks(120_000) == (2, 1)
+    assert chunks(2_000_000) == (1, 6)  # 512 bytes a row and head
+    assert chunks(200_000, heads=3) == (1, 1)  # two are a little too much: no rows are cut
 
 
 def check_against_one_process(results: list, name: str) -> None:
