@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from kernels.jagged import Jagged, lengths_to_offsets
+from kernels.jagged import Jagged
 from parallel.spans import count_out
 
 # A multiple of the rows that attention takes at a time: of its tiles none is wasted on a border.
@@ -35,37 +35,48 @@ class Layout(ABC):
         """Positions in a block, a multiple of cp_size; the last of a sequence may be shorter."""
 
     @abstractmethod
-    def chunks(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Starts and sizes, int64 [cp, chunks a rank, blocks], of each rank's chunks in blocks of
-        the given lengths, in rising order."""
+    def chunks(self, lengths: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """Starts and sizes, int64 [cp, blocks, chunks a rank], of each rank's chunks in blocks of
+        the given lengths, in rising order. before: see `shares`."""
 
-    def positions(self, lengths: Tensor, rank: int, only: Tensor | None = None) -> Jagged:
-        """The rows `rank` holds of sequences of the given lengths [B], as a Jagged on the host.
+    def spans(self, lengths: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What every rank holds of any sequences of a batch, in spans of positions.
 
-        only: int64 [b], rising: of which of the sequences, if not of all.
+        lengths, before: int64 [B], of each sequence and of all those before it in its batch.
+        Returns the sequence of each block, and the starts and sizes of its chunks, see `chunks`.
         """
+        blocks = lengths // self.block + 1
+        sequence = torch.repeat_interleave(blocks)
+        first = torch.arange(len(sequence)) - (blocks.cumsum(0) - blocks)[sequence]
+        first *= self.block
+        starts, sizes = self.chunks(
+            (lengths[sequence] - first).clamp_(max=self.block), before[sequence]
+        )
+        return sequence, starts + first[:, None], sizes
+
+    def parts(self, lengths: Tensor) -> tuple[Jagged, ...]:
+        """The rows that each rank holds of a batch of the given lengths [B], on the host."""
         lengths = lengths.long()
-        blocks = Jagged.whole((lengths // self.block + 1).int())  # a row is a block
-        sequence = blocks.sequence_ids()
-        block_lengths = torch.full_like(sequence, self.block)
-        block_lengths[blocks.offsets[1:] - 1] = lengths % self.block
+        sequence, starts, sizes = self.spans(lengths, lengths.cumsum(0) - lengths)
+        positions = count_out(starts.flatten(), sizes.flatten(), torch.device("cpu")).int()
+        rows = torch.zeros(self.cp_size, len(lengths), dtype=torch.int64)
+        rows.index_add_(1, sequence, sizes.sum(2))
+        offsets = torch.nn.functional.pad(rows.cumsum(1, dtype=torch.int32), (1, 0))
+        by_rank = positions.split(rows.sum(1).tolist())
+        return tuple(Jagged(*part) for part in zip(offsets, by_rank, strict=True))
 
-        starts, sizes = (x[rank].T for x in self.chunks(block_lengths))  # [blocks, chunks]
-        starts = starts + blocks.positions[:, None].long() * self.block
-        rows = torch.zeros_like(lengths).index_add_(0, sequence, sizes.sum(1))  # of each sequence
-        if only is not None:
-            wanted = torch.zeros(len(lengths), dtype=torch.bool).index_fill_(0, only, True)
-            starts, sizes, rows = starts[wanted[sequence]], sizes[wanted[sequence]], rows[only]
-        positions = count_out(starts.flatten(), sizes.flatten(), torch.device("cpu"))
-        return Jagged(lengths_to_offsets(rows), positions.int())
+    def positions(self, lengths: Tensor, rank: int) -> Jagged:
+        """The rows `rank` holds, see `parts`."""
+        return self.parts(lengths)[rank]
 
-    def shares(self, lengths: Tensor) -> Tensor:
-        """Rows per rank and block, int64 [cp, blocks]."""
-        cp = self.cp_size
-        leftover = lengths % cp
-        first = leftover.cumsum(0) - leftover  # where the dealing of leftovers stopped before
-        turn = (torch.arange(cp)[:, None] - first) % cp
-        return lengths // cp + (turn < leftover)
+    def shares(self, lengths: Tensor, before: Tensor) -> Tensor:
+        """Rows per rank and block, int64 [cp, blocks].
+
+        before: int64 [blocks], tokens of the batch before a block's sequence. Only the last block
+        of a sequence has leftovers, so this tells where the dealing of those before it stopped.
+        """
+        turn = (torch.arange(self.cp_size)[:, None] - before) % self.cp_size
+        return lengths // self.cp_size + (turn < lengths % self.cp_size)
 
 
 class ZigzagLayout(Layout):
@@ -80,14 +91,14 @@ class ZigzagLayout(Layout):
     def block(self) -> int:
         return 2 * self.cp_size * STRIPE
 
-    def chunks(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        shares = self.shares(lengths)
-        front, back = (shares + 1) // 2, shares // 2
-        sizes = torch.stack([front, back], 1)
+    def chunks(self, lengths: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        shares = self.shares(lengths, before)
+        back = shares // 2
+        front = shares - back
         in_order = torch.cat([front, back.flip(0)])  # [2 cp, blocks], in order of position
         starts = in_order.cumsum(0) - in_order
         cp = self.cp_size
-        return torch.stack([starts[:cp], starts[cp:].flip(0)], 1), sizes
+        return torch.stack([starts[:cp], starts[cp:].flip(0)], 2), torch.stack([front, back], 2)
 
 
 class ContiguousLayout(Layout):
@@ -97,9 +108,9 @@ class ContiguousLayout(Layout):
     def block(self) -> int:
         return self.cp_size << 40  # longer than any sequence
 
-    def chunks(self, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        sizes = self.shares(lengths)
-        return (sizes.cumsum(0) - sizes)[:, None], sizes[:, None]
+    def chunks(self, lengths: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        sizes = self.shares(lengths, before)
+        return (sizes.cumsum(0) - sizes)[..., None], sizes[..., None]
 
 
 LAYOUTS: dict[str, type[Layout]] = {"zigzag": ZigzagLayout, "contiguous": ContiguousLayout}

@@ -21,7 +21,10 @@ from parallel.balance import deal
 from parallel.batch import JaggedBatch
 from parallel.layout import Layout
 from parallel.mesh import Mesh
+from parallel.spans import count_out
 from parallel.transport import Links
+
+ROOM = 128  # for the sizes of so many sequences of each process: one message, if none reads more
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Shard:
     rank: int  # in the cp group
     device: torch.device
     links: Links | None = None  # of the cp group
+    of_all: tuple[Tensor, Tensor] | None = None  # of all processes' sequences, if not these alone:
+    # lengths and num_targets
 
     @property
     def cp_size(self) -> int:
@@ -52,26 +57,26 @@ class Shard:
         return self.parts[self.rank]
 
     @cached_property
-    def device_parts(self) -> tuple[Jagged, ...]:
-        both = [x for part in self.parts for x in (part.offsets, part.positions)]
-        copies = copy_together(both, self.device)
-        return tuple(Jagged(*pair) for pair in zip(copies[::2], copies[1::2], strict=True))
-
-    @cached_property
-    def device_rows(self) -> Jagged:
-        return self.device_parts[self.rank]
-
-    @cached_property
-    def _device_sizes(self) -> list[Tensor]:
-        return copy_together([self.lengths, self.num_targets], self.device)
+    def _on_device(self) -> list[Tensor]:
+        of_parts = [x for part in self.parts for x in (part.offsets, part.positions)]
+        return copy_together([self.lengths, self.num_targets, *of_parts], self.device)
 
     @property
     def device_lengths(self) -> Tensor:
-        return self._device_sizes[0]
+        return self._on_device[0]
 
     @property
     def device_num_targets(self) -> Tensor:
-        return self._device_sizes[1]
+        return self._on_device[1]
+
+    @cached_property
+    def device_parts(self) -> tuple[Jagged, ...]:
+        of_parts = self._on_device[2:]
+        return tuple(Jagged(*x) for x in zip(of_parts[::2], of_parts[1::2], strict=True))
+
+    @property
+    def device_rows(self) -> Jagged:
+        return self.device_parts[self.rank]
 
     @cached_property
     def whole(self) -> Jagged:
@@ -102,20 +107,54 @@ def shard_batch(batch: JaggedBatch, layout: Layout, mesh: Mesh | None) -> Shard:
     size = 1 if mesh is None else mesh.cp
     if size != layout.cp_size:
         raise ValueError(f"layout: over cp_size={layout.cp_size} for a mesh with cp={size}")
-    names = sorted(batch.tokens)
-    payload = torch.stack([batch.tokens[name] for name in names], 1)  # [T, features]
-    if mesh is None or (size == 1 and batch.costs is None):
-        parts: tuple[Jagged, ...] = (layout.positions(batch.lengths, 0),)
-        lengths, num_targets = batch.lengths, batch.num_targets
+    facts = None if mesh is None or mesh.size == 1 else _Facts.gather(batch, mesh.world)
+    if mesh is None or facts is None or (size == 1 and batch.costs is None):
+        lengths, num_targets, tokens = batch.lengths, batch.num_targets, batch.tokens
+        parts = layout.parts(lengths)
     else:
-        trade = _Trade.plan(batch, layout, mesh)
+        trade = _Trade.plan(facts, batch.costs is not None, layout, mesh)
         lengths, num_targets, parts = trade.lengths, trade.num_targets, trade.parts
-        payload = trade.run(payload)
-    tokens = {name: payload[:, i].contiguous() for i, name in enumerate(names)}
+        names = sorted(batch.tokens)
+        payload = trade.run(torch.stack([batch.tokens[name] for name in names], 1))
+        tokens = dict(zip(names, payload.unbind(1), strict=True))
+    of_all = None if facts is None else (facts.lengths, facts.num_targets)
     if mesh is None:
-        return Shard(lengths, num_targets, parts, tokens, None, 0, torch.device("cpu"))
-    group = mesh.cp_group
-    return Shard(lengths, num_targets, parts, tokens, group, group.rank(), mesh.device, mesh.links)
+        group, rank, device, links = None, 0, torch.device("cpu"), None
+    else:
+        group, device, links = mesh.cp_group, mesh.device, mesh.links
+        rank = group.rank()
+    return Shard(lengths, num_targets, parts, tokens, group, rank, device, links, of_all)
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Of the sequences of all processes, in order of (rank that read them, place there): [N]."""
+
+    lengths: Tensor  # int64
+    num_targets: Tensor
+    costs: Tensor  # float64; zeros if the batch has none
+    reader: Tensor  # int64: the rank
+
+    @staticmethod
+    def gather(batch: JaggedBatch, world: dist.ProcessGroup) -> _Facts:
+        """Collective."""
+        count = batch.lengths.numel()
+        costs = torch.zeros(count, dtype=torch.float64) if batch.costs is None else batch.costs
+        mine = torch.stack([batch.lengths, batch.num_targets, costs])
+        room, most = 0, ROOM
+        while most > room:  # else once more, with room for all
+            room = most
+            message = torch.zeros(1 + 3 * room, dtype=torch.float64)
+            message[0] = count
+            message[1:].view(3, room)[:, :count] = mine[:, :room]
+            gathered = message.new_empty(world.size() * len(message))
+            dist.all_gather_into_tensor(gathered, message, group=world)
+            by_rank = gathered.view(world.size(), -1)
+            counts = by_rank[:, 0]
+            most = int(counts.max())
+        there = torch.arange(room) < counts[:, None]
+        lengths, num_targets, costs = by_rank[:, 1:].view(-1, 3, room).movedim(1, 0)[:, there]
+        return _Facts(lengths.long(), num_targets.long(), costs, there.nonzero()[:, 0])
 
 
 @dataclass(frozen=True)
@@ -125,58 +164,57 @@ class _Trade:
     lengths: Tensor  # of my cp group's sequences, in order of (rank that read them, place there)
     num_targets: Tensor
     parts: tuple[Jagged, ...]  # of my cp group
-    sends: list[Tensor]  # per rank: indices of my rows
-    receives: list[int]  # per rank: how many rows come
+    sends: Tensor  # indices of my rows, rank after rank
+    send_splits: list[int]
+    receive_splits: list[int]
     group: dist.ProcessGroup
 
     @staticmethod
-    def plan(batch: JaggedBatch, layout: Layout, mesh: Mesh) -> _Trade:
-        balanced = batch.costs is not None
-        group = mesh.world if balanced else mesh.cp_group
-        reader, facts = _gather_facts(batch, group)
-        lengths, num_targets = facts[0].int(), facts[1].int()
-        num_groups, mine = (mesh.dp, mesh.dp_rank) if balanced else (1, 0)
-        dealt = deal(facts[2], num_groups) if balanced else torch.zeros_like(reader)
+    def plan(facts: _Facts, balanced: bool, layout: Layout, mesh: Mesh) -> _Trade:
+        """balanced: sequences are dealt anew to the dp groups."""
+        group = deal(facts.costs, mesh.dp) if balanced else facts.reader // mesh.cp
+        order = group.argsort(stable=True)
+        first_row = facts.lengths.cumsum(0) - facts.lengths  # of each sequence, as they were read
+        group, reader, lengths, num_targets, first_row = torch.stack(
+            [group, facts.reader, facts.lengths, facts.num_targets, first_row]
+        )[:, order]
+        before = lengths.cumsum(0) - lengths  # tokens, of the same group's sequences
+        before -= before[torch.searchsorted(group, group)]
 
-        my_starts = lengths_to_offsets(batch.lengths)[:-1].long()
-        first_of_mine = int((reader < group.rank()).sum())
-        sends = []
-        for g in range(num_groups):
-            sequences = (dealt == g).nonzero()[:, 0]
-            of_mine = (reader[sequences] == group.rank()).nonzero()[:, 0]
-            starts = my_starts[sequences[of_mine] - first_of_mine]
-            for r in range(mesh.cp):
-                rows = layout.positions(lengths[sequences], r, of_mine)
-                sends.append(starts[rows.sequence_ids()] + rows.positions)
+        mine = (reader == mesh.rank).nonzero()[:, 0]
+        sequence, starts, sizes = layout.spans(lengths[mine], before[mine])
+        first_of_mine = int(facts.lengths[facts.reader < mesh.rank].sum())
+        starts += (first_row[mine] - first_of_mine)[sequence, None]
+        to = group[mine][sequence] * mesh.cp + torch.arange(mesh.cp)[:, None]  # [cp, blocks]
+        to, by_rank = to.flatten().sort(stable=True)
+        starts, sizes = starts.flatten(0, 1)[by_rank], sizes.flatten(0, 1)[by_rank]
+        sends = count_out(starts.flatten(), sizes.flatten(), torch.device("cpu"))
+        send_splits = torch.zeros(mesh.size, dtype=torch.int64).index_add_(0, to, sizes.sum(1))
 
-        own = (dealt == mine).nonzero()[:, 0]
-        parts = tuple(layout.positions(lengths[own], r) for r in range(mesh.cp))
+        own = (group == mesh.dp_rank).nonzero()[:, 0]
+        lengths, num_targets = lengths[own].int(), num_targets[own].int()
+        parts = layout.parts(lengths)
         rows_each = parts[mesh.cp_group.rank()].lengths().long()
-        receives = torch.zeros(group.size(), dtype=torch.int64)
-        receives.index_add_(0, reader[own], rows_each)
-        return _Trade(lengths[own], num_targets[own], parts, sends, receives.tolist(), group)
+        receive_splits = torch.zeros(mesh.size, dtype=torch.int64)
+        receive_splits.index_add_(0, reader[own], rows_each)
+        return _Trade(
+            lengths,
+            num_targets,
+            parts,
+            sends,
+            send_splits.tolist(),
+            receive_splits.tolist(),
+            mesh.world,
+        )
 
     def run(self, payload: Tensor) -> Tensor:
         """[my tokens, F] -> [my rows of the group's sequences, F], in the order of the batch."""
-        send = payload[torch.cat(self.sends)]
-        received = send.new_empty(sum(self.receives), send.shape[1])
-        splits = [rows.numel() for rows in self.sends]
-        dist.all_to_all_single(received, send, self.receives, splits, group=self.group)
+        received = payload.new_empty(sum(self.receive_splits), payload.shape[1])
+        dist.all_to_all_single(
+            received,
+            payload[self.sends],
+            self.receive_splits,
+            self.send_splits,
+            group=self.group,
+        )
         return received
-
-
-def _gather_facts(batch: JaggedBatch, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Of all sequences of the group: the rank that read each, int64 [N], and float64 [3, N]:
-    lengths, num_targets and costs. On the host."""
-    size, count = group.size(), batch.lengths.numel()
-    counts = torch.empty(size, dtype=torch.int64)
-    dist.all_gather_into_tensor(counts, torch.tensor([count]), group=group)
-    padded = torch.zeros(3, int(counts.max()), dtype=torch.float64)
-    padded[0, :count], padded[1, :count] = batch.lengths, batch.num_targets
-    if batch.costs is not None:
-        padded[2, :count] = batch.costs
-    gathered = torch.empty(size * padded.numel(), dtype=torch.float64)
-    dist.all_gather_into_tensor(gathered, padded.view(-1), group=group)
-    by_rank = gathered.view(size, 3, -1)
-    facts = torch.cat([by_rank[r, :, :n] for r, n in enumerate(counts.tolist())], 1)
-    return torch.repeat_interleave(torch.arange(size), counts), facts

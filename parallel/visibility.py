@@ -52,32 +52,39 @@ class Visibility:
         """
         shard, cp_size = self.shard, self.shard.cp_size
         sequence, starts = self.line.sequences(self.held)
-        offsets = lengths_to_offsets(torch.bincount(sequence, minlength=self.line.starts.numel()))
-        ends = torch.stack([self.held[:, 0], self.held[:, 1] - 1]) - starts
-        head, tail = (
+        spans = torch.bincount(sequence, minlength=self.line.starts.numel())
+        ends = self.held - starts[:, None]
+        ends[:, 1] -= 1
+        first, last = (
             self.mask(
-                Jagged(offsets, positions.int()),
+                Jagged(lengths_to_offsets(2 * spans), ends.flatten().int()),
                 shard.lengths.repeat(cp_size),
                 shard.num_targets.repeat(cp_size),
-            ).view(-1, 2, 2)
-            for positions in ends
+            )
+            .view(-1, 2, 2, 2)  # span, end of it, interval, bound
+            .long()
+            .unbind(-1)
         )
-        lowest = torch.minimum(_start_or_infinity(head), _start_or_infinity(tail))
-        between = torch.stack([lowest, torch.maximum(head[..., 1], tail[..., 1])], -1)
-        between = (between + starts[:, None, None]).view(-1, 2)
+        nowhere = self.line.stride  # an empty interval starts there
+        lowest = torch.where(first < last, first, nowhere).amin(1)
+        between = torch.stack([lowest, last.amax(1)], -1) + starts[:, None, None]
+        between = between.view(-1, 2)
         return overlap(torch.cat([self.held, between[between[:, 0] < between[:, 1]]]), 1)
 
     @cached_property
     def meets(self) -> list[list[bool]]:
         """[rank][owner]: whether any query of `rank` sees any of the rows of `owner`."""
         cp_size, stride = self.shard.cp_size, self.line.stride
-        found = torch.zeros(cp_size, cp_size, dtype=torch.bool)
-        to_each_rank = torch.arange(cp_size)[:, None, None] * stride
-        for owner in range(cp_size):
-            held = (self.line.own(self.held, owner) + to_each_rank).flatten(0, 1)
-            both = overlap(torch.cat([self.seen, held]), 2)
-            found[both[:, 0] // stride, owner] = True
-        return found.tolist()
+        rank = self.seen[:, 0] // stride
+        # Every span laid among those that an owner holds: it meets one that has begun, but not
+        # ended, before.
+        seen = self.seen - stride * (rank - torch.arange(cp_size)[:, None])[..., None]
+        begun = torch.searchsorted(self.held[:, 0].contiguous(), seen[..., 1].contiguous())
+        ended = torch.searchsorted(
+            self.held[:, 1].contiguous(), seen[..., 0].contiguous(), right=True
+        )
+        found = torch.zeros(cp_size, cp_size, dtype=torch.int64)
+        return found.index_add_(1, rank, begun - ended).T.bool().tolist()
 
     @cached_property
     def halo(self) -> tuple[Relayout, Jagged]:
@@ -122,9 +129,3 @@ class Visibility:
 def piece_of(num_rows: int, piece: int, count: int) -> tuple[int, int]:
     """The first row of a piece, and the one after its last; pieces differ by one row at most."""
     return num_rows * piece // count, num_rows * (piece + 1) // count
-
-
-def _start_or_infinity(intervals: Tensor) -> Tensor:
-    """int32 [..., 2] -> int64 [...]: an empty interval starts nowhere."""
-    start, end = intervals.long().unbind(-1)
-    return torch.where(start < end, start, torch.iinfo(torch.int32).max)

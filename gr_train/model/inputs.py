@@ -30,6 +30,7 @@ class Inputs:
     label_rows: Tensor  # rows that predict something
     labels: Tensor  # what they predict: the next item (retrieval), a bitmask of tasks (ranking)
     label_ids: Tensor  # the same, on the host
+    num_labels: int  # of all processes together
 
 
 def make_inputs(
@@ -75,7 +76,37 @@ def make_inputs(
     gaps, label_rows, labels, *indices = copy_together(
         [shard.tokens["gap"], label_rows, label_ids, *at.values()], shard.device
     )
-    return Inputs(ids, dict(zip(at, indices, strict=True)), gaps, label_rows, labels, label_ids)
+    lengths, num_targets = shard.of_all or (shard.lengths, shard.num_targets)
+    num_labels = count_labels(
+        lengths,
+        num_targets,
+        num_contextual=len(contextual),
+        task=task,
+        style=style,
+        last_only=last_only,
+    )
+    return Inputs(
+        ids, dict(zip(at, indices, strict=True)), gaps, label_rows, labels, label_ids, num_labels
+    )
+
+
+def count_labels(
+    lengths: Tensor,
+    num_targets: Tensor,
+    *,
+    num_contextual: int,
+    task: str,
+    style: str,
+    last_only: bool,
+) -> int:
+    """Label rows in whole sequences, as `make_inputs` finds them in the shards of these."""
+    if task == "ranking":
+        return int(num_targets.sum())
+    event_tokens = (lengths - num_targets - num_contextual).clamp(min=0)
+    per_event = 1 if style == "merged" else 2
+    if last_only:
+        return int(((event_tokens > 0) & (event_tokens % per_event == 0)).sum())
+    return int((event_tokens // per_event).sum())
 
 
 def position_ids(shard: Shard) -> Tensor:

@@ -140,11 +140,8 @@ class Recommender:
             negatives = copy_to(negatives, shard.device)
         seen = Visibility(shard, self.mask)
         make_ready(seen, self.exchange)
-        count, size = torch.tensor(inputs.label_ids.numel()), 1
-        if self.world is not None:
-            dist.all_reduce(count, group=self.world)
-            size = self.world.size()
-        factor = size / max(int(count), 1)
+        size = 1 if self.world is None else self.world.size()
+        factor = size / max(inputs.num_labels, 1)
         return Prepared(inputs, seen, self._route(ids, shard.device), negatives, factor)
 
     def loss(self, batch: Prepared) -> Tensor:

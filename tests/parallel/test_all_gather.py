@@ -16,7 +16,7 @@ from tests.parallel.test_attention import HEADS, attend, check_against_one_proce
 class Lopsided(ContiguousLayout):
     """All rows on rank 1, but for one of each sequence on rank 0: padding by many rows."""
 
-    def shares(self, lengths: torch.Tensor) -> torch.Tensor:
+    def shares(self, lengths: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
         shares = torch.zeros(self.cp_size, len(lengths), dtype=torch.int64)
         shares[0] = lengths.clamp(max=1)
         shares[1] = lengths - shares[0]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import patch
+
 import pytest
 import torch
+from torchrec.distributed.planner.types import ParameterConstraints
 
+from parallel.embedding import plan
 from parallel.embedding.lookup import route
 from parallel.embedding.tables import Table, embedding_collection, shard_tables
 from parallel.mesh import build_mesh
@@ -30,6 +35,18 @@ def full_tables(sharded) -> dict[str, torch.Tensor]:
     return whole
 
 
+def train_with(kinds: list[str], size: int):
+    """kinds: of sharding, of the items and of the actions."""
+
+    def constraints(pooling_factors: list[float], **others: Any) -> ParameterConstraints:
+        kind = kinds[0] if len(pooling_factors) == 2 else kinds[1]  # one for each feature
+        others["sharding_types"] = [kind]
+        return ParameterConstraints(pooling_factors=pooling_factors, **others)
+
+    with patch.object(plan, "ParameterConstraints", constraints):
+        return train_once(size)
+
+
 def train_once(size: int):
     mesh = build_mesh(dp=size, cp=1, device=CPU)
     sharded = shard_tables(
@@ -47,9 +64,12 @@ def train_once(size: int):
     return before, {k: x.detach() for k, x in found.items()}, full_tables(sharded)
 
 
+@pytest.mark.parametrize(
+    "kinds", ["row_wise row_wise", "row_wise table_wise", "table_wise table_wise"]
+)
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_equals_plain_tables(run_in_world, size: int) -> None:
-    results = run_in_world(size, train_once, size)
+def test_equals_plain_tables(run_in_world, size: int, kinds: str) -> None:
+    results = run_in_world(size, train_with, kinds.split(), size)
     before, _, after = results[0]
     plain = embedding_collection(TABLES, "cpu")
     plain.load_state_dict(before)

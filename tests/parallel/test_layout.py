@@ -45,6 +45,26 @@ def test_token_counts_are_balanced(name: str, lengths: list[int], cp: int) -> No
     assert int(totals.max() - totals.min()) <= 1, "of the batch"
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+@given(lengths=lengths_strategy, cp=st.integers(1, 9), data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_spans_of_some_sequences(name: str, lengths: list[int], cp: int, data) -> None:
+    layout = LAYOUTS[name](cp)
+    tensor = torch.tensor(lengths, dtype=torch.int64)
+    chosen = [b for b in range(len(lengths)) if data.draw(st.booleans())]
+    before = tensor.cumsum(0) - tensor
+    sequence, starts, sizes = layout.spans(tensor[chosen], before[chosen])
+    for rank, part in enumerate(layout.parts(tensor)):
+        got: list[list[int]] = [[] for _ in chosen]
+        blocks = zip(sequence.tolist(), starts[rank].tolist(), sizes[rank].tolist(), strict=True)
+        for b, *chunks in blocks:
+            got[b] += [
+                p for start, size in zip(*chunks, strict=True) for p in range(start, start + size)
+            ]
+        of_all = part.positions.split(part.lengths().tolist())
+        assert got == [of_all[b].tolist() for b in chosen]
+
+
 def test_zigzag_balances_causal_work() -> None:
     lengths = torch.tensor([10_000, 7, 3_333, 1, 0, 64_000], dtype=torch.int32)
     none = torch.zeros_like(lengths)
@@ -70,7 +90,7 @@ def test_zigzag_of_a_long_sequence_is_stripes() -> None:
     layout = ZigzagLayout(2)
     stripes = torch.arange(4 * STRIPE).view(4, STRIPE)
     for rank, (mine, rest) in enumerate([([0, 3], [0, 3]), ([1, 2], [1, 2])]):
-        got = layout.positions(lengths, rank, torch.tensor([1])).positions
+        got = layout.positions(lengths, rank).positions.split([3 - rank, 2 * STRIPE + 2])[1]
         want = torch.cat([stripes[mine].flatten(), torch.tensor(rest) + 4 * STRIPE])
         assert got.tolist() == want.tolist()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from parallel import shard as shard_module
 from parallel.batch import JaggedBatch
 from parallel.layout import LAYOUTS
 from parallel.mesh import build_mesh
@@ -79,6 +81,35 @@ def test_balanced_groups_hold_every_token_once(run_in_world, dp: int, cp: int) -
         groups = [results[g * cp][0].double().square().sum() for g in range(dp)]
         total = sum(n * n for lengths in by_rank for n in lengths)
         assert max(groups) <= max(total / dp, 40**2) + 17**2
+
+
+def shard_in_room(room: int, dp: int, cp: int, lengths_by_rank: list[list[int]]):
+    with patch.object(shard_module, "ROOM", room):
+        sliced = shard_and_report(dp, cp, "zigzag", lengths_by_rank)
+        balanced = shard_balanced(dp, cp, lengths_by_rank)
+    return *sliced[:2], *sliced[3].values(), balanced[0], *balanced[2].values()
+
+
+def test_sizes_go_round_in_more_messages_if_need_be(run_in_world) -> None:
+    by_rank = [[40, 0, 30, 2], [], [1, 1, 17], [4]]
+    roomy, tight = (run_in_world(4, shard_in_room, room, 2, 2, by_rank) for room in (4, 1))
+    for want, got in zip(roomy, tight, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
+
+
+def sizes_of_all(dp: int, cp: int, lengths_by_rank: list[list[int]]):
+    mesh = build_mesh(dp=dp, cp=cp, device=CPU)
+    shard = shard_batch(make_batch(lengths_by_rank[mesh.rank], 0), LAYOUTS["zigzag"](cp), mesh)
+    return shard.of_all or (shard.lengths, shard.num_targets)
+
+
+@pytest.mark.parametrize(("dp", "cp"), [(1, 1), (3, 1), (2, 2)])
+def test_every_rank_knows_the_sizes_of_all(run_in_world, dp: int, cp: int) -> None:
+    by_rank = [[40, 0, 30, 2], [], [1, 1, 17], [4]][: dp * cp]
+    want = [n for lengths in by_rank for n in lengths]
+    for lengths, num_targets in run_in_world(dp * cp, sizes_of_all, dp, cp, by_rank):
+        assert lengths.tolist() == want
+        assert num_targets.tolist() == [min(n, 2) for n in want]
 
 
 def test_one_process_needs_no_group() -> None:
