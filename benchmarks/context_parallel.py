@@ -14,9 +14,8 @@ profiler's trace: it copies, waits for another GPU or, also at cp = 1, for the h
 a rank sends, the messages' own bytes; `host` the time until a call has been enqueued. Times are
 medians of the slowest rank; FLOPs count as in `benchmarks.attention` (backward 2.5 times forward),
 of matrix products 6 a weight and token; MFU is their share of 989 TFLOP/s, the dense bf16 peak of
-H100 and H200. `longest` is the length at which data.batch_size equal
-sequences take --memory GiB a GPU: from the peak memory of steps at two lengths, then tried with no
-more memory than that.
+H100 and H200. `longest` is the length at which data.batch_size equal sequences take --memory GiB a
+GPU: tried, with no more memory than that, along the line through the peaks of shorter ones.
 
 --simulate 4 8 adds rank 0 of groups of that size, alone on one GPU, whose messages go nowhere: what
 it computes. `link ms` is what a ring's messages take one after another on an idle link, by the
@@ -248,6 +247,7 @@ def longest(args: argparse.Namespace) -> list[dict]:
         tokens = {n: torch.randint(high, (len(mine) * length,)) for n, high in random.items()}
         tokens["id"].view(-1, length)[:, : len(trainer.info.contextual)] = 0
         batch = JaggedBatch(lengths, torch.zeros_like(lengths), tokens)
+        torch.cuda.reset_peak_memory_stats()
         trainer.step(1, trainer.prepare(1, batch))
         torch.cuda.synchronize()
         bytes_now = torch.tensor(
@@ -257,29 +257,36 @@ def longest(args: argparse.Namespace) -> list[dict]:
         return float(bytes_now)
 
     budget = args.memory * 2**30
-    short, middle = 1024 * world, 4096 * world
-    low, high = peak(short), peak(middle)
-    per_token = (high - low) / (middle - short)
-    length = int(middle + (budget - high) / per_token) // (128 * world) * 128 * world
-    if length > config.data.max_length:
-        raise ValueError(
-            f"data.max_length: {config.data.max_length}; {length} would fit, ask for more"
-        )
-    torch.cuda.empty_cache()
-    # Message buffers are not the allocator's; what they will take is known from what they take.
-    buffers = trainer.mesh.links.within.nbytes * length / middle
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction((budget - buffers) / total)
-    start = time.perf_counter()
-    used = peak(length)
+    shortest, length = 1024 * world, 4096 * world
+    peak(shortest)  # makes what stays, such as the optimizer's state
+    used = {shortest: peak(shortest)}
+    for _ in range(4):  # along the line through the two longest, until it leads no further
+        start = time.perf_counter()
+        used[length] = peak(length)
+        took = time.perf_counter() - start
+        before, most = sorted(used)[-2:]
+        per_token = (used[most] - used[before]) / (most - before)
+        unit = 128 * world
+        length = int(most + (budget - used[most]) / per_token) // unit * unit
+        if length <= most:
+            break
+        if length > config.data.max_length:
+            raise ValueError(
+                f"data.max_length: {config.data.max_length}; {length} would fit, ask for more"
+            )
+        # Message buffers are not the allocator's; they are as large as they get by the second try.
+        torch.cuda.empty_cache()
+        buffers = trainer.mesh.links.within.nbytes * min(2, length / most)
+        torch.cuda.set_per_process_memory_fraction((budget - buffers) / total)
     return [
         {
             "exchange": "-" if world == 1 else trainer.sharding.exchange,
-            "longest L": length,
-            "ms": (time.perf_counter() - start) * 1e3,
-            "peak GiB": used / 2**30,
+            "longest L": most,
+            "ms": took * 1e3,
+            "peak GiB": used[most] / 2**30,
             "bytes a token": per_token / sequences * world,
-            "tokens": sequences * length,
+            "tokens": sequences * most,
         }
     ]
 
