@@ -117,7 +117,7 @@ def simulated_shard(lengths: Tensor, layout: Layout, device: torch.device) -> Sh
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     group = dist.group.WORLD
     assert group is not None
-    parts = tuple(layout.positions(lengths, rank) for rank in range(size))
+    parts = layout.parts(lengths)
     transport = SendReceive(group, device, Watchdog(0, timedelta(hours=1), device))
     targets = torch.zeros_like(lengths)
     return Shard(lengths, targets, parts, {}, group, 0, device, Links(transport))
@@ -380,6 +380,8 @@ def main() -> None:
         work_as_rank(args)
         return
 
+    if args.dp > 1 and args.what != "step":
+        parser.error("--dp: for step alone")
     gpus = max(args.cp) * args.dp
     if torch.cuda.device_count() < gpus:
         parser.error(f"{gpus} GPUs wanted, this machine has {torch.cuda.device_count()}")

@@ -77,9 +77,9 @@ def attention_forward(
 ) -> Tensor:
     """The forward pass over one block of keys, without autograd.
 
-    add: float32 [Tq, H, Dv], what other blocks gave; out: where to write, of any floating dtype,
-    `add` itself if you like. Of both, each row must be contiguous. Returns out; a new float32
-    tensor if None.
+    add: float32 [Tq, H, Dv], what other blocks gave, if weighting.scale is not 0; out: where to
+    write, of any floating dtype, `add` itself if you like. Of both, each row must be contiguous.
+    Returns out; a new float32 tensor if None.
     """
     if out is None:
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2], dtype=accumulator(q.dtype))

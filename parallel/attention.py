@@ -47,13 +47,16 @@ def context_parallel_attention(
     """`kernels.attention.hstu_attention` as if the cp group were one device.
 
     q, k: [rows of this rank, H, Dqk]; v: [rows, H, Dv], in the order of seen.shard.rows.
-    exchange: one of EXCHANGES; results do not depend on it but for the order of sums.
+    scale: not 0. exchange: one of EXCHANGES; results do not depend on it but for the order of sums.
     Returns [rows, H, Dv] in q's dtype. Differentiable: gradients of k and v come home summed over
     the group. Every rank of the group must call it, with however few rows.
     """
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange: {exchange!r} is not one of {', '.join(EXCHANGES)}")
     if seen.shard.cp_size > 1:
+        for name, x in (("k", k), ("v", v)):
+            if x.dtype != q.dtype:
+                raise ValueError(f"{name}: dtype {x.dtype} is not q's {q.dtype}")
         return EXCHANGES[exchange].attention(q, k, v, seen=seen, alpha=alpha, scale=scale)
     return hstu_attention(
         q,

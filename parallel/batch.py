@@ -25,6 +25,9 @@ class JaggedBatch:
     costs: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("lengths", "num_targets"):
+            if getattr(self, name).dtype != torch.int32:
+                raise ValueError(f"{name}: want int32, got {getattr(self, name).dtype}")
         total = int(self.lengths.sum())
         for name, x in self.tokens.items():
             if x.dtype != torch.int64 or x.shape != (total,):

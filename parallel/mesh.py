@@ -95,7 +95,7 @@ def build_mesh(*, dp: int, cp: int, device: torch.device, timeout_s: int = 600) 
     )
     watchdog = Watchdog(dist.get_rank(), timeout, device)
     # Not the cp group: while a batch of sends and receives is put together on a group, PyTorch
-    # would put what another thread does on it, making the next batch, into that batch.
+    # would put what another thread does on it into that batch.
     link_group = _own_group(ranks, timeout, hurried=on_gpu)
     node_group, per_node = None, _processes_per_node(world_size)
     if cp > per_node and cp % per_node == 0:

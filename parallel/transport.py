@@ -68,7 +68,7 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def pack(self, name: str, parts: Message) -> Message:
+    def pack(self, parts: Message) -> Message:
         """What `swap` can send: the parts as they are, or copied into an outbox."""
 
     @abstractmethod
@@ -97,7 +97,7 @@ class Transport(ABC):
             messages()
 
     def join(self) -> None:
-        """What is enqueued from now on comes after all messages."""
+        """What is enqueued from now on comes after all that was `beside`."""
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
@@ -106,8 +106,8 @@ class Transport(ABC):
     ) -> Arrival:
         """Send `message` into the inbox `name` of a rank; receive, in mine, what `source` sends.
 
-        None: to or from nobody. The message must not change until `join` or `settle`. Starts when
-        what is enqueued so far is done, and waits for no more.
+        None: to or from nobody. The message must not change until `settle`. Starts when what is
+        enqueued so far is done, and waits for no more.
         """
         return self._swap(
             name,
@@ -181,10 +181,10 @@ class SendReceive(Transport):
     def inbox(self, name: str, numel: int, capacity: int, dtype: torch.dtype) -> Tensor:
         return _piece(self._inboxes, name, capacity, dtype, self.device)[:numel]
 
-    def pack(self, name: str, parts: Message) -> Message:
+    def pack(self, parts: Message) -> Message:
         if len(parts) == 1 and parts[0].is_contiguous():
             return parts
-        flat = self.outbox(name, sum(part.numel() for part in parts), parts[0].dtype)
+        flat = self.outbox("packed", sum(part.numel() for part in parts), parts[0].dtype)
         for part, place in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
             place.view(part.shape).copy_(part)
         return (flat,)
@@ -246,7 +246,7 @@ class CopyEngines(Transport):
             self._inboxes[name] = buffer
         return buffer.local[: numel * dtype.itemsize].view(dtype)
 
-    def pack(self, name: str, parts: Message) -> Message:
+    def pack(self, parts: Message) -> Message:
         return [part if _is_rows(part) else part.contiguous() for part in parts]
 
     def settle(self, flat: Tensor) -> None:
@@ -281,6 +281,8 @@ class CopyEngines(Transport):
 
 
 class _Copy(Arrival):
+    """Behind what came and what left in one swap."""
+
     def __init__(self, done: torch.cuda.Event, device: torch.device) -> None:
         self.done, self.device = done, device
 
@@ -340,8 +342,23 @@ _thread = threading.local()  # autograd calls the driver from a thread of its ow
 
 
 def _on_stream(name: str, stream: torch.cuda.Stream, address: int, value: int) -> None:
-    """Write to, or wait until at least this is at, an address: flags 0."""
-    _call(name, stream, stream.cuda_stream, address, value, 0)
+    """Write to, or wait until at least this is at, an address."""
+    flags = _wait_flags(stream.device) if "Wait" in name else 0
+    _call(name, stream, stream.cuda_stream, address, value, flags)
+
+
+CAN_FLUSH_REMOTE_WRITES, FLUSH = 98, 1 << 30  # CU_DEVICE_ATTRIBUTE_..., CU_STREAM_WAIT_VALUE_...
+
+
+@cache
+def _wait_flags(device: torch.device) -> int:
+    """What comes after a wait is to find all that was written before what it waited for. Over
+    NVLink it does; a device that may reorder what others write says that it can be told not to."""
+    found = ctypes.c_int()
+    _driver_function("cuDeviceGetAttribute")(
+        ctypes.addressof(found), CAN_FLUSH_REMOTE_WRITES, device.index
+    )
+    return FLUSH if found.value else 0
 
 
 def _call(name: str, stream: torch.cuda.Stream, *args: int) -> None:
@@ -358,6 +375,7 @@ DRIVER_FUNCTIONS = {
     "cuStreamWriteValue32_v2": [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint],
     "cuStreamWaitValue32_v2": [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint],
     "cuMemcpy2DAsync_v2": [ctypes.c_void_p, ctypes.c_void_p],
+    "cuDeviceGetAttribute": [ctypes.c_void_p, ctypes.c_int, ctypes.c_int],
 }
 
 
@@ -391,9 +409,10 @@ DEVICE_MEMORY = 2  # CU_MEMORYTYPE_DEVICE
 
 def _copy_rows(part: Tensor, to: Tensor, stream: torch.cuda.Stream) -> None:
     """A message's part, row behind row, into bytes `to`, perhaps a peer's: one engine's copy."""
-    rows = 1 if part.dim() == 1 else part.shape[0]
+    assert to.numel() == part.nbytes, "a message is larger than its inbox"
     if not part.numel():
         return
+    rows = 1 if part.dim() == 1 else part.shape[0]
     width = part.nbytes // rows
     copy = _Memcpy2D(
         srcMemoryType=DEVICE_MEMORY,
@@ -420,23 +439,34 @@ def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
     dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
     if not agreed.item():
         return False
+    ranks, mine = range(group.size()), group.rank()
+    stream = torch.cuda.current_stream(device)
+    names = torch.arange(1, len(ranks) + 1, dtype=torch.uint8, device=device)
     try:
-        buffer = _SymmetricBuffer(1, group, device)
-        for rank in range(group.size()):
-            buffer.full.tell(rank, torch.cuda.current_stream(device))
+        buffer = _SymmetricBuffer(len(ranks), group, device)
+        for rank in ranks:
+            _copy_rows(names[mine : mine + 1], buffer.of[rank][mine : mine + 1], stream)
+            buffer.full.tell(rank, stream)
         torch.cuda.synchronize(device)
     except (RuntimeError, OSError, AttributeError):
         agreed.zero_()
     dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
-    if agreed.item():  # everybody has told everybody; did it arrive?
-        agreed.fill_(bool((buffer.full.of[group.rank()] == 1).all()))
+    if agreed.item():  # everybody has written to everybody; did it arrive?
+        try:
+            told = bool((buffer.full.of[mine] == 1).all())
+            for rank in ranks if told else ():
+                buffer.full.wait(rank, stream)
+            agreed.fill_(told and torch.equal(buffer.local[: len(ranks)], names))
+        except RuntimeError:
+            agreed.zero_()
     dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
     return bool(agreed.item())
 
 
 def _is_rows(part: Tensor) -> bool:
-    """Whether rows of a part [n, ...] are contiguous in themselves."""
-    return part[:1].is_contiguous()
+    """Whether rows of a part [n, ...] are contiguous in themselves, and apart from each other."""
+    row = part[:1]
+    return row.is_contiguous() and (len(part) < 2 or part.stride(0) >= row.numel())
 
 
 def _piece(

@@ -58,8 +58,7 @@ def _chunks_are_equal_work(config: Config) -> bool:
     layout = ContiguousLayout(config.parallel.cp)
     lengths = torch.tensor([config.data.max_length // 2], dtype=torch.int32)
     work = []
-    for rank in range(layout.cp_size):
-        rows = layout.positions(lengths, rank)
+    for rows in layout.parts(lengths):
         seen = mask_intervals(config.model.mask, 0, rows, lengths, torch.zeros_like(lengths))
         work.append(float(interval_lengths(seen).sum()))
     return max(work) <= 1.1 * sum(work) / len(work)

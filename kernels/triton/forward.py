@@ -70,7 +70,10 @@ def forward_kernel(
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out = add + scale * sum silu(alpha q . k) v. Grid: query tiles x (TILE / BLOCK_M) x HEADS."""
+    """out = scale * (add / scale + sum silu(alpha q . k) v).
+
+    Grid: query tiles x (TILE / BLOCK_M) x HEADS.
+    """
     PARTS: tl.constexpr = TILE // BLOCK_M
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS % PARTS

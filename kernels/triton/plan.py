@@ -114,7 +114,9 @@ class Plan:
     def counters(self, count: int) -> Tensor:
         """int32 [count], all zero: kernels that count in them leave them so for the next one. Each
         stream has its own: what runs side by side must not count together."""
-        stream = torch.cuda.current_stream().cuda_stream if self.bounds.is_cuda else 0
+        stream = (
+            torch.cuda.current_stream(self.bounds.device).cuda_stream if self.bounds.is_cuda else 0
+        )
         known = self._counters.get((count, stream))
         if known is None:
             known = self._counters[count, stream] = self.bounds.new_zeros(count)

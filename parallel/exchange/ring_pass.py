@@ -52,7 +52,7 @@ class RingPass:
 
     def hold_own(self, turn: int) -> None:
         """Hold this rank's own keys and values for a turn."""
-        self.held[turn] = self.within.pack(KEYS[turn % 2], (self.k, self.v))
+        self.held[turn] = self.within.pack((self.k, self.v))
 
     def carry_on(self, turn: int) -> None:
         """Send what this rank holds on to the next node, and have the next turn's brought.
@@ -68,7 +68,7 @@ class RingPass:
         self.within.settle(place)
         self.turn_coming = self.across.swap(
             KEYS[(turn + 1) % 2],
-            self.across.pack(KEYS[turn % 2], self.held[turn]),
+            self.across.pack(self.held[turn]),
             self._at(self.node + 1, self.place) if self._goes_to(self.node + 1, mine) else None,
             place,
             self._at(self.node - 1, self.place) if self._goes_to(self.node, coming) else None,

@@ -152,6 +152,13 @@ def test_large_messages_are_cut_into_heads_then_rows() -> None:
     assert chunks(200_000, heads=3) == (1, 1)  # two are a little too much: no rows are cut
 
 
+def test_a_message_has_one_dtype() -> None:
+    q = torch.zeros(4, 1, 8, dtype=torch.bfloat16)
+    seen = SimpleNamespace(shard=SimpleNamespace(cp_size=2))
+    with pytest.raises(ValueError, match="v: dtype"):
+        context_parallel_attention(q, q, q.float(), seen=seen, alpha=1.0, scale=1.0)  # type: ignore[arg-type]
+
+
 def check_against_one_process(results: list, name: str) -> None:
     """results: what `attend` returned on each rank."""
     lengths, num_targets = results[0][:2]

@@ -120,9 +120,12 @@ def test_one_process_needs_no_group() -> None:
 
 
 def test_errors() -> None:
+    two, none = torch.tensor([2], dtype=torch.int32), torch.tensor([0], dtype=torch.int32)
+    with pytest.raises(ValueError, match="lengths: want int32"):
+        JaggedBatch(two.long(), none, {})
     with pytest.raises(ValueError, match="tokens\\['id'\\]"):
-        JaggedBatch(torch.tensor([2]), torch.tensor([0]), {"id": torch.zeros(3, dtype=torch.int64)})
-    with pytest.raises(ValueError, match="num_targets"):
-        JaggedBatch(torch.tensor([2]), torch.tensor([3]), {})
+        JaggedBatch(two, none, {"id": torch.zeros(3, dtype=torch.int64)})
+    with pytest.raises(ValueError, match="num_targets: a sequence"):
+        JaggedBatch(two, two + 1, {})
     with pytest.raises(ValueError, match="cp_size=2"):
         shard_batch(make_batch([1], 0), LAYOUTS["zigzag"](2), None)
