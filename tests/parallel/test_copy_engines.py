@@ -22,9 +22,10 @@ from torch import Tensor
 from kernels.masks import hstu_intervals
 from parallel import transport
 from parallel.exchange import ring
+from parallel.exchange.ring_pass import RingPass
 from parallel.layout import LAYOUTS
 from parallel.shard import Shard
-from parallel.transport import CopyEngines, Links
+from parallel.transport import Arrival, CopyEngines, Links, Message, SendReceive
 from parallel.visibility import Visibility
 from parallel.watchdog import Watchdog
 
@@ -37,8 +38,8 @@ class Graph:
 
     before: dict[int, set[int]] = field(default_factory=dict)  # node -> what it waits for directly
     uses: list[tuple[int, Tensor, bool]] = field(default_factory=list)  # node, memory, is a write
-    told: dict[tuple[int, int], int] = field(default_factory=dict)  # counter, value -> node
-    heard: list[tuple[int, tuple[int, int]]] = field(default_factory=list)
+    told: dict[tuple[Any, int], int] = field(default_factory=dict)  # counter, value -> node
+    heard: list[tuple[int, tuple[Any, int]]] = field(default_factory=list)
 
     def add(self, *before: int) -> int:
         self.before[len(self.before)] = set(before)
@@ -111,7 +112,7 @@ class Device:
 
     def __init__(self, graph: Graph, rank: int, buffers: list[list[Tensor]]) -> None:
         self.graph, self.rank, self.buffers = graph, rank, buffers
-        self.main, self.side = Stream(graph), Stream(graph)
+        self.main, self.side, self.network = Stream(graph), Stream(graph), Stream(graph)
         self.current = self.main
         self.rendezvous = 0
 
@@ -138,9 +139,10 @@ class Device:
         self.graph.uses += [(node, part, False), (node, to, True)]
 
     def synchronize(self, device: Any = None) -> None:
-        both = self.main.last, self.side.last
-        for stream in (self.main, self.side):
-            stream.enqueue(*both)
+        streams = self.main, self.side, self.network
+        last = [stream.last for stream in streams]
+        for stream in streams:
+            stream.enqueue(*last)
 
     def meet(self, whole: Tensor, group: Group) -> Any:
         """Rendezvous: the first rank there makes the memory of all. (No growth after a message.)"""
@@ -155,6 +157,45 @@ class Device:
                 return mine[rank]
 
         return Handle()
+
+
+class Network(SendReceive):
+    """Between nodes, as NCCL does it: on a stream of its own, after what is current."""
+
+    def __init__(self, device: Device, group: Any, watchdog: Watchdog) -> None:
+        super().__init__(group, CPU, watchdog)
+        self.on, self.kept = device, list[Any]()
+        self.counts: dict[tuple[int, int], int] = {}
+
+    def inbox(self, *args: Any) -> Tensor:
+        self.kept.append(self._inboxes.copy())  # no address is used twice
+        return super().inbox(*args)
+
+    def outbox(self, *args: Any) -> Tensor:
+        self.kept.append(self._outboxes.copy())
+        return super().outbox(*args)
+
+    def _count(self, ends: tuple[int, int]) -> tuple[tuple[int, int], int]:
+        self.counts[ends] = self.counts.get(ends, 0) + 1
+        return ends, self.counts[ends]
+
+    def _swap(
+        self, name: str, message: Message, to: int | None, incoming: Tensor, source: int | None
+    ) -> Arrival:
+        (sent,) = message
+        graph, stream, mine = self.on.graph, self.on.network, self.group.rank()
+        stream.wait_stream(self.on.current)
+        if to is not None:
+            node = stream.enqueue()
+            graph.uses.append((node, sent, False))
+            graph.told[self._count((mine, to))] = node
+        if source is not None:
+            node = stream.enqueue()
+            graph.uses.append((node, incoming, True))
+            graph.heard.append((node, self._count((source, mine))))
+        done = transport._Copy(Event(stream.last), CPU)  # type: ignore[arg-type]
+        self._leaving.setdefault(sent.data_ptr(), []).append(done)  # type: ignore[arg-type]
+        return done
 
 
 class Copies(torch.overrides.TorchFunctionMode):
@@ -172,7 +213,9 @@ class Copies(torch.overrides.TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def run_rank(device: Device, size: int, layout: str, batches: list[list[int]]) -> list[Tensor]:
+def run_rank(
+    device: Device, size: int, layout: str, batches: list[list[int]], node: int, nodes: int
+) -> list[Any]:
     """Two layers forward and backward, batch after batch. Returns all memory, to be kept."""
 
     def forward(
@@ -192,8 +235,10 @@ def run_rank(device: Device, size: int, layout: str, batches: list[list[int]]) -
         device.use((dout, q, k, v, *(add or ())), out)
         return out
 
-    kept: list[Tensor] = []
+    kept: list[Any] = []
+    rank = node * size + device.rank
     group: Any = Group(size, device.rank)
+    everybody: Any = Group(size * nodes, rank)
     with (
         patch.object(torch.cuda, "current_stream", lambda *_: device.current),
         patch.object(torch.cuda, "stream", device.stream),
@@ -208,13 +253,16 @@ def run_rank(device: Device, size: int, layout: str, batches: list[list[int]]) -
         patch.object(ring, "key_value_gradients", keys),
         Copies(device),
     ):
-        link = CopyEngines(group, CPU, Watchdog(device.rank, timedelta(hours=1), CPU))
+        watchdog = Watchdog(rank, timedelta(hours=1), CPU)
+        link = CopyEngines(group, CPU, watchdog)
         link.stream = device.side  # type: ignore[assignment]
+        links = Links(link, Network(device, everybody, watchdog) if nodes > 1 else None)
+        kept.append(links)
         for batch in batches:
             lengths = torch.tensor(batch, dtype=torch.int32)
-            parts = tuple(LAYOUTS[layout](size).positions(lengths, r) for r in range(size))
+            parts = LAYOUTS[layout](size * nodes).parts(lengths)
             none = torch.zeros_like(lengths)
-            shard = Shard(lengths, none, parts, {}, group, device.rank, CPU, Links(link))
+            shard = Shard(lengths, none, parts, {}, everybody, rank, CPU, links)
             seen = Visibility(shard, lambda *a: hstu_intervals(*a, window=30))
             shape = (shard.rows.num_rows, 1, 8)
             qkv = [torch.zeros(shape).requires_grad_() for _ in range(3)]
@@ -228,12 +276,15 @@ def run_rank(device: Device, size: int, layout: str, batches: list[list[int]]) -
     return kept
 
 
-def take_down(size: int, layout: str) -> Graph:
-    graph, buffers = Graph(), list[list[Tensor]]()
-    kept = [
-        run_rank(Device(graph, rank, buffers), size, layout, [[90, 7, 0], [60, 40], [3, 1]])
-        for rank in range(size)
-    ]
+def take_down(size: int, layout: str, nodes: int = 1) -> Graph:
+    """size: ranks of a node."""
+    graph, kept = Graph(), []
+    for node in range(nodes):
+        buffers: list[list[Tensor]] = []
+        for place in range(size):
+            device = Device(graph, place, buffers)
+            batches = [[90, 7, 0], [60, 40], [3, 1]]
+            kept.append(run_rank(device, size, layout, batches, node, nodes))
     assert kept
     return graph
 
@@ -248,6 +299,12 @@ def test_all_uses_of_memory_are_ordered(size: int, layout: str, message_bytes: i
     assert not graph.races()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("size", "nodes"), [(2, 2), (2, 3), (3, 2)])
+def test_so_they_are_over_nodes(size: int, nodes: int, layout: str) -> None:
+    assert not take_down(size, layout, nodes).races()
+
+
 def no_wait(*_: Any) -> None: ...
 
 
@@ -258,11 +315,12 @@ def no_wait(*_: Any) -> None: ...
         (transport._Counters, "wait"),  # and a copy what has not been written
         (CopyEngines, "join"),  # keys would be freed before they are copied, where none come
         (Stream, "wait_event"),  # and messages written before they are computed
+        (RingPass, "arrive"),  # or those of the node before passed on before they are there
     ],
 )
 def test_what_is_not_waited_for_is_a_race(owner: type, name: str) -> None:
     with patch.object(owner, name, no_wait):
-        assert take_down(2, "contiguous").races()
+        assert take_down(2, "contiguous", nodes=2 if owner is RingPass else 1).races()
 
 
 def test_a_wait_for_what_comes_later_is_a_deadlock() -> None:
