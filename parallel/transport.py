@@ -9,19 +9,17 @@ grow when a batch needs more.
 
 from __future__ import annotations
 
-import ctypes
 import socket
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
+from parallel.driver import copy_rows, on_stream
 from parallel.watchdog import Watchdog
 
 GROWTH = 1.25  # a new buffer's size over what is asked for
@@ -269,7 +267,7 @@ class CopyEngines(Transport):
             end = 0
             for part in message:
                 start, end = end, end + part.nbytes
-                _copy_rows(part, buffer.of[to][start:end], stream)
+                copy_rows(part, buffer.of[to][start:end], stream)
             buffer.full.tell(to, stream)
         if source is not None:
             buffer.full.wait(source, stream)
@@ -330,101 +328,12 @@ class _Counters:
     def tell(self, rank: int, stream: torch.cuda.Stream) -> None:
         """Once what is on the stream so far is done."""
         self.told[rank] += 1
-        _on_stream("cuStreamWriteValue32_v2", stream, self.theirs[rank], self.told[rank])
+        on_stream("cuStreamWriteValue32_v2", stream, self.theirs[rank], self.told[rank])
 
     def wait(self, rank: int, stream: torch.cuda.Stream) -> None:
         """What comes on the stream from now on waits."""
         self.heard[rank] += 1
-        _on_stream("cuStreamWaitValue32_v2", stream, self.mine[rank], self.heard[rank])
-
-
-_thread = threading.local()  # autograd calls the driver from a thread of its own
-
-
-def _on_stream(name: str, stream: torch.cuda.Stream, address: int, value: int) -> None:
-    """Write to, or wait until at least this is at, an address."""
-    flags = _wait_flags(stream.device) if "Wait" in name else 0
-    _call(name, stream, stream.cuda_stream, address, value, flags)
-
-
-CAN_FLUSH_REMOTE_WRITES, FLUSH = 98, 1 << 30  # CU_DEVICE_ATTRIBUTE_..., CU_STREAM_WAIT_VALUE_...
-
-
-@cache
-def _wait_flags(device: torch.device) -> int:
-    """What comes after a wait is to find all that was written before what it waited for. Over
-    NVLink it does; a device that may reorder what others write says that it can be told not to."""
-    found = ctypes.c_int()
-    _driver_function("cuDeviceGetAttribute")(
-        ctypes.addressof(found), CAN_FLUSH_REMOTE_WRITES, device.index
-    )
-    return FLUSH if found.value else 0
-
-
-def _call(name: str, stream: torch.cuda.Stream, *args: int) -> None:
-    """The driver's function of that name."""
-    if not getattr(_thread, "has_context", False):
-        torch.cuda.mem_get_info(stream.device)  # any call of the runtime gives a thread one
-        _thread.has_context = True
-    error = _driver_function(name)(*args)
-    if error:
-        raise RuntimeError(f"{name}: CUDA driver error {error}")
-
-
-DRIVER_FUNCTIONS = {
-    "cuStreamWriteValue32_v2": [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint],
-    "cuStreamWaitValue32_v2": [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint],
-    "cuMemcpy2DAsync_v2": [ctypes.c_void_p, ctypes.c_void_p],
-    "cuDeviceGetAttribute": [ctypes.c_void_p, ctypes.c_int, ctypes.c_int],
-}
-
-
-@cache
-def _driver_function(name: str) -> Callable[..., int]:
-    function = getattr(ctypes.CDLL("libcuda.so.1"), name)
-    function.argtypes = DRIVER_FUNCTIONS[name]
-    return function
-
-
-class _Memcpy2D(ctypes.Structure):
-    """The driver's CUDA_MEMCPY2D."""
-
-    _fields_ = [
-        (end + name, kind)
-        for end in ("src", "dst")
-        for name, kind in (
-            ("XInBytes", ctypes.c_size_t),
-            ("Y", ctypes.c_size_t),
-            ("MemoryType", ctypes.c_int),
-            ("Host", ctypes.c_void_p),
-            ("Device", ctypes.c_uint64),
-            ("Array", ctypes.c_void_p),
-            ("Pitch", ctypes.c_size_t),
-        )
-    ] + [("WidthInBytes", ctypes.c_size_t), ("Height", ctypes.c_size_t)]
-
-
-DEVICE_MEMORY = 2  # CU_MEMORYTYPE_DEVICE
-
-
-def _copy_rows(part: Tensor, to: Tensor, stream: torch.cuda.Stream) -> None:
-    """A message's part, row behind row, into bytes `to`, perhaps a peer's: one engine's copy."""
-    assert to.numel() == part.nbytes, "a message is larger than its inbox"
-    if not part.numel():
-        return
-    rows = 1 if part.dim() == 1 else part.shape[0]
-    width = part.nbytes // rows
-    copy = _Memcpy2D(
-        srcMemoryType=DEVICE_MEMORY,
-        srcDevice=part.data_ptr(),
-        srcPitch=max(width, part.stride(0) * part.itemsize),
-        dstMemoryType=DEVICE_MEMORY,
-        dstDevice=to.data_ptr(),
-        dstPitch=width,
-        WidthInBytes=width,
-        Height=rows,
-    )
-    _call("cuMemcpy2DAsync_v2", stream, ctypes.addressof(copy), stream.cuda_stream)
+        on_stream("cuStreamWaitValue32_v2", stream, self.mine[rank], self.heard[rank])
 
 
 def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -445,7 +354,7 @@ def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
     try:
         buffer = _SymmetricBuffer(len(ranks), group, device)
         for rank in ranks:
-            _copy_rows(names[mine : mine + 1], buffer.of[rank][mine : mine + 1], stream)
+            copy_rows(names[mine : mine + 1], buffer.of[rank][mine : mine + 1], stream)
             buffer.full.tell(rank, stream)
         torch.cuda.synchronize(device)
     except (RuntimeError, OSError, AttributeError):

@@ -1,0 +1,102 @@
+"""What a CUDA stream can be told that PyTorch has no call for: the driver's, by ctypes.
+
+To write a number, to wait for one, and to copy rows that lie apart; none of them takes a kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+_thread = threading.local()  # autograd calls the driver from a thread of its own
+
+
+def on_stream(name: str, stream: torch.cuda.Stream, address: int, value: int) -> None:
+    """Write to, or wait until at least this is at, an address."""
+    flags = _wait_flags(stream.device) if "Wait" in name else 0
+    _call(name, stream, stream.cuda_stream, address, value, flags)
+
+
+CAN_FLUSH_REMOTE_WRITES, FLUSH = 98, 1 << 30  # CU_DEVICE_ATTRIBUTE_..., CU_STREAM_WAIT_VALUE_...
+
+
+@cache
+def _wait_flags(device: torch.device) -> int:
+    """What comes after a wait is to find all that was written before what it waited for. Over
+    NVLink it does; a device that may reorder what others write says that it can be told not to."""
+    found = ctypes.c_int()
+    _driver_function("cuDeviceGetAttribute")(
+        ctypes.addressof(found), CAN_FLUSH_REMOTE_WRITES, device.index
+    )
+    return FLUSH if found.value else 0
+
+
+def _call(name: str, stream: torch.cuda.Stream, *args: int) -> None:
+    """The driver's function of that name."""
+    if not getattr(_thread, "has_context", False):
+        torch.cuda.mem_get_info(stream.device)  # any call of the runtime gives a thread one
+        _thread.has_context = True
+    error = _driver_function(name)(*args)
+    if error:
+        raise RuntimeError(f"{name}: CUDA driver error {error}")
+
+
+DRIVER_FUNCTIONS = {
+    "cuStreamWriteValue32_v2": [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint],
+    "cuStreamWaitValue32_v2": [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint],
+    "cuMemcpy2DAsync_v2": [ctypes.c_void_p, ctypes.c_void_p],
+    "cuDeviceGetAttribute": [ctypes.c_void_p, ctypes.c_int, ctypes.c_int],
+}
+
+
+@cache
+def _driver_function(name: str) -> Callable[..., int]:
+    function = getattr(ctypes.CDLL("libcuda.so.1"), name)
+    function.argtypes = DRIVER_FUNCTIONS[name]
+    return function
+
+
+class _Memcpy2D(ctypes.Structure):
+    """The driver's CUDA_MEMCPY2D."""
+
+    _fields_ = [
+        (end + name, kind)
+        for end in ("src", "dst")
+        for name, kind in (
+            ("XInBytes", ctypes.c_size_t),
+            ("Y", ctypes.c_size_t),
+            ("MemoryType", ctypes.c_int),
+            ("Host", ctypes.c_void_p),
+            ("Device", ctypes.c_uint64),
+            ("Array", ctypes.c_void_p),
+            ("Pitch", ctypes.c_size_t),
+        )
+    ] + [("WidthInBytes", ctypes.c_size_t), ("Height", ctypes.c_size_t)]
+
+
+DEVICE_MEMORY = 2  # CU_MEMORYTYPE_DEVICE
+
+
+def copy_rows(part: Tensor, to: Tensor, stream: torch.cuda.Stream) -> None:
+    """A message's part, row behind row, into bytes `to`, perhaps a peer's: one engine's copy."""
+    assert to.numel() == part.nbytes, "a message is larger than its inbox"
+    if not part.numel():
+        return
+    rows = 1 if part.dim() == 1 else part.shape[0]
+    width = part.nbytes // rows
+    copy = _Memcpy2D(
+        srcMemoryType=DEVICE_MEMORY,
+        srcDevice=part.data_ptr(),
+        srcPitch=max(width, part.stride(0) * part.itemsize),
+        dstMemoryType=DEVICE_MEMORY,
+        dstDevice=to.data_ptr(),
+        dstPitch=width,
+        WidthInBytes=width,
+        Height=rows,
+    )
+    _call("cuMemcpy2DAsync_v2", stream, ctypes.addressof(copy), stream.cuda_stream)
