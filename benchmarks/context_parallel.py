@@ -380,8 +380,8 @@ def main() -> None:
         work_as_rank(args)
         return
 
-    if args.dp > 1 and args.what != "step":
-        parser.error("--dp: for step alone")
+    if (args.dp > 1 or args.zipf) and args.what != "step":
+        parser.error("--dp, --zipf: for step alone")
     gpus = max(args.cp) * args.dp
     if torch.cuda.device_count() < gpus:
         parser.error(f"{gpus} GPUs wanted, this machine has {torch.cuda.device_count()}")

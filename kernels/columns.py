@@ -38,7 +38,7 @@ def _are_columns(parts: Sequence[Tensor]) -> bool:
     if any(type(x) is not Tensor for x in parts):
         return False  # traced by torch.compile: they have no memory
     rows = _rows(parts[0])
-    if not all(_rows(x) == rows and _is_packed(x) for x in parts):
+    if not all(_rows(x) == rows and is_packed(x) for x in parts):
         return False
     spans = sorted((_start(x), _start(x) + prod(x.shape[1:])) for x in parts)
     apart = all(x[1] <= y[0] for x, y in pairwise(spans))
@@ -49,7 +49,7 @@ def _rows(x: Tensor) -> tuple[object, ...]:
     return x.untyped_storage().data_ptr(), x.dtype, x.shape[0], x.stride(0)
 
 
-def _is_packed(x: Tensor) -> bool:
+def is_packed(x: Tensor) -> bool:
     """Whether each row [...] is contiguous."""
     packed = 1
     for size, stride in zip(x.shape[:0:-1], x.stride()[:0:-1], strict=True):

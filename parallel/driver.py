@@ -16,10 +16,15 @@ from torch import Tensor
 _thread = threading.local()  # autograd calls the driver from a thread of its own
 
 
-def on_stream(name: str, stream: torch.cuda.Stream, address: int, value: int) -> None:
-    """Write to, or wait until at least this is at, an address."""
-    flags = _wait_flags(stream.device) if "Wait" in name else 0
-    _call(name, stream, stream.cuda_stream, address, value, flags)
+def write_value(stream: torch.cuda.Stream, address: int, value: int) -> None:
+    """Once what is on the stream so far is done."""
+    _call("cuStreamWriteValue32_v2", stream, stream.cuda_stream, address, value, 0)
+
+
+def wait_value(stream: torch.cuda.Stream, address: int, value: int) -> None:
+    """What comes on the stream from now on waits until at least this is there."""
+    flags = _wait_flags(stream.device)
+    _call("cuStreamWaitValue32_v2", stream, stream.cuda_stream, address, value, flags)
 
 
 CAN_FLUSH_REMOTE_WRITES, FLUSH = 98, 1 << 30  # CU_DEVICE_ATTRIBUTE_..., CU_STREAM_WAIT_VALUE_...

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.backend import accumulator
 from parallel.spans import Line, count_out, overlap
+from parallel.trade import trade_rows
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,7 @@ class Relayout:
         out = x.new_zeros(self.num_rows, *x.shape[1:], dtype=dtype)
         old, new = self.stays
         out[new] = x[old].to(dtype)
-        received = x.new_empty(sum(self.receive_splits), *x.shape[1:])
-        dist.all_to_all_single(
-            received, x[self.sends], self.receive_splits, self.send_splits, group=self.group
-        )
+        received = trade_rows(x[self.sends], self.send_splits, self.receive_splits, self.group)
         by_rank = (received.split(self.receive_splits), self.receives.split(self.receive_splits))
         for values, rows in zip(*by_rank, strict=True):
             out[rows] += values

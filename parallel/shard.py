@@ -22,6 +22,7 @@ from parallel.batch import JaggedBatch
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.spans import count_out
+from parallel.trade import trade_rows
 from parallel.transport import Links
 
 ROOM = 128  # for the sizes of so many sequences of each process: one message, if none reads more
@@ -115,7 +116,7 @@ def shard_batch(batch: JaggedBatch, layout: Layout, mesh: Mesh | None) -> Shard:
         trade = _Trade.plan(facts, batch.costs is not None, layout, mesh)
         lengths, num_targets, parts = trade.lengths, trade.num_targets, trade.parts
         names = sorted(batch.tokens)
-        payload = trade.run(torch.stack([batch.tokens[name] for name in names], 1))
+        payload = trade.run(torch.stack([batch.tokens[name] for name in names], 1), mesh.world)
         tokens = dict(zip(names, payload.unbind(1), strict=True))
     of_all = None if facts is None else (facts.lengths, facts.num_targets)
     if mesh is None:
@@ -167,7 +168,6 @@ class _Trade:
     sends: Tensor  # indices of my rows, rank after rank
     send_splits: list[int]
     receive_splits: list[int]
-    group: dist.ProcessGroup
 
     @staticmethod
     def plan(facts: _Facts, balanced: bool, layout: Layout, mesh: Mesh) -> _Trade:
@@ -198,23 +198,9 @@ class _Trade:
         receive_splits = torch.zeros(mesh.size, dtype=torch.int64)
         receive_splits.index_add_(0, reader[own], rows_each)
         return _Trade(
-            lengths,
-            num_targets,
-            parts,
-            sends,
-            send_splits.tolist(),
-            receive_splits.tolist(),
-            mesh.world,
+            lengths, num_targets, parts, sends, send_splits.tolist(), receive_splits.tolist()
         )
 
-    def run(self, payload: Tensor) -> Tensor:
+    def run(self, payload: Tensor, world: dist.ProcessGroup) -> Tensor:
         """[my tokens, F] -> [my rows of the group's sequences, F], in the order of the batch."""
-        received = payload.new_empty(sum(self.receive_splits), payload.shape[1])
-        dist.all_to_all_single(
-            received,
-            payload[self.sends],
-            self.receive_splits,
-            self.send_splits,
-            group=self.group,
-        )
-        return received
+        return trade_rows(payload[self.sends], self.send_splits, self.receive_splits, world)

@@ -19,7 +19,8 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
-from parallel.driver import copy_rows, on_stream
+from kernels.columns import is_packed
+from parallel.driver import copy_rows, wait_value, write_value
 from parallel.watchdog import Watchdog
 
 GROWTH = 1.25  # a new buffer's size over what is asked for
@@ -328,12 +329,12 @@ class _Counters:
     def tell(self, rank: int, stream: torch.cuda.Stream) -> None:
         """Once what is on the stream so far is done."""
         self.told[rank] += 1
-        on_stream("cuStreamWriteValue32_v2", stream, self.theirs[rank], self.told[rank])
+        write_value(stream, self.theirs[rank], self.told[rank])
 
     def wait(self, rank: int, stream: torch.cuda.Stream) -> None:
         """What comes on the stream from now on waits."""
         self.heard[rank] += 1
-        on_stream("cuStreamWaitValue32_v2", stream, self.mine[rank], self.heard[rank])
+        wait_value(stream, self.mine[rank], self.heard[rank])
 
 
 def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
@@ -374,8 +375,7 @@ def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:
 
 def _is_rows(part: Tensor) -> bool:
     """Whether rows of a part [n, ...] are contiguous in themselves, and apart from each other."""
-    row = part[:1]
-    return row.is_contiguous() and (len(part) < 2 or part.stride(0) >= row.numel())
+    return is_packed(part) and (len(part) < 2 or part.stride(0) >= part[0].numel())
 
 
 def _piece(

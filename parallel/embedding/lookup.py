@@ -23,6 +23,7 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from kernels.transfer import copy_together
+from parallel.trade import trade_rows
 
 # TorchRec's input is a batch of bags, and its kernels give each bag one thread. Ids of tokens have
 # no bags, so each feature's ids from each process are cut into this many even segments.
@@ -171,9 +172,7 @@ def _exchange(
     send = torch.cat(list(pieces))
     if group.size() == 1:
         return send
-    received = send.new_empty(sum(receive_splits))
-    dist.all_to_all_single(received, send, receive_splits, send_splits, group=group)
-    return received
+    return trade_rows(send, send_splits, receive_splits, group)
 
 
 def _bags(

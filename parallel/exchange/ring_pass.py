@@ -41,6 +41,7 @@ class RingPass:
         self.places = links.within.group.size()
         self.nodes = seen.shard.cp_size // self.places
         self.node, self.place = divmod(self.rank, self.places)
+        self.most = max(self._numel(rank) for rank in range(len(self.parts)))  # of a message
         self.held: dict[int, Message] = {}  # turn -> keys and values, as the node is sent them
 
     def weighting(self, turn: int, step: int) -> Weighting:
@@ -186,17 +187,12 @@ class RingPass:
 
     def _inbox(self, link: Transport, turn: int, step: int, which: int) -> Tensor:
         numel = self._numel(self._owner(turn, step))
-        return link.inbox(KEYS[which], numel, self._most, self.k.dtype)
+        return link.inbox(KEYS[which], numel, self.most, self.k.dtype)
 
     def _gradient_inbox(self, link: Transport, turn: int, step: int) -> Tensor:
         """One will do: it fills again once the kernel that reads it has ended."""
         numel = self._numel(self._owner(turn, step))
-        return link.inbox(GRADIENTS, numel, self._most, self.sum_dtype)
-
-    @property
-    def _most(self) -> int:
-        """That any rank's message has."""
-        return max(self._numel(rank) for rank in range(len(self.parts)))
+        return link.inbox(GRADIENTS, numel, self.most, self.sum_dtype)
 
     @property
     def sum_dtype(self) -> torch.dtype:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kernels.attention import hstu_attention
 from parallel.shard import Shard
+from parallel.trade import trade_rows
 from parallel.visibility import Visibility
 
 
@@ -72,8 +72,7 @@ def _gather_sequences(x: Tensor, shard: Shard) -> Tensor:
     each = heads // shard.cp_size
     send = x.view(rows, shard.cp_size, each, dim).transpose(0, 1).reshape(-1, each, dim)
     splits = [part.num_rows for part in shard.parts]
-    received = x.new_empty(sum(splits), each, dim)
-    dist.all_to_all_single(received, send, splits, [rows] * shard.cp_size, group=shard.group)
+    received = trade_rows(send, [rows] * shard.cp_size, splits, shard.group)
     return torch.empty_like(received).index_copy_(0, shard.gathered_rows, received)
 
 
@@ -81,7 +80,6 @@ def _gather_heads(x: Tensor, shard: Shard) -> Tensor:
     _, each, dim = x.shape
     rows, splits = shard.rows.num_rows, [part.num_rows for part in shard.parts]
     send = x[shard.gathered_rows]
-    received = x.new_empty(shard.cp_size * rows, each, dim)
-    dist.all_to_all_single(received, send, [rows] * shard.cp_size, splits, group=shard.group)
+    received = trade_rows(send, splits, [rows] * shard.cp_size, shard.group)
     by_rank = received.view(shard.cp_size, rows, each, dim)
     return by_rank.transpose(0, 1).reshape(rows, shard.cp_size * each, dim)

@@ -127,12 +127,11 @@ class Device:
         self.graph.uses += [(node, x, False) for x in read if x is not None]
         self.graph.uses += [(node, x, True) for x in written]
 
-    def on_stream(self, name: str, stream: Stream, address: int, value: int) -> None:
-        node = stream.enqueue()
-        if "Write" in name:
-            self.graph.told[address, value] = node
-        else:
-            self.graph.heard.append((node, (address, value)))
+    def write_value(self, stream: Stream, address: int, value: int) -> None:
+        self.graph.told[address, value] = stream.enqueue()
+
+    def wait_value(self, stream: Stream, address: int, value: int) -> None:
+        self.graph.heard.append((stream.enqueue(), (address, value)))
 
     def copy_rows(self, part: Tensor, to: Tensor, stream: Stream) -> None:
         node = stream.enqueue()
@@ -243,7 +242,8 @@ def run_rank(
         patch.object(torch.cuda, "current_stream", lambda *_: device.current),
         patch.object(torch.cuda, "stream", device.stream),
         patch.object(torch.cuda, "synchronize", device.synchronize),
-        patch.object(transport, "on_stream", device.on_stream),
+        patch.object(transport, "write_value", device.write_value),
+        patch.object(transport, "wait_value", device.wait_value),
         patch.object(transport, "copy_rows", device.copy_rows),
         patch.object(transport.symmetric_memory, "empty", lambda n, **kw: torch.empty(n, **kw)),
         patch.object(transport.symmetric_memory, "rendezvous", device.meet),
