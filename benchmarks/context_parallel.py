@@ -25,6 +25,7 @@ bandwidth measured at the first real cp over 1; they have `ms` to hide in.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
@@ -87,6 +88,7 @@ def measure(
     """ms, bytes sent, exposed share and peak memory of one call on this rank."""
     for _ in range(args.warmup):
         call()
+    gc.freeze()  # as the trainer does
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     traffic = Traffic()

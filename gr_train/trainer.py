@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import resource
@@ -80,7 +81,7 @@ class Trainer:
             seed=config.train.seed,
             bf16_messages=precision is not None and on_gpu,
         )
-        self.dense = dense
+        self.dense, self.parameters = dense, list(dense.parameters())
         self.model = Recommender(
             config.model,
             self.info,
@@ -119,6 +120,8 @@ class Trainer:
             if step == first + 1:  # only now that there is a batch, an earlier run has to go aside
                 progress = self._start_progress(first)
             meter.add(self.step(step, batch.prepared, batches.begin), batch.num_tokens)
+            if step == first + 1:
+                gc.freeze()  # or what stays for good is searched for garbage again and again
             last = step == config.train.steps
             if last or _due(step, config.train.log_every):
                 loss, tokens_per_s = meter.read()
@@ -135,6 +138,7 @@ class Trainer:
                 with meter.paused(), self.mesh.watchdog.doing(f"checkpoint of step {step}"):
                     batches.settle()
                     self.checkpointer.save(step, batch.loader_state)
+        gc.unfreeze()
         return self._finish(progress, loss, meter.tokens_per_s)
 
     def prepare(self, step: int, batch: JaggedBatch) -> Prepared:
@@ -162,7 +166,7 @@ class Trainer:
         with self.mesh.watchdog.operation("backward"):
             loss.backward()  # updates the tables too: their optimizer is part of it
         if self.config.optim.clip_norm:
-            nn.utils.clip_grad_norm_(self.dense.parameters(), self.config.optim.clip_norm)
+            nn.utils.clip_grad_norm_(self.parameters, self.config.optim.clip_norm)
         self.optimizer.step()
         self.schedule.step()
         return loss.detach()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +17,8 @@ class Weighting:
 
     queries, keys: the rows of q, and of k and v; the same B sequences.
     intervals: int32 [Tq, 4], see `kernels.masks`.
+
+    The tensors must not be written into once it has been used.
     """
 
     queries: Jagged
@@ -22,3 +26,8 @@ class Weighting:
     intervals: Tensor
     alpha: float
     scale: float
+
+    @cached_property
+    def plans(self) -> dict[object, Any]:
+        """What kernels have found out about it, by what they asked."""
+        return {}

@@ -87,21 +87,25 @@ class _Memcpy2D(ctypes.Structure):
 DEVICE_MEMORY = 2  # CU_MEMORYTYPE_DEVICE
 
 
-def copy_rows(part: Tensor, to: Tensor, stream: torch.cuda.Stream) -> None:
-    """A message's part, row behind row, into bytes `to`, perhaps a peer's: one engine's copy."""
-    assert to.numel() == part.nbytes, "a message is larger than its inbox"
+def copy_rows(part: Tensor, to: Tensor, start: int, stream: torch.cuda.Stream) -> None:
+    """A message's part, row behind row, into bytes `to` from `start` on, perhaps a peer's: one
+    engine's copy."""
+    assert start + part.nbytes <= to.numel(), "a message is larger than its inbox"
     if not part.numel():
         return
     rows = 1 if part.dim() == 1 else part.shape[0]
     width = part.nbytes // rows
-    copy = _Memcpy2D(
-        srcMemoryType=DEVICE_MEMORY,
-        srcDevice=part.data_ptr(),
-        srcPitch=max(width, part.stride(0) * part.itemsize),
-        dstMemoryType=DEVICE_MEMORY,
-        dstDevice=to.data_ptr(),
-        dstPitch=width,
-        WidthInBytes=width,
-        Height=rows,
-    )
+    copy = _thread_copy()  # the driver has read it when the call returns
+    copy.srcDevice, copy.dstDevice = part.data_ptr(), to.data_ptr() + start
+    copy.srcPitch, copy.dstPitch = max(width, part.stride(0) * part.itemsize), width
+    copy.WidthInBytes, copy.Height = width, rows
     _call("cuMemcpy2DAsync_v2", stream, ctypes.addressof(copy), stream.cuda_stream)
+
+
+def _thread_copy() -> _Memcpy2D:
+    """One for each thread: to make them costs more than to fill one in."""
+    copy = getattr(_thread, "copy", None)
+    if copy is None:
+        copy = _Memcpy2D(srcMemoryType=DEVICE_MEMORY, dstMemoryType=DEVICE_MEMORY)
+        _thread.copy = copy
+    return copy

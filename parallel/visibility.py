@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from kernels.jagged import Jagged, lengths_to_offsets
+from kernels.weighting import Weighting
 from parallel.relayout import Relayout
 from parallel.shard import Shard
 from parallel.spans import Line, count_out, overlap
 
 # (query rows, lengths [B], num_targets [B]) -> int32 [rows, 4], as in `kernels.masks`.
 Mask = Callable[[Jagged, Tensor, Tensor], Tensor]
+Factors = tuple[float, float]  # alpha and scale of a `Weighting`
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,18 @@ class Visibility:
     def most_rows(self) -> int:
         """That any rank holds."""
         return max(part.num_rows for part in self.shard.parts)
+
+    def weighting(self, owner: int, piece: int, pieces: int, factors: Factors) -> Weighting:
+        """Of this rank's queries and a piece of the keys of `owner`."""
+        key = owner, piece, pieces, factors
+        if key not in self._weightings:
+            queries, keys = self.shard.device_rows, self.pieces(pieces)[piece][owner]
+            self._weightings[key] = Weighting(queries, keys, self.intervals, *factors)
+        return self._weightings[key]
+
+    @cached_property
+    def _weightings(self) -> dict[tuple[int, int, int, Factors], Weighting]:
+        return {}
 
     def pieces(self, count: int) -> list[tuple[Jagged, ...]]:
         """[piece][rank]: the rows of every rank, cut into `count` pieces each, on the device."""

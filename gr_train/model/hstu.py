@@ -63,9 +63,9 @@ class HSTULayer(nn.Module):
         du = GradientBuffer()
         normed, x, u, v, q, k = self._project(x, du)
         attended = context_parallel_attention(
-            q.unflatten(-1, (self.heads, self.qk_dim)),
-            k.unflatten(-1, (self.heads, self.qk_dim)),
-            v.unflatten(-1, (self.heads, self.v_dim)),
+            q.view(-1, self.heads, self.qk_dim),
+            k.view(-1, self.heads, self.qk_dim),
+            v.view(-1, self.heads, self.v_dim),
             seen=seen,
             alpha=self.alpha,
             scale=self.scale,

@@ -41,7 +41,7 @@ def forward(
     rows, width = a.shape
     a, u = (t if t.stride(1) == 1 else t.contiguous() for t in (a, u))
     out = torch.empty(rows, width, dtype=a.dtype, device=a.device)
-    mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=a.device)
+    mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=a.device).unbind()
     if rows:
         block_rows, block, warps = block_shape(max(width, 4))
         gated_norm_forward_kernel[(cdiv(rows, block_rows),)](
@@ -111,7 +111,7 @@ def backward(
             STAGES=STAGES + 1,
             num_warps=warps,
         )
-    du_bias, dweight, dbias = sums.sum(1).to(weight.dtype)
+    du_bias, dweight, dbias = sums.sum(1).to(weight.dtype).unbind()
     return da, du, du_bias, dweight, dbias
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.triton.backward import key_value_kernel, query_kernel
 from kernels.triton.configs import Blocks, Config, config_for
 from kernels.triton.forward import forward_kernel
 from kernels.triton.integers import next_power_of_2
+from kernels.triton.launcher import Rows
 from kernels.triton.plan import Plan, plan_for
 from kernels.weighting import Weighting
 
@@ -37,8 +37,8 @@ def forward(
     forward_kernel[(tiles.shape[0] * (config.tile // blocks.m) * q.shape[1],)](
         q,
         q.stride(0),
-        _descriptor(k, blocks.n),
-        _descriptor(v, blocks.n),
+        Rows(k, blocks.n),
+        Rows(v, blocks.n),
         *target.add,
         *target.out,
         tiles,
@@ -73,8 +73,8 @@ def query_gradient(
         q,
         dout.stride(0),
         q.stride(0),
-        _descriptor(k, blocks.n),
-        _descriptor(v, blocks.n),
+        Rows(k, blocks.n),
+        Rows(v, blocks.n),
         *target.add,
         *target.out,
         tiles,
@@ -112,10 +112,10 @@ def key_value_gradients(
     sums = [x.new_empty(rows, *x.shape[1:], dtype=torch.float32) for x in (k, v)]
     for blocks, with_key, with_value in launches:
         key_value_kernel[(tiles.shape[0] * (config.part // blocks.n) * q.shape[1],)](
-            _descriptor(dout, blocks.m),
-            _descriptor(q, blocks.m),
-            _descriptor(k, blocks.n),
-            _descriptor(v, blocks.n),
+            Rows(dout, blocks.m),
+            Rows(q, blocks.m),
+            Rows(k, blocks.n),
+            Rows(v, blocks.n),
             *key.add,
             *value.add,
             *key.out,
@@ -164,11 +164,16 @@ def _nothing(add: Tensor | None, out: Tensor) -> Tensor:
 
 
 def _plan(q: Tensor, v: Tensor, weighting: Weighting) -> tuple[Config, Plan]:
-    queries, keys, intervals = weighting.queries, weighting.keys, weighting.intervals
-    rows, heads, dim = q.shape
-    mean_length = rows // queries.num_sequences
-    config = config_for(max(dim, v.shape[2]), rows * heads, mean_length, q.dtype, q.device)
-    return config, plan_for(queries, keys, intervals, config.tile, config.part)
+    key = q.shape, v.shape[2], q.dtype
+    known: tuple[Config, Plan] | None = weighting.plans.get(key)
+    if known is None:
+        queries, keys, intervals = weighting.queries, weighting.keys, weighting.intervals
+        rows, heads, dim = q.shape
+        mean_length = rows // queries.num_sequences
+        config = config_for(max(dim, v.shape[2]), rows * heads, mean_length, q.dtype, q.device)
+        known = config, plan_for(queries, keys, intervals, config.tile, config.part)
+        weighting.plans[key] = known
+    return known
 
 
 def _ready(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -186,12 +191,6 @@ def _padded(x: Tensor) -> Tensor:
     dim = x.shape[2]
     padded = max(32, next_power_of_2(dim))
     return x if padded == dim else F.pad(x, (0, padded - dim))
-
-
-def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
-    """Blocks of rows of one head, out of x [T, H, D] as [T, H * D]."""
-    rows, heads, dim = x.shape
-    return TensorDescriptor(x, [rows, heads * dim], [x.stride(0), 1], [block, dim])
 
 
 def _constants(q: Tensor, v: Tensor, tile: int, blocks: Blocks) -> dict[str, object]:

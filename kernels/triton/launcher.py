@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -44,11 +45,12 @@ class Launcher:
             return
         device = driver.active.get_current_device()
         modes = knobs.runtime.debug, knobs.compilation.instrumentation_mode
-        key = (device, modes, *map(specialization, args), *constants.items())
+        key = (device, *modes, *map(specialization, args), *constants, *constants.values())
         compiled, values = self._compiled.get(key, (None, ()))
         if compiled is not None:
             stream = driver.active.get_current_stream(device)
-            compiled[(*grid, 1, 1)[:3]](*args, *values, stream=stream)
+            metadata = compiled.function, compiled.packed_metadata
+            compiled.run(*(*grid, 1, 1)[:3], stream, *metadata, *NO_HOOKS, *args, *values)
             return
         params = self.kernel.params
         assert [x.is_constexpr for x in params] == [i >= len(args) for i in range(len(params))]
@@ -57,18 +59,45 @@ class Launcher:
 
     def _is_hooked(self) -> bool:
         """Whether someone wants to see each launch, or to change how kernels are compiled."""
-        return bool(self.kernel.pre_run_hooks or knobs.runtime.add_stages_inspection_hook)
+        runtime = knobs.runtime
+        return bool(
+            runtime.launch_enter_hook.calls
+            or runtime.launch_exit_hook.calls
+            or self.kernel.pre_run_hooks
+            or runtime.add_stages_inspection_hook
+        )
+
+
+NO_HOOKS = None, None, None  # metadata for those around a launch, and they
 
 
 def specialization(x: Any) -> object:
     """Different for arguments that Triton would compile different kernels for."""
     kind = type(x)
+    if kind is Tensor or kind is Parameter:
+        return x.dtype, x.data_ptr() % 16 == 0
     if kind is int:
         return x == 1, x % 16 == 0, -INT32 <= x < INT32, x < INT32 << 32
     if kind is float:
         return kind
+    if kind is Rows:
+        return x.key
+    if isinstance(x, TensorDescriptor):
+        return x.base.dtype, tuple(x.block_shape)
     if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
-    if kind is TensorDescriptor:
-        return x.base.dtype, tuple(x.block_shape)
     return x
+
+
+class Rows(TensorDescriptor):  # type: ignore[misc]
+    """Blocks of rows of one head, out of x [T, H, D] as [T, H * D].
+
+    Rows must be packed and aligned to 16 bytes. What Triton's own class would check at each launch
+    is known of these.
+    """
+
+    def __init__(self, x: Tensor, block: int) -> None:
+        rows, heads, dim = x.shape
+        self.base, self.shape, self.strides = x, [rows, heads * dim], [x.stride(0), 1]
+        self.block_shape, self.padding, self.round_f32_to_tf32 = [block, dim], "zero", False
+        self.key = x.dtype, block, dim

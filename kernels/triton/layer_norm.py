@@ -29,7 +29,7 @@ def forward(
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(rows, width, dtype=dtype, device=x.device)
     past = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device)
+    mean, rstd = torch.empty(2, rows, dtype=torch.float32, device=x.device).unbind()
     if rows:
         block_rows, block, warps = block_shape(width)
         layer_norm_forward_kernel[(cdiv(rows, block_rows),)](
@@ -81,7 +81,7 @@ def backward(
             STAGES=STAGES,
             num_warps=warps,
         )
-    dweight, dbias = sums.sum(1).to(weight.dtype)
+    dweight, dbias = sums.sum(1).to(weight.dtype).unbind()
     return dx, dweight, dbias
 
 

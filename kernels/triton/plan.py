@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+from triton.runtime import driver
 
 from kernels.jagged import Jagged
 from kernels.triton.key_tiles import key_tiles_kernel
@@ -114,9 +115,8 @@ class Plan:
     def counters(self, count: int) -> Tensor:
         """int32 [count], all zero: kernels that count in them leave them so for the next one. Each
         stream has its own: what runs side by side must not count together."""
-        stream = (
-            torch.cuda.current_stream(self.bounds.device).cuda_stream if self.bounds.is_cuda else 0
-        )
+        of = self.bounds
+        stream = driver.active.get_current_stream(of.device.index) if of.is_cuda else 0
         known = self._counters.get((count, stream))
         if known is None:
             known = self._counters[count, stream] = self.bounds.new_zeros(count)

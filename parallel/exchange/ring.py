@@ -47,25 +47,23 @@ class _RingAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v)
         ctx.seen, ctx.factors = seen, (alpha, scale)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-        each, pieces = _chunks(k, v, seen)
-        for h in _heads(each, k):
-            sums = _Sums(out[:, h], seen, pieces)
+        heads, pieces = _chunks(k, v, seen)
+        for q_, k_, v_, out_ in _by_heads(heads, q, k, v, out):
+            sums = _Sums(out_, seen, pieces)
             for piece in range(pieces):
-                ring = RingPass(k[:, h], v[:, h], seen, ctx.factors, piece, pieces)
-                _forward(ring, sums, q[:, h])
+                _forward(RingPass(k_, v_, seen, ctx.factors, piece, pieces), sums, q_)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
         dq, dk, dv = empty_gradients(q, k, v)
-        each, pieces = _chunks(k, v, ctx.seen)
-        for h in _heads(each, k):
-            sums = _Sums(dq[:, h], ctx.seen, pieces)
+        heads, pieces = _chunks(k, v, ctx.seen)
+        for q_, k_, v_, dq_, dk_, dv_, dout_ in _by_heads(heads, q, k, v, dq, dk, dv, dout):
+            sums = _Sums(dq_, ctx.seen, pieces)
             for piece in range(pieces):
-                ring = RingPass(k[:, h], v[:, h], ctx.seen, ctx.factors, piece, pieces)
-                own = dk[ring.rows, h], dv[ring.rows, h]
-                _backward(ring, sums, own, dout[:, h], q[:, h])
+                ring = RingPass(k_, v_, ctx.seen, ctx.factors, piece, pieces)
+                _backward(ring, sums, (ring.cut(dk_), ring.cut(dv_)), dout_, q_)
         return dq, dk, dv, None, None, None
 
 
@@ -82,9 +80,14 @@ def _chunks(k: Tensor, v: Tensor, seen: Visibility) -> tuple[int, int]:
     return each, ceil(each * head / MESSAGE_BYTES)
 
 
-def _heads(each: int, k: Tensor) -> Iterator[slice]:
-    for start in range(0, k.shape[1], each):
-        yield slice(start, start + each)
+def _by_heads(each: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors [rows, H, ...], so many heads at a time."""
+    heads = tensors[0].shape[1]
+    if each == heads:
+        yield tensors
+        return
+    for start in range(0, heads, each):
+        yield tuple(x[:, start : start + each] for x in tensors)
 
 
 def _forward(ring: RingPass, sums: _Sums, q: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels.backend import accumulator
 from kernels.weighting import Weighting
 from parallel.transport import Message, Transport
-from parallel.visibility import Visibility, piece_of
+from parallel.visibility import Factors, Visibility, piece_of
 
 Block = tuple[Tensor, Tensor]  # keys and values of one rank, or their gradients
 KEYS = ("keys and values", "next keys and values")  # in turn: one fills while the other is read
@@ -28,14 +28,15 @@ class RingPass:
         k: Tensor,
         v: Tensor,
         seen: Visibility,
-        factors: tuple[float, float],
+        factors: Factors,
         piece: int,
         pieces: int,
     ) -> None:
         links = seen.shard.links
         assert links is not None
-        self.rows = slice(*piece_of(k.shape[0], piece, pieces))
-        self.k, self.v, self.seen, self.factors = k[self.rows], v[self.rows], seen, factors
+        self.rows = slice(*piece_of(k.shape[0], piece, pieces)) if pieces > 1 else None
+        self.k, self.v = self.cut(k), self.cut(v)
+        self.seen, self.of_piece = seen, (piece, pieces, factors)
         self.parts, self.rank = seen.pieces(pieces)[piece], seen.shard.rank
         self.within, self.across = links.within, links.across
         self.places = links.within.group.size()
@@ -43,10 +44,14 @@ class RingPass:
         self.node, self.place = divmod(self.rank, self.places)
         self.most = max(self._numel(rank) for rank in range(len(self.parts)))  # of a message
         self.held: dict[int, Message] = {}  # turn -> keys and values, as the node is sent them
+        self.within.begin()
+
+    def cut(self, x: Tensor) -> Tensor:
+        """The rows of the piece, of those that this rank holds."""
+        return x if self.rows is None else x[self.rows]
 
     def weighting(self, turn: int, step: int) -> Weighting:
-        queries, keys = self.seen.shard.device_rows, self.parts[self._owner(turn, step)]
-        return Weighting(queries, keys, self.seen.intervals, *self.factors)
+        return self.seen.weighting(self._owner(turn, step), *self.of_piece)
 
     def sees_block(self, turn: int, step: int) -> bool:
         return self.seen.meets[self.rank][self._owner(turn, step)]
@@ -85,11 +90,12 @@ class RingPass:
         if step >= self.places:
             return
         reader, held = self._at(self.node, self.place + step), self._owner(turn, 0)
+        self.keys = self._inbox(self.within, turn, step, step % 2)
         self.keys_coming = self.within.swap(
             KEYS[step % 2],
             self.held[turn],
             reader % self.places if self.seen.meets[reader][held] else None,
-            self._inbox(self.within, turn, step, step % 2),
+            self.keys,
             (self.place - step) % self.places if self.sees_block(turn, step) else None,
         )
 
@@ -99,7 +105,7 @@ class RingPass:
             return None
         if step:
             self.keys_coming.wait()
-            return self._split(self._inbox(self.within, turn, step, step % 2))
+            return self._split(self.keys)
         own = self._owner(turn, 0) == self.rank
         return (self.k, self.v) if own else self._split(self.held[turn][0])
 
@@ -117,11 +123,12 @@ class RingPass:
     def pass_on(self, turn: int, step: int) -> None:
         """The gradients to the next rank, which works on the same keys at its next step."""
         before = self._at(self.node, self.place - 1)
+        self.found = self._gradient_inbox(self.within, turn, step + 1)
         self.gradients_coming = self.within.swap(
             GRADIENTS,
             (self.gradients,),
             (self.place + 1) % self.places if self._found(self.rank, turn, step) else None,
-            self._gradient_inbox(self.within, turn, step + 1),
+            self.found,
             before % self.places if self._found(before, turn, step) else None,
         )
 
@@ -130,7 +137,7 @@ class RingPass:
         if not self._found(self._at(self.node, self.place - 1), turn, step - 1):
             return None
         self.gradients_coming.wait()
-        return self._split(self._gradient_inbox(self.within, turn, step))
+        return self._split(self.found)
 
     def gradients_of_held(self, turn: int) -> Block | None:
         """What this node's other ranks, and the nodes before, found for the keys held here."""
@@ -204,10 +211,11 @@ class RingPass:
 
     def _split(self, flat: Tensor) -> Block:
         """A message as keys [rows, H, Dqk] and values [rows, H, Dv], each contiguous."""
-        heads, qk_dim, v_dim = *self.k.shape[1:], self.v.shape[2]
-        rows = flat.numel() // (heads * (qk_dim + v_dim))
-        k, v = flat.split([rows * heads * qk_dim, rows * heads * v_dim])
-        return k.view(rows, heads, qk_dim), v.view(rows, heads, v_dim)
+        (_, heads, qk_dim), v_dim = self.k.shape, self.v.shape[2]
+        rows, start = flat.numel() // (heads * (qk_dim + v_dim)), flat.storage_offset()
+        k = flat.as_strided((rows, heads, qk_dim), (heads * qk_dim, qk_dim, 1), start)
+        start += k.numel()
+        return k, flat.as_strided((rows, heads, v_dim), (heads * v_dim, v_dim, 1), start)
 
 
 def copy_block(source: Block | None, target: Block) -> None:

@@ -18,7 +18,7 @@ from triton.runtime.jit import native_specialize_impl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.triton import launcher
-from kernels.triton.launcher import Launcher, specialization
+from kernels.triton.launcher import NO_HOOKS, Launcher, Rows, specialization
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 EDGES = (0, 2**31, 2**63)
@@ -40,6 +40,8 @@ def arguments() -> Iterator[object]:
                 yield TensorDescriptor(pool, [64], [1], block)
             for block in ([16, 16], [16, 32], [32, 16], [1, 1]):
                 yield TensorDescriptor(pool, [64, 64], [64, 1], block)
+            for block in (16, 32):
+                yield Rows(pool.view(16, 4, 64), block)
 
 
 def test_what_triton_tells_apart_has_different_keys() -> None:
@@ -68,11 +70,15 @@ class Kernel:
 
 
 class Compiled:
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, notes: list[tuple[Any, ...]]) -> None:
         self.notes = notes
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args, stream: self.notes.append(("launched", grid, args, stream))
+    def run(self, x: int, y: int, z: int, stream: int, *args: Any) -> None:
+        of_kernel, args = args[:5], args[5:]
+        assert of_kernel == (self.function, self.packed_metadata, *NO_HOOKS)
+        self.notes.append(("launched", (x, y, z), args, stream))
 
 
 def test_the_second_launch_does_not_ask_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,7 @@ uses of the same memory, one of them a write, must be ordered by it; and no wait
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from graphlib import CycleError, TopologicalSorter
@@ -89,7 +88,10 @@ class Stream:
 
 @dataclass
 class Event:
-    node: int
+    node: int = 0
+
+    def record(self, stream: Stream) -> None:
+        self.node = stream.enqueue()
 
     def query(self) -> bool:
         return True
@@ -116,11 +118,8 @@ class Device:
         self.current = self.main
         self.rendezvous = 0
 
-    @contextmanager
-    def stream(self, stream: Stream) -> Iterator[None]:
-        before, self.current = self.current, stream
-        yield
-        self.current = before
+    def set_stream(self, stream: Stream) -> None:
+        self.current = stream
 
     def use(self, read: tuple[Tensor | None, ...], written: tuple[Tensor, ...]) -> None:
         node = self.current.enqueue()
@@ -133,8 +132,9 @@ class Device:
     def wait_value(self, stream: Stream, address: int, value: int) -> None:
         self.graph.heard.append((stream.enqueue(), (address, value)))
 
-    def copy_rows(self, part: Tensor, to: Tensor, stream: Stream) -> None:
+    def copy_rows(self, part: Tensor, to: Tensor, start: int, stream: Stream) -> None:
         node = stream.enqueue()
+        to = to[start : start + part.nbytes]
         self.graph.uses += [(node, part, False), (node, to, True)]
 
     def synchronize(self, device: Any = None) -> None:
@@ -156,6 +156,15 @@ class Device:
                 return mine[rank]
 
         return Handle()
+
+
+@dataclass
+class Sent(Arrival):
+    node: int
+    on: Device
+
+    def wait(self) -> None:
+        self.on.current.wait_event(Event(self.node))
 
 
 class Network(SendReceive):
@@ -192,7 +201,7 @@ class Network(SendReceive):
             node = stream.enqueue()
             graph.uses.append((node, incoming, True))
             graph.heard.append((node, self._count((source, mine))))
-        done = transport._Copy(Event(stream.last), CPU)  # type: ignore[arg-type]
+        done = Sent(stream.last, self.on)
         self._leaving.setdefault(sent.data_ptr(), []).append(done)  # type: ignore[arg-type]
         return done
 
@@ -240,7 +249,7 @@ def run_rank(
     everybody: Any = Group(size * nodes, rank)
     with (
         patch.object(torch.cuda, "current_stream", lambda *_: device.current),
-        patch.object(torch.cuda, "stream", device.stream),
+        patch.object(torch.cuda, "set_stream", device.set_stream),
         patch.object(torch.cuda, "synchronize", device.synchronize),
         patch.object(transport, "write_value", device.write_value),
         patch.object(transport, "wait_value", device.wait_value),
@@ -255,7 +264,7 @@ def run_rank(
     ):
         watchdog = Watchdog(rank, timedelta(hours=1), CPU)
         link = CopyEngines(group, CPU, watchdog)
-        link.stream = device.side  # type: ignore[assignment]
+        link.stream, link._mark = device.side, Event()  # type: ignore[assignment]
         links = Links(link, Network(device, everybody, watchdog) if nodes > 1 else None)
         kept.append(links)
         for batch in batches:
