@@ -18,6 +18,7 @@ import torch.distributed as dist
 from benchmarks.attention import milliseconds
 from parallel.transport import Message, Transport
 
+BEGIN = "spin_kernel"
 COMMUNICATION = re.compile("nccl|Memcpy", re.IGNORECASE)
 
 
@@ -76,13 +77,16 @@ def _leaving(name: str, given: dict[str, Any], group: Any) -> int:
 
 
 def idle_share(call: Callable[[], object], calls: int, trace: str | None) -> float:
-    """Of the time from the first kernel to the last, how much the GPU does not compute in.
+    """Of the time that so many calls take, how much the GPU does not compute in.
 
-    It may copy, run NCCL's kernels, wait for another rank or for the host.
+    It may copy, run NCCL's kernels, wait for another rank or for the host. Another call comes
+    before them: ranks are not in step when their profilers have started.
     trace: file to keep what the profiler saw in.
     """
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
+        call()
+        torch.cuda._sleep(1)  # a kernel that is told from the others: here it begins
         for _ in range(calls):
             call()
         torch.cuda.synchronize()
@@ -91,7 +95,8 @@ def idle_share(call: Callable[[], object], calls: int, trace: str | None) -> flo
     events = [
         event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA
     ]
-    first = min(event.time_range.start for event in events)
+    first = next(event.time_range.end for event in events if BEGIN in event.name)
+    events = [event for event in events if event.time_range.start >= first]
     last = max(event.time_range.end for event in events)
     computing, until = 0.0, first
     for event in sorted(events, key=lambda event: event.time_range.start):

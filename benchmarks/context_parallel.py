@@ -14,8 +14,9 @@ profiler's trace: it copies, waits for another GPU or, also at cp = 1, for the h
 a rank sends, the messages' own bytes; `host` the time until a call has been enqueued. Times are
 medians of the slowest rank; FLOPs count as in `benchmarks.attention` (backward 2.5 times forward),
 of matrix products 6 a weight and token; MFU is their share of 989 TFLOP/s, the dense bf16 peak of
-H100 and H200. `longest` is the length at which data.batch_size equal sequences take --memory GiB a
-GPU: tried, with no more memory than that, along the line through the peaks of shorter ones.
+H100 and H200. `longest` is the length at which data.batch_size equal sequences use 96 % of
+--memory GiB a GPU: tried, with no more memory than that, along the line through the peaks of
+shorter ones.
 
 --simulate 4 8 adds rank 0 of groups of that size, alone on one GPU, whose messages go nowhere: what
 it computes. `link ms` is what a ring's messages take one after another on an idle link, by the
@@ -259,6 +260,7 @@ def longest(args: argparse.Namespace) -> list[dict]:
         return float(bytes_now)
 
     budget = args.memory * 2**30
+    aim = 0.96 * budget  # in use: the allocator needs room between
     total = torch.cuda.get_device_properties(device).total_memory
     shortest, length = 1024 * world, 4096 * world
     peak(shortest)  # makes what stays, such as the optimizer's state
@@ -270,7 +272,7 @@ def longest(args: argparse.Namespace) -> list[dict]:
         before, most = sorted(used)[-2:]
         per_token = (used[most] - used[before]) / (most - before)
         unit = 128 * world
-        length = int(most + (budget - used[most]) / per_token) // unit * unit
+        length = int(most + (aim - used[most]) / per_token) // unit * unit
         if length <= most:
             break
         if length > config.data.max_length:

@@ -2,7 +2,8 @@
 
 `route` is the host's: ids travel to the processes that hold their rows, over the host's network,
 so that all sizes are known to it and the device is never asked. It may run ahead of the step.
-`Routed.look_up` is the device's: rows are read and travel back.
+`Routed.look_up` is the device's: rows are read and travel back. Of sharded tables each process asks
+for a row once, however many of its ids want it, and sends one gradient for it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from itertools import islice
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_sharding import BaseSparseFeaturesDist
@@ -37,15 +39,29 @@ class Routed:
     tables: EmbeddingCollection | ShardedEmbeddingCollection
     features: tuple[str, ...]
     ids: KeyedJaggedTensor | KJTList
-    context: EmbeddingCollectionContext | None  # if the tables are sharded: the way back
+    context: EmbeddingCollectionContext | None = None  # if the tables are sharded: the way back
+    wanted: tuple[_Wanted, ...] = ()  # and of each kind of sharding, where to find what was asked
 
     def look_up(self) -> dict[str, Tensor]:
         """Feature -> [n, dim]. Collective if the tables are sharded."""
-        if isinstance(self.tables, ShardedEmbeddingCollection):
-            found = self.tables.compute_and_output_dist(self.context, self.ids).wait()
-        else:
-            found = self.tables(self.ids)
-        return {feature: found[feature].values() for feature in self.features}
+        if not isinstance(self.tables, ShardedEmbeddingCollection):
+            plain = self.tables(self.ids)
+            return {feature: plain[feature].values() for feature in self.features}
+        rows = self.tables.compute_and_output_dist(self.context, self.ids)._awaitables_per_sharding
+        found = {}
+        for wanted, arriving in zip(self.wanted, rows, strict=True):
+            values = F.embedding(wanted.rows, arriving.wait())
+            found |= dict(zip(wanted.features, values.split(wanted.counts), strict=True))
+        return {feature: found[feature] for feature in self.features}
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What was asked for of the tables of one kind of sharding."""
+
+    features: list[str]
+    counts: list[int]  # ids of each
+    rows: Tensor  # int64: for each of them, which of the rows that come
 
 
 def route(
@@ -62,19 +78,21 @@ def route(
         return Routed(tables, features, *_route_sharded(tables, ids, device))
     per_key = [x.numel() for x in ids.values()]
     values, counts = copy_together([torch.cat(list(ids.values())), torch.tensor(per_key)], device)
-    return Routed(tables, features, _bags(list(ids), values, counts[:, None], per_key), None)
+    return Routed(tables, features, _bags(list(ids), values, counts[:, None], per_key))
 
 
 def _route_sharded(
     tables: ShardedEmbeddingCollection, ids: dict[str, Tensor], device: torch.device
-) -> tuple[KJTList, EmbeddingCollectionContext]:
+) -> tuple[KJTList, EmbeddingCollectionContext, tuple[_Wanted, ...]]:
     """What `tables.input_dist` does, for any number of kinds of sharding in two messages, which go
     to and from the host: first how many ids of each feature come, then the ids."""
     names = list(ids)
     in_order = iter([names[i] for i in tables._features_order] or names)
+    features = [list(islice(in_order, count)) for count in tables._feature_splits]
+    table_of = {name: x.name for x in tables._embedding_configs for name in x.feature_names}
     sends = [
-        _Send.of({name: ids[name] for name in islice(in_order, count)}, part)
-        for part, count in zip(tables._input_dists, tables._feature_splits, strict=True)
+        _Send.of({name: ids[name] for name in of_part}, table_of, part)
+        for of_part, part in zip(features, tables._input_dists, strict=True)
     ]
     group = tables._input_dists[0]._dist._pg
     rank, ranks = group.rank(), range(group.size())
@@ -95,58 +113,58 @@ def _route_sharded(
     # They come rank after rank, each with feature after feature; tables want it the other way.
     pieces = received.split(counts.flatten().tolist())
     by_feature = [piece for f in range(sum(held)) for piece in pieces[f :: sum(held)]]
-    values, device_counts, *back = copy_together(
+    values, device_counts, *rows = copy_together(
         [
             torch.cat([received[:0], *by_feature]),
             counts.T.flatten(),
-            *(send.back for send in sends),
+            *(send.wanted for send in sends),
         ],
         device,
     )
 
     bags, context = [], tables.create_context()
     host_counts = counts.split(held, 1)
-    for send, come, device_come, here, home in zip(
+    for send, come, device_come, here in zip(
         sends,
         host_counts,
         device_counts.view(-1, len(ranks)).split(held),
         values.split([int(x.sum()) for x in host_counts]),
-        back,
         strict=True,
     ):
         bags.append(_bags(send.keys[rank], here, device_come, come.sum(0).tolist()))
         context.sharding_contexts.append(
-            SequenceShardingContext(
-                features_before_input_dist=send.features_before,
-                input_splits=send.splits,
-                output_splits=come.sum(1).tolist(),
-                unbucketize_permute_tensor=home,
-            )
+            SequenceShardingContext(input_splits=send.splits, output_splits=come.sum(1).tolist())
         )
-    return KJTList(bags), context
+    wanted = tuple(
+        _Wanted(of_part, [ids[name].numel() for name in of_part], where)
+        for of_part, where in zip(features, rows, strict=True)
+    )
+    return KJTList(bags), context, wanted
 
 
 @dataclass(frozen=True)
 class _Send:
     """Ids of the tables of one kind of sharding, on the host. Lists are by rank."""
 
-    features_before: KeyedJaggedTensor
     features: list[int]  # that a rank takes
     keys: list[list[str]]  # their names
     counts: tuple[Tensor, ...]  # int64 [features]: ids of each
     ids: tuple[Tensor, ...]
     splits: list[int]  # how many
-    back: Tensor  # of tables cut into rows: where in this order each of the ids is
+    wanted: Tensor  # int64: for each id that was asked for, which of the rows that come
 
     @staticmethod
-    def of(ids: dict[str, Tensor], part: BaseSparseFeaturesDist[KeyedJaggedTensor]) -> _Send:
-        keys, per_key = list(ids), [x.numel() for x in ids.values()]
-        counts, values = torch.tensor(per_key), torch.cat(list(ids.values()))
-        back = values[:0]
-        before = KeyedJaggedTensor(keys, values, lengths=counts, stride=1, length_per_key=per_key)
+    def of(
+        asked: dict[str, Tensor],
+        table_of: dict[str, str],
+        part: BaseSparseFeaturesDist[KeyedJaggedTensor],
+    ) -> _Send:
+        ids, wanted = _each_once(asked, table_of)
+        keys = list(ids)
+        counts, values = torch.tensor([x.numel() for x in ids.values()]), torch.cat([*ids.values()])
         features = part._dist._splits
         if isinstance(part, RwSparseFeaturesDist):
-            counts, values, _, _, back = torch.ops.fbgemm.block_bucketize_sparse_features(
+            counts, values, _, _, place = torch.ops.fbgemm.block_bucketize_sparse_features(
                 counts,
                 values,
                 bucketize_pos=False,
@@ -154,12 +172,34 @@ class _Send:
                 block_sizes=part._feature_block_sizes_tensor,
                 my_size=len(features),
             )
+            wanted = place[wanted]
             keys = keys * len(features)
         by_rank = counts.split(features)
         splits = [int(x.sum()) for x in by_rank]
         taken = iter(keys)
         names = [list(islice(taken, n)) for n in features]
-        return _Send(before, features, names, by_rank, values.split(splits), splits, back)
+        return _Send(features, names, by_rank, values.split(splits), splits, wanted)
+
+
+def _each_once(
+    asked: dict[str, Tensor], table_of: dict[str, str]
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Features with each id of a table once, under the table's first feature; and
+    for each id that was asked for, which of those it is: int64."""
+    tables: dict[str, list[str]] = {}
+    for name in asked:
+        tables.setdefault(table_of[name], []).append(name)
+    ids = {name: x[:0] for name, x in asked.items()}
+    which: dict[str, Tensor] = {}
+    for names in tables.values():
+        together = torch.cat([asked[name] for name in names])
+        ids[names[0]], places = torch.unique(together, return_inverse=True)
+        which |= zip(names, places.split([asked[name].numel() for name in names]), strict=True)
+    starts, start = {}, 0
+    for name, x in ids.items():
+        starts[name] = start
+        start += x.numel()
+    return ids, torch.cat([which[name] + starts[tables[table_of[name]][0]] for name in asked])
 
 
 def _exchange(

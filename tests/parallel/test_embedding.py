@@ -7,10 +7,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torchrec.distributed.planner.types import ParameterConstraints
 
 from parallel.embedding import plan
-from parallel.embedding.lookup import route
+from parallel.embedding.lookup import _each_once, route
 from parallel.embedding.tables import Table, embedding_collection, shard_tables
 from parallel.mesh import build_mesh
 
@@ -83,6 +85,22 @@ def test_equals_plain_tables(run_in_world, size: int, kinds: str) -> None:
     for name, parameter in plain.named_parameters():
         want = parameter.detach() - 0.5 * parameter.grad
         torch.testing.assert_close(after[name], want, rtol=1e-5, atol=1e-7)
+
+
+@given(st.lists(st.lists(st.integers(0, 5), max_size=8), min_size=4, max_size=4))
+def test_each_id_of_a_table_is_sent_once(ids: list[list[int]]) -> None:
+    features = ["item", "action", "label", "user"]
+    table_of = dict(item="items", label="items", action="actions", user="users")
+    asked = {
+        name: torch.tensor(x, dtype=torch.int64) for name, x in zip(features, ids, strict=True)
+    }
+    sent, where = _each_once(asked, table_of)
+    assert list(sent) == features
+    for names in (["item", "label"], ["action"], ["user"]):
+        every = torch.cat([sent[name] for name in names])
+        assert every.tolist() == sorted({i for name in names for i in asked[name].tolist()})
+    rows = torch.cat([sent[name] for name in features])
+    assert torch.equal(rows[where], torch.cat([asked[name] for name in features]))
 
 
 def first_values(size: int):
