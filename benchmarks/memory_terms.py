@@ -47,12 +47,12 @@ class Model:
     def fixed(self) -> int:
         """Bytes, however long the sequences.
 
-        Weights, their gradients and AdamW's two moments, all float32; the ring's buffers, which
-        gradients want in float32: up to two inboxes of keys, an outbox and an inbox of gradients.
-        And attention's float32 sums of dk and dv in segments: at most 128 tiles.
+        Weights, their gradients and AdamW's two moments, all float32; the ring's buffers: up to two
+        inboxes of keys, and of queries. And attention's float32 sums of dk and dv in segments: at
+        most 128 tiles.
         """
         weights = 16 * self.layers * self.width * 5 * self.heads * self.dim
-        messages = min(2, self.cp - 1) + 2 * (1 + 1)
+        messages = 2 * min(2, self.cp - 1)
         sums = 2 * 4 * 128 * (128 if self.dim > 128 else 64) * self.heads * self.dim
         return weights + sums + (int(GROWTH * MESSAGE_BYTES) * messages if self.cp > 1 else 0)
 
@@ -83,7 +83,7 @@ def workspace(model: Model) -> dict[str, int]:
         "gradient of attention's output": model.row,
         "gradients of U, V, Q, K": 4 * model.row,
         "gradients of Q, K, V": 3 * model.row,
-        "float32 sums of a head over the ring": 4 * model.dim if model.cp > 1 else 0,
+        "float32 sums of a head over the ring": 3 * 4 * model.dim if model.cp > 1 else 0,
     }
 
 
@@ -99,7 +99,8 @@ def peak(model: Model, policy: str) -> dict[str, int]:
 def needed(model: Model, policy: str, rows: int) -> int:
     """Bytes of one rank that holds so many rows, more than a ring's message has."""
     pieces = -(-rows * 4 * model.dim // MESSAGE_BYTES) if model.cp > 1 else 1
-    plans = 16 * pieces * model.cp  # bytes a row: one for every block of keys
+    # Bytes a row: intervals of every rank, a plan for each block of keys and each of queries.
+    plans = 16 * (model.cp + pieces * (2 * model.cp - 1)) if model.cp > 1 else 16
     return model.fixed + rows * (sum(peak(model, policy).values()) + plans)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from gr_train.config import Config
 from gr_train.metrics import BinaryMetrics, RankMetrics
 from gr_train.model.heads import task_labels
-from gr_train.model.inputs import unit_rows
 from gr_train.model.recommender import Recommender
+from kernels.sampled_softmax import unit_rows
 from parallel.batch import JaggedBatch
 from parallel.shard import Shard
 

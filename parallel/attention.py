@@ -21,7 +21,7 @@ class Exchange(NamedTuple):
 
 
 EXCHANGES = {
-    "ring": Exchange(ring_attention, ("intervals", "meets")),
+    "ring": Exchange(ring_attention, ("all_intervals", "meets")),
     "all_gather": Exchange(all_gather_attention, ("intervals", "padded_rows")),
     "halo": Exchange(halo_attention, ("intervals", "halo")),
     "ulysses": Exchange(ulysses_attention, ("whole_intervals",)),

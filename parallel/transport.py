@@ -71,8 +71,8 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def pack(self, parts: Message) -> Message:
-        """What `swap` can send: the parts as they are, or copied into an outbox."""
+    def pack(self, name: str, parts: Message) -> Message:
+        """What `swap` can send: the parts as they are, or copied into the outbox `name`."""
 
     @abstractmethod
     def settle(self, flat: Tensor) -> None:
@@ -200,10 +200,10 @@ class SendReceive(Transport):
     def inbox(self, name: str, numel: int, capacity: int, dtype: torch.dtype) -> Tensor:
         return _piece(self._inboxes, name, capacity, dtype, self.device)[:numel]
 
-    def pack(self, parts: Message) -> Message:
+    def pack(self, name: str, parts: Message) -> Message:
         if len(parts) == 1 and parts[0].is_contiguous():
             return parts
-        flat = self.outbox("packed", sum(part.numel() for part in parts), parts[0].dtype)
+        flat = self.outbox(name, sum(part.numel() for part in parts), parts[0].dtype)
         for part, place in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
             place.view(part.shape).copy_(part)
         return (flat,)
@@ -265,7 +265,7 @@ class CopyEngines(Transport):
             self._inboxes[name] = buffer
         return buffer.typed(dtype)[:numel]
 
-    def pack(self, parts: Message) -> Message:
+    def pack(self, name: str, parts: Message) -> Message:
         return [part if _is_rows(part) else part.contiguous() for part in parts]
 
     def settle(self, flat: Tensor) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.jagged import Jagged, lengths_to_offsets
+from kernels.transfer import copy_together
 from kernels.weighting import Weighting
 from parallel.relayout import Relayout
 from parallel.shard import Shard
@@ -31,6 +32,19 @@ class Visibility:
     def intervals(self) -> Tensor:
         """Of this rank's queries, on the device."""
         return self._on_device(self.shard.device_rows)
+
+    @cached_property
+    def all_intervals(self) -> tuple[Tensor, ...]:
+        """Of every rank's queries, on the device."""
+        shard, cp_size = self.shard, self.shard.cp_size
+        ends = torch.stack([part.offsets[1:] for part in shard.parts])
+        sizes = ends[:, -1].clone()
+        ends += (sizes.cumsum(0, dtype=ends.dtype) - sizes)[:, None]
+        (offsets,) = copy_together([torch.cat([ends.new_zeros(1), ends.flatten()])], shard.device)
+        rows = Jagged(offsets, torch.cat([part.positions for part in shard.device_parts]))
+        of_sequences = shard.device_lengths, shard.device_num_targets
+        intervals = self.mask(rows, *(x.repeat(cp_size) for x in of_sequences))
+        return intervals.split(sizes.tolist())
 
     @cached_property
     def whole_intervals(self) -> Tensor:
@@ -89,6 +103,11 @@ class Visibility:
         return found.index_add_(1, rank, begun - ended).T.bool().tolist()
 
     @cached_property
+    def met_by(self) -> list[list[bool]]:
+        """[rank][owner]: whether any query of `owner` sees any of the rows of `rank`."""
+        return [list(owners) for owners in zip(*self.meets, strict=True)]
+
+    @cached_property
     def halo(self) -> tuple[Relayout, Jagged]:
         """The move that brings this rank the rows it sees, and where they are, on the device."""
         shard = self.shard
@@ -101,16 +120,29 @@ class Visibility:
         """That any rank holds."""
         return max(part.num_rows for part in self.shard.parts)
 
-    def weighting(self, owner: int, piece: int, pieces: int, factors: Factors) -> Weighting:
+    def of_my_queries(self, owner: int, piece: int, pieces: int, factors: Factors) -> Weighting:
         """Of this rank's queries and a piece of the keys of `owner`."""
-        key = owner, piece, pieces, factors
+        key = "keys", owner, piece, pieces, factors
         if key not in self._weightings:
             queries, keys = self.shard.device_rows, self.pieces(pieces)[piece][owner]
-            self._weightings[key] = Weighting(queries, keys, self.intervals, *factors)
+            intervals = self.all_intervals[self.shard.rank]
+            self._weightings[key] = Weighting(queries, keys, intervals, *factors)
+        return self._weightings[key]
+
+    def of_my_keys(self, owner: int, piece: int, pieces: int, factors: Factors) -> Weighting:
+        """Of a piece of the queries of `owner` and this rank's keys."""
+        if owner == self.shard.rank and pieces == 1:
+            return self.of_my_queries(owner, piece, pieces, factors)
+        key = "queries", owner, piece, pieces, factors
+        if key not in self._weightings:
+            queries, keys = self.pieces(pieces)[piece][owner], self.shard.device_rows
+            start, end = piece_of(self.shard.parts[owner].num_rows, piece, pieces)
+            intervals = self.all_intervals[owner][start:end]
+            self._weightings[key] = Weighting(queries, keys, intervals, *factors)
         return self._weightings[key]
 
     @cached_property
-    def _weightings(self) -> dict[tuple[int, int, int, Factors], Weighting]:
+    def _weightings(self) -> dict[object, Weighting]:
         return {}
 
     def pieces(self, count: int) -> list[tuple[Jagged, ...]]:

@@ -141,13 +141,6 @@ class InputEncoder(nn.Module):
         return self.dropout(x)
 
 
-def unit_rows(x: Tensor, length: float = 1.0) -> Tensor:
-    """Rows of x in float32, scaled to an L2 norm of `length`: one kernel each way."""
-    dim = x.shape[-1]
-    weight = torch.full((dim,), length * dim**-0.5, device=x.device)
-    return nn.functional.rms_norm(x.float(), (dim,), weight, eps=1e-12)
-
-
 def init_linear(linear: nn.Linear) -> nn.Linear:
     """Normal weights of variance 1 / fan-in, zero bias."""
     nn.init.normal_(linear.weight, std=1 / math.sqrt(linear.in_features))

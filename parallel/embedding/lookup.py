@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,9 +48,9 @@ class Routed:
         if not isinstance(self.tables, ShardedEmbeddingCollection):
             plain = self.tables(self.ids)
             return {feature: plain[feature].values() for feature in self.features}
-        rows = self.tables.compute_and_output_dist(self.context, self.ids)._awaitables_per_sharding
-        found = {}
-        for wanted, arriving in zip(self.wanted, rows, strict=True):
+        coming: Any = self.tables.compute_and_output_dist(self.context, self.ids)
+        found: dict[str, Tensor] = {}
+        for wanted, arriving in zip(self.wanted, coming._awaitables_per_sharding, strict=True):
             values = F.embedding(wanted.rows, arriving.wait())
             found |= dict(zip(wanted.features, values.split(wanted.counts), strict=True))
         return {feature: found[feature] for feature in self.features}

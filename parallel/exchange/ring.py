@@ -1,17 +1,16 @@
-"""Ring exchange: keys and values come rank by rank while attention runs on those in hand.
+"""Ring exchange: what a rank needs of the others comes rank by rank, while attention runs on what
+is in hand.
 
-At step s, rank r works on the keys of rank r - s. HSTU attention has no softmax, so a step's result
-is simply added to the sum. In the backward pass the gradients of a rank's keys travel the ring: at
-step s every rank adds its own to what rank r - 1 found for the same keys one step before, so that
-the sums come home in ring order, the same in every run.
+At step s, rank r works with the rows of rank r - s. Forward, their keys and values come, and what
+r's queries find in them is added to its output: HSTU attention has no softmax. Backward, their
+queries and the gradients of their outputs come as well, so that r finds all of dk and dv of its own
+keys itself, as it does dq: no gradient travels, nothing is waited for at the end, and a message of
+rows in 16 bits replaces one of sums in float32. The last step writes q's dtype: results need no
+further pass over memory.
 
-What hides what, in the backward pass: dq of the rank's own keys hides the first keys on their way;
-then each step's dq hides its dk and dv on theirs; dk and dv of the own keys come last, and add what
-came home. The last step writes q's dtype: results need no further pass over memory.
-
-A group that spans nodes is a ring of rings. At turn t, node n works on the keys of node n - t: each
-of its ranks holds those of the rank in its own place there, and passes them on to the next node
-while the ring inside the node goes round. Keys and gradients cross the network once a node.
+A group that spans nodes is a ring of rings. At turn t, node n works with the rows of node n - t:
+each of its ranks holds those of the rank in its own place there, and passes them on to the next
+node while the ring inside the node goes round. Rows cross the network once a node.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from kernels.attention import attention_forward, key_value_gradients, query_gradient
 from kernels.columns import empty_gradients
-from parallel.exchange.ring_pass import Block, RingPass, copy_block
+from parallel.exchange.ring_pass import Block, RingPass
 from parallel.visibility import Visibility
 
 MESSAGE_BYTES = 192 << 20  # more launches are more tails; and little beside a GPU's memory
@@ -49,21 +48,22 @@ class _RingAttention(torch.autograd.Function):
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         heads, pieces = _chunks(k, v, seen)
         for q_, k_, v_, out_ in _by_heads(heads, q, k, v, out):
-            sums = _Sums(out_, seen, pieces)
+            sums = _Sums((out_,), pieces * sum(seen.meets[seen.shard.rank]))
             for piece in range(pieces):
-                _forward(RingPass(k_, v_, seen, ctx.factors, piece, pieces), sums, q_)
+                _forward(seen, ctx.factors, (piece, pieces), sums, q_, k_, v_)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
+        seen, rank = ctx.seen, ctx.seen.shard.rank
         dq, dk, dv = empty_gradients(q, k, v)
-        heads, pieces = _chunks(k, v, ctx.seen)
-        for q_, k_, v_, dq_, dk_, dv_, dout_ in _by_heads(heads, q, k, v, dq, dk, dv, dout):
-            sums = _Sums(dq_, ctx.seen, pieces)
+        heads, pieces = _chunks(k, v, seen)
+        for q_, k_, v_, dout_, *grads in _by_heads(heads, q, k, v, dout.to(q.dtype), dq, dk, dv):
+            of_q = _Sums((grads[0],), pieces * sum(seen.meets[rank]))
+            of_k = _Sums((grads[1], grads[2]), pieces * sum(seen.met_by[rank]))
             for piece in range(pieces):
-                ring = RingPass(k_, v_, ctx.seen, ctx.factors, piece, pieces)
-                _backward(ring, sums, (ring.cut(dk_), ring.cut(dv_)), dout_, q_)
+                _backward(seen, ctx.factors, (piece, pieces), of_q, of_k, q_, k_, v_, dout_)
         return dq, dk, dv, None, None, None
 
 
@@ -90,88 +90,88 @@ def _by_heads(each: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(x[:, start : start + each] for x in tensors)
 
 
-def _forward(ring: RingPass, sums: _Sums, q: Tensor) -> None:
-    """Adds to the rows of out."""
+def _forward(
+    seen: Visibility,
+    factors: tuple[float, float],
+    piece: tuple[int, int],
+    sums: _Sums,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+) -> None:
+    """Adds what a piece of every rank's keys gives to out."""
 
-    def attend(turn: int, step: int, block: Block | None) -> None:
-        if block:
-            sums.add(attention_forward, q, *block, ring.weighting(turn, step))
+    def attend(owner: int, keys: Block | None) -> None:
+        if keys:
+            sums.add(attention_forward, q, *keys, seen.of_my_queries(owner, *piece, factors))
+
+    _go_round([RingPass("keys and values", (k, v), seen.meets, seen, *piece)], attend)
+
+
+def _backward(
+    seen: Visibility,
+    factors: tuple[float, float],
+    piece: tuple[int, int],
+    of_q: _Sums,
+    of_k: _Sums,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dout: Tensor,
+) -> None:
+    """Adds to dq what a piece of every rank's keys gives, to dk and dv what one of its queries."""
+
+    def differentiate(owner: int, keys: Block | None, queries: Block | None) -> None:
+        if keys:
+            mine = seen.of_my_queries(owner, *piece, factors)
+            of_q.add(query_gradient, dout, q, *keys, mine)
+        if queries:
+            theirs = seen.of_my_keys(owner, *piece, factors)
+            of_k.add(key_value_gradients, queries[1], queries[0], k, v, theirs)
+
+    rings = [
+        RingPass("keys and values", (k, v), seen.meets, seen, *piece),
+        RingPass("queries and gradients", (q, dout), seen.met_by, seen, *piece),
+    ]
+    _go_round(rings, differentiate)
+
+
+def _go_round(rings: list[RingPass], work: Callable[..., None]) -> None:
+    """work(owner, rows of each ring that are wanted of that rank), while the next ones come."""
 
     def move(turn: int, step: int) -> None:
-        if (turn, step) == (0, 0):
-            ring.hold_own(0)
-        if step == 0:
-            ring.carry_on(turn)
-        ring.fetch(turn, step + 1)
-
-    for turn in range(ring.nodes):
-        ring.arrive(turn)
-        for step in range(ring.places):
-            block = ring.block(turn, step)
-            ring.within.beside(partial(move, turn, step), partial(attend, turn, step, block))
-    ring.within.join()
-
-
-def _backward(ring: RingPass, sums: _Sums, own: Block, dout: Tensor, q: Tensor) -> None:
-    """Adds to dq; writes dk and dv of this rank's keys into `own`.
-
-    The own node's keys have the last turn: there, gradients come home.
-    """
-    last, tensors = ring.nodes, (dout, q)
-
-    def add_dq(turn: int, step: int, block: Block | None) -> None:
-        if block:
-            sums.add(query_gradient, *tensors, *block, ring.weighting(turn, step))
-
-    def begin(turn: int) -> None:
-        if turn in (0, last):
-            ring.hold_own(turn)
-        ring.carry_on(turn)
-        if turn:
-            ring.fetch(turn, 1)
-
-    def find(turn: int, step: int, block: Block | None, found: Block | None, into: Block) -> None:
-        """into = found + dk and dv of a block."""
-        if block:
-            weighting = ring.weighting(turn, step)
-            key_value_gradients(*tensors, *block, weighting, add=found, out=into)
-        elif found or into is own:  # dk and dv themselves want a value, if nothing was found
-            copy_block(found, into)
-
-    before = 0 if last > 1 else last  # keys start for other nodes while this one's wait
-    ring.within.beside(partial(begin, before), partial(add_dq, last, 0, ring.block(last, 0)))
-    for turn in range(1, last + 1):
-        if turn != last:
-            ring.arrive(turn)
-        held = ring.block(turn, 0)
-        if last > 1:
-            dq_of_held = partial(add_dq, turn, 0, held if turn != last else None)
-            ring.within.beside(partial(begin, turn), dq_of_held)
-        for step in range(1, ring.places):
-            block = ring.block(turn, step)
+        for ring in rings:
+            if (turn, step) == (0, 0):
+                ring.hold_own()
+            if step == 0:
+                ring.carry_on(turn)
             ring.fetch(turn, step + 1)
-            find(turn, step, block, ring.gradients_so_far(turn, step), ring.outgoing(turn, step))
-            ring.pass_on(turn, step)
-            add_dq(turn, step, block)
-        found = ring.gradients_of_held(turn)
-        find(turn, 0, held, found, own if turn == last else ring.outgoing(turn, 0))
-        if turn != last:
-            ring.carry_gradients_on(turn)
-    ring.within.join()
+
+    one = rings[0]
+    one.within.begin()
+    for turn in range(one.nodes):
+        for ring in rings:
+            ring.arrive(turn)
+        for step in range(one.places):
+            blocks = [ring.block(turn, step) for ring in rings]
+            one.within.beside(
+                partial(move, turn, step), partial(work, one.owner(turn, step), *blocks)
+            )
+    one.within.join()
 
 
 class _Sums:
-    """Adds what this rank finds in each block of keys that it sees: in float32, but for the last,
-    which goes to `out`."""
+    """Adds up what comes in so many parts: in float32, but for the last, which goes to `out`."""
 
-    def __init__(self, out: Tensor, seen: Visibility, pieces: int) -> None:
-        self.out, self.left = out, pieces * sum(seen.meets[seen.shard.rank])
-        self.total: Tensor | None = None
-        if not self.left:
-            out.zero_()
+    def __init__(self, out: tuple[Tensor, ...], parts: int) -> None:
+        self.out, self.left = out, parts
+        self.total: Any = None
+        if not parts:
+            for x in out:
+                x.zero_()
 
-    def add(self, kernel: Callable[..., Tensor], *args: Any) -> None:
+    def add(self, kernel: Callable[..., Any], *args: Any) -> None:
         """kernel(*args), onto what there is."""
         self.left -= 1
-        into = self.total if self.left else self.out
-        self.total = kernel(*args, add=self.total, out=into)
+        out = self.out if len(self.out) > 1 else self.out[0]
+        self.total = kernel(*args, add=self.total, out=self.total if self.left else out)

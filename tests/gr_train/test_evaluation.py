@@ -7,8 +7,8 @@ import torch
 from gr_train.config import ModelConfig
 from gr_train.data.sample import DatasetInfo
 from gr_train.evaluation import full_ranks, popularity_metrics
-from gr_train.model.inputs import unit_rows
 from gr_train.model.recommender import Recommender, tables
+from kernels.sampled_softmax import unit_rows
 from parallel.batch import JaggedBatch
 from parallel.embedding.tables import embedding_collection
 

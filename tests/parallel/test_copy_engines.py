@@ -240,6 +240,8 @@ def run_rank(
     def keys(
         dout: Tensor, q: Tensor, k: Tensor, v: Tensor, _: Any, *, add: Any, out: Any
     ) -> tuple[Tensor, Tensor]:
+        out = out or (torch.empty(k.shape), torch.empty(v.shape))
+        kept.append(out)
         device.use((dout, q, k, v, *(add or ())), out)
         return out
 
@@ -277,10 +279,11 @@ def run_rank(
             qkv = [torch.zeros(shape).requires_grad_() for _ in range(3)]
             for _ in range(2):
                 out = ring.ring_attention(*qkv, seen=seen, alpha=1.0, scale=1.0)
-                device.use((), tuple(x.detach() for x in qkv[1:]))  # freed, and others' by now
-                grads = torch.autograd.grad(out, qkv, torch.zeros(out.shape))
-                device.use(grads, tuple(x.detach() for x in qkv[1:]))
-                kept += [out, *grads]
+                device.use((), tuple(x.detach() for x in qkv))  # freed, and others' by now
+                dout = torch.zeros(out.shape)
+                grads = torch.autograd.grad(out, qkv, dout)
+                device.use(grads, (dout, *(x.detach() for x in qkv)))
+                kept += [out, dout, *grads]
             kept += qkv
     return kept
 
