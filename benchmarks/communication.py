@@ -79,12 +79,13 @@ def _leaving(name: str, given: dict[str, Any], group: Any) -> int:
 def idle_share(call: Callable[[], object], calls: int, trace: str | None) -> float:
     """Of the time that so many calls take, how much the GPU does not compute in.
 
-    It may copy, run NCCL's kernels, wait for another rank or for the host. Another call comes
-    before them: ranks are not in step when their profilers have started.
+    It may copy, run NCCL's kernels, wait for another rank or for the host. Two calls come before
+    them: when profilers have started, ranks are not in step, and their hosts not ahead.
     trace: file to keep what the profiler saw in.
     """
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
+        call()
         call()
         torch.cuda._sleep(1)  # a kernel that is told from the others: here it begins
         for _ in range(calls):

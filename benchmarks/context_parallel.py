@@ -265,7 +265,7 @@ def longest(args: argparse.Namespace) -> list[dict]:
     shortest, length = 1024 * world, 4096 * world
     peak(shortest)  # makes what stays, such as the optimizer's state
     used = {shortest: peak(shortest)}
-    for _ in range(4):  # along the line through the two longest, until it leads no further
+    for _ in range(3):  # along the line through the two longest, until it leads no further
         start = time.perf_counter()
         used[length] = peak(length)
         took = time.perf_counter() - start
