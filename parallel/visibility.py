@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -37,14 +38,16 @@ class Visibility:
     def all_intervals(self) -> tuple[Tensor, ...]:
         """Of every rank's queries, on the device."""
         shard, cp_size = self.shard, self.shard.cp_size
-        ends = torch.stack([part.offsets[1:] for part in shard.parts])
-        sizes = ends[:, -1].clone()
-        ends += (sizes.cumsum(0, dtype=ends.dtype) - sizes)[:, None]
-        (offsets,) = copy_together([torch.cat([ends.new_zeros(1), ends.flatten()])], shard.device)
+        sizes = [part.num_rows for part in shard.parts]
+        starts = [0, *accumulate(sizes)]
+        ends = [part.offsets[1:] + start for part, start in zip(shard.parts, starts, strict=False)]
+        (offsets,) = copy_together(
+            [torch.cat([torch.zeros(1, dtype=torch.int32), *ends])], shard.device
+        )
         rows = Jagged(offsets, torch.cat([part.positions for part in shard.device_parts]))
         of_sequences = shard.device_lengths, shard.device_num_targets
         intervals = self.mask(rows, *(x.repeat(cp_size) for x in of_sequences))
-        return intervals.split(sizes.tolist())
+        return intervals.split(sizes)
 
     @cached_property
     def whole_intervals(self) -> Tensor:
