@@ -26,7 +26,6 @@ bandwidth measured at the first real cp over 1; they have `ms` to hide in.
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import statistics
@@ -53,7 +52,7 @@ from gr_train.config import load_config
 from gr_train.data.synthetic import SyntheticSource
 from gr_train.model.mask import mask_intervals
 from gr_train.model.recommender import Prepared
-from gr_train.trainer import Trainer
+from gr_train.trainer import Trainer, freeze_objects
 from kernels.masks import hstu_intervals, interval_lengths, semi_local_intervals
 from parallel.attention import EXCHANGES, context_parallel_attention
 from parallel.batch import JaggedBatch
@@ -89,7 +88,7 @@ def measure(
     """ms, bytes sent, exposed share and peak memory of one call on this rank."""
     for _ in range(args.warmup):
         call()
-    gc.freeze()  # as the trainer does
+    freeze_objects()  # as the trainer does
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     traffic = Traffic()

@@ -99,8 +99,10 @@ def peak(model: Model, policy: str) -> dict[str, int]:
 def needed(model: Model, policy: str, rows: int) -> int:
     """Bytes of one rank that holds so many rows, more than a ring's message has."""
     pieces = -(-rows * 4 * model.dim // MESSAGE_BYTES) if model.cp > 1 else 1
-    # Bytes a row: intervals of every rank, a plan for each block of keys and each of queries.
-    plans = 16 * (model.cp + pieces * (2 * model.cp - 1)) if model.cp > 1 else 16
+    # Of 16 bytes a row: intervals of every rank, and bounds of queries for each piece of keys, and
+    # of every piece of queries, which of this rank's own are the same if there is but one.
+    blocks = model.cp * (2 + pieces) - (pieces == 1) if model.cp > 1 else 1
+    plans = 16 * blocks
     return model.fixed + rows * (sum(peak(model, policy).values()) + plans)
 
 

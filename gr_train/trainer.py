@@ -121,7 +121,7 @@ class Trainer:
                 progress = self._start_progress(first)
             meter.add(self.step(step, batch.prepared, batches.begin), batch.num_tokens)
             if step == first + 1:
-                gc.freeze()  # or what stays for good is searched for garbage again and again
+                freeze_objects()
             last = step == config.train.steps
             if last or _due(step, config.train.log_every):
                 loss, tokens_per_s = meter.read()
@@ -138,7 +138,6 @@ class Trainer:
                 with meter.paused(), self.mesh.watchdog.doing(f"checkpoint of step {step}"):
                     batches.settle()
                     self.checkpointer.save(step, batch.loader_state)
-        gc.unfreeze()
         return self._finish(progress, loss, meter.tokens_per_s)
 
     def prepare(self, step: int, batch: JaggedBatch) -> Prepared:
@@ -289,6 +288,13 @@ def _precision(precision: str, device: torch.device) -> torch.dtype | None:
     if precision == "bf16" or (precision == "auto" and has_bf16):
         return torch.bfloat16
     return None
+
+
+def freeze_objects() -> None:
+    """Spare what is there by now, and stays, from being searched for garbage every few steps."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def _due(step: int, every: int) -> bool:

@@ -105,8 +105,7 @@ class _SiluLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.splits, ctx.gradient, ctx.triton = splits, gradient, triton
         x = x.to(compute_dtype(x))
-        ctx.weight_dtype, weight = weight.dtype, weight.to(x.dtype)
-        hidden = F.linear(x, weight)
+        hidden = F.linear(x, weight.to(x.dtype))
         ctx.save_for_backward(x, weight, bias, hidden)
         first, others = hidden.split_with_sizes([splits[0], bias.numel()], 1)
         if triton:
@@ -133,24 +132,24 @@ class _SiluLinear(torch.autograd.Function):
         else:
             into, dbias = vector_jacobian(_naive_silu, [before, bias], dout)
             dbefore.copy_(into)
-        dweight = _weight_gradient(dhidden, x, ctx.weight_dtype)
-        return dhidden @ weight, dweight, dbias.to(bias.dtype), None, None, None
+        dweight = _weight_gradient(dhidden, x, weight.dtype)
+        return dhidden @ weight.to(x.dtype), dweight, dbias.to(bias.dtype), None, None, None
 
 
 class _ResidualLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        ctx.weight_dtype, weight = weight.dtype, weight.to(y.dtype)
         ctx.save_for_backward(y, weight)
         ctx.mark_dirty(x)
+        weight = weight.to(y.dtype)
         return x.addmm_(y, weight.t()) if x.dtype == y.dtype else x.add_(F.linear(y, weight))
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         y, weight = ctx.saved_tensors
         dproduct = dout.to(y.dtype)
-        dweight = _weight_gradient(dproduct, y, ctx.weight_dtype)
-        return dout, dproduct @ weight, dweight
+        dweight = _weight_gradient(dproduct, y, weight.dtype)
+        return dout, dproduct @ weight.to(y.dtype), dweight
 
 
 def _weight_gradient(dout: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -48,8 +48,8 @@ def context_parallel_attention(
 
     q, k: [rows of this rank, H, Dqk]; v: [rows, H, Dv], in the order of seen.shard.rows.
     scale: not 0. exchange: one of EXCHANGES; results do not depend on it but for the order of sums.
-    Returns [rows, H, Dv] in q's dtype. Differentiable: gradients of k and v come home summed over
-    the group. Every rank of the group must call it, with however few rows.
+    Returns [rows, H, Dv] in q's dtype. Differentiable: gradients of k and v are sums over the
+    group. Every rank of the group must call it, with however few rows.
     """
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange: {exchange!r} is not one of {', '.join(EXCHANGES)}")

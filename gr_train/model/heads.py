@@ -1,7 +1,7 @@
-"""From hidden rows to losses: sampled softmax over items, binary tasks on candidates.
+"""From hidden rows to the loss of binary tasks on candidates.
 
-Losses are sums over this rank's labels. The caller divides by the *global* count of labels, so that
-gradients do not depend on how rows are spread over ranks.
+A sum over this rank's labels, as `kernels.sampled_softmax` is. The caller divides by the *global*
+count of labels, so that gradients do not depend on how rows are spread over ranks.
 """
 
 from __future__ import annotations
@@ -9,10 +9,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from kernels.sampled_softmax import sampled_softmax_loss
-
-__all__ = ["binary_tasks_loss", "sampled_softmax_loss", "task_labels"]
 
 
 def task_labels(labels: Tensor, num_tasks: int) -> Tensor:

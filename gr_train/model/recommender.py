@@ -18,12 +18,13 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 
 from gr_train.config import Config, ModelConfig
 from gr_train.data.sample import DatasetInfo
-from gr_train.model.heads import binary_tasks_loss, sampled_softmax_loss
+from gr_train.model.heads import binary_tasks_loss
 from gr_train.model.hstu import HSTULayer
 from gr_train.model.inputs import InputEncoder, Inputs, init_linear, make_inputs
 from gr_train.model.mask import choose_sharding, mask_intervals
 from gr_train.model.sasrec import SASRecLayer
 from kernels.backend import compute_dtype
+from kernels.sampled_softmax import sampled_softmax_loss
 from kernels.transfer import copy_to
 from parallel.attention import make_ready
 from parallel.embedding.lookup import Routed, route

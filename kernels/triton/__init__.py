@@ -11,5 +11,6 @@ launcher.py   compiled kernels, found again by what their arguments are
 operator.py   all of it as one operator that autograd and torch.compile know
 
 layer_norm.py, gated_norm.py, pointwise.py   what lies between a layer's matrix products
+sampled_softmax.py                           and between those of a loss
 rows.py                                      what those share
 """

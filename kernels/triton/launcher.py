@@ -59,12 +59,11 @@ class Launcher:
 
     def _is_hooked(self) -> bool:
         """Whether someone wants to see each launch, or to change how kernels are compiled."""
-        runtime = knobs.runtime
+        hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
         return bool(
-            runtime.launch_enter_hook.calls
-            or runtime.launch_exit_hook.calls
+            any(getattr(hook, "calls", hook) for hook in hooks)
             or self.kernel.pre_run_hooks
-            or runtime.add_stages_inspection_hook
+            or knobs.runtime.add_stages_inspection_hook
         )
 
 

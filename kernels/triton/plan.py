@@ -135,7 +135,8 @@ _plans = WeakIdKeyDictionary()
 def plan_for(queries: Jagged, keys: Jagged, intervals: Tensor, tile: int, part: int) -> Plan:
     """The plan of these very tensors, built on first sight.
 
-    Tensors are told apart by identity and version, so writing into them in place is noticed.
+    Tensors are told apart by identity and version, so writing into them in place is noticed; but a
+    `Weighting` keeps its plan, so that who keeps it must not, nor capture a graph.
     """
     if intervals.is_cuda and torch.cuda.is_current_stream_capturing():
         return Plan.build(queries, keys, intervals, tile, part)  # a graph must plan at every replay

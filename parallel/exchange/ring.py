@@ -28,6 +28,8 @@ from kernels.columns import empty_gradients
 from parallel.exchange.ring_pass import Block, RingPass
 from parallel.visibility import Visibility
 
+Rows = Callable[[], Block] | None  # what a ring brings: waited for when it is called; None: nothing
+
 MESSAGE_BYTES = 192 << 20  # more launches are more tails; and little beside a GPU's memory
 
 
@@ -59,7 +61,7 @@ class _RingAttention(torch.autograd.Function):
         seen, rank = ctx.seen, ctx.seen.shard.rank
         dq, dk, dv = empty_gradients(q, k, v)
         heads, pieces = _chunks(k, v, seen)
-        for q_, k_, v_, dout_, *grads in _by_heads(heads, q, k, v, dout.to(q.dtype), dq, dk, dv):
+        for q_, k_, v_, dout_, *grads in _by_heads(heads, q, k, v, dout, dq, dk, dv):
             of_q = _Sums((grads[0],), pieces * sum(seen.meets[rank]))
             of_k = _Sums((grads[1], grads[2]), pieces * sum(seen.met_by[rank]))
             for piece in range(pieces):
@@ -101,9 +103,9 @@ def _forward(
 ) -> None:
     """Adds what a piece of every rank's keys gives to out."""
 
-    def attend(owner: int, keys: Block | None) -> None:
+    def attend(owner: int, keys: Rows) -> None:
         if keys:
-            sums.add(attention_forward, q, *keys, seen.of_my_queries(owner, *piece, factors))
+            sums.add(attention_forward, q, *keys(), seen.of_my_queries(owner, *piece, factors))
 
     _go_round([RingPass("keys and values", (k, v), seen.meets, seen, *piece)], attend)
 
@@ -121,13 +123,13 @@ def _backward(
 ) -> None:
     """Adds to dq what a piece of every rank's keys gives, to dk and dv what one of its queries."""
 
-    def differentiate(owner: int, keys: Block | None, queries: Block | None) -> None:
+    def differentiate(owner: int, keys: Rows, queries: Rows) -> None:
         if keys:
             mine = seen.of_my_queries(owner, *piece, factors)
-            of_q.add(query_gradient, dout, q, *keys, mine)
+            of_q.add(query_gradient, dout, q, *keys(), mine)
         if queries:
-            theirs = seen.of_my_keys(owner, *piece, factors)
-            of_k.add(key_value_gradients, queries[1], queries[0], k, v, theirs)
+            theirs, (their_q, their_dout) = seen.of_my_keys(owner, *piece, factors), queries()
+            of_k.add(key_value_gradients, their_dout, their_q, k, v, theirs)
 
     rings = [
         RingPass("keys and values", (k, v), seen.meets, seen, *piece),
@@ -137,7 +139,7 @@ def _backward(
 
 
 def _go_round(rings: list[RingPass], work: Callable[..., None]) -> None:
-    """work(owner, rows of each ring that are wanted of that rank), while the next ones come."""
+    """work(owner, what each ring brings of that rank's rows), while the next ones come."""
 
     def move(turn: int, step: int) -> None:
         for ring in rings:
@@ -154,9 +156,11 @@ def _go_round(rings: list[RingPass], work: Callable[..., None]) -> None:
             ring.arrive(turn)
         for step in range(one.places):
             blocks = [ring.block(turn, step) for ring in rings]
-            one.within.beside(
-                partial(move, turn, step), partial(work, one.owner(turn, step), *blocks)
-            )
+            work_here = partial(work, one.owner(turn, step), *blocks)
+            if step == 0 or step + 1 < one.places:
+                one.within.beside(partial(move, turn, step), work_here)
+            else:  # nothing more comes this turn
+                work_here()
     one.within.join()
 
 

@@ -3,9 +3,12 @@ there, the messages are here."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
-from parallel.transport import Message, Transport
+from parallel.transport import Arrival, Message, Transport
 from parallel.visibility import Visibility, piece_of
 
 Block = tuple[Tensor, Tensor]  # two tensors of the same rows of one rank, such as keys and values
@@ -93,14 +96,19 @@ class RingPass:
             (self.place - step) % self.places if self._wants(turn, step) else None,
         )
 
-    def block(self, turn: int, step: int) -> Block | None:
-        """The rows of a step, when they are here; None if they are not wanted."""
+    def block(self, turn: int, step: int) -> Callable[[], Block] | None:
+        """The rows of a step, which the call waits for; None if they are not wanted."""
         if not self._wants(turn, step):
             return None
         if step:
-            self.coming.wait()
-            return self._split(self.rows)
-        return self.own if self.owner(turn, 0) == self.rank else self._split(self.held[turn][0])
+            return partial(self._receive, self.coming, self.rows)
+        if self.owner(turn, 0) == self.rank:
+            return lambda: self.own
+        return partial(self._split, self.held[turn][0])
+
+    def _receive(self, coming: Arrival, rows: Tensor) -> Block:
+        coming.wait()
+        return self._split(rows)
 
     def _wants(self, turn: int, step: int) -> bool:
         return self.wanted[self.rank][self.owner(turn, step)]

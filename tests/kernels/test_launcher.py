@@ -110,6 +110,16 @@ def test_the_second_launch_does_not_ask_triton(monkeypatch: pytest.MonkeyPatch) 
     assert not compiles(x, 5)
     kernel.pre_run_hooks.append(print)  # Triton runs hooks only on its own path
     assert compiles(x, 5)
+    kernel.pre_run_hooks.clear()
+    assert not compiles(x, 5)
+    runtime = launcher.knobs.runtime
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.launch_exit_hook, "calls", [print])
+        assert compiles(x, 5)
+    for hook, seen in ((print, True), (None, False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, "launch_enter_hook", hook)
+            assert compiles(x, 5) == seen
 
 
 def test_constants_come_by_keyword(monkeypatch: pytest.MonkeyPatch) -> None:

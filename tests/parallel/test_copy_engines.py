@@ -317,6 +317,26 @@ def test_so_they_are_over_nodes(size: int, nodes: int, layout: str) -> None:
     assert not take_down(size, layout, nodes).races()
 
 
+def test_what_has_been_waited_for_is_not_joined_again() -> None:
+    joins, waits = list[Any](), list[Any]()
+    join, wait = CopyEngines.join, Stream.wait_stream
+
+    def counted_join(link: CopyEngines) -> None:
+        joins.append(link)
+        join(link)
+
+    def counted_wait(stream: Stream, other: Stream) -> None:
+        waits.append(other)
+        wait(stream, other)
+
+    with (
+        patch.object(CopyEngines, "join", counted_join),
+        patch.object(Stream, "wait_stream", counted_wait),
+    ):
+        take_down(2, "zigzag")
+    assert len(waits) < len(joins) / 2
+
+
 def no_wait(*_: Any) -> None: ...
 
 

@@ -18,6 +18,7 @@ from parallel.mesh import build_mesh
 
 TABLES = [Table("item", 9000, 8, ("item", "label")), Table("action", 5, 8, ("action",))]
 CPU = torch.device("cpu")
+EPS = 1e-8
 
 
 def ids_of(rank: int) -> dict[str, torch.Tensor]:
@@ -37,7 +38,7 @@ def full_tables(sharded) -> dict[str, torch.Tensor]:
     return whole
 
 
-def train_with(kinds: list[str], size: int):
+def train_with(kinds: list[str], size: int, optimizer: str):
     """kinds: of sharding, of the items and of the actions."""
 
     def constraints(pooling_factors: list[float], **others: Any) -> ParameterConstraints:
@@ -46,18 +47,18 @@ def train_with(kinds: list[str], size: int):
         return ParameterConstraints(pooling_factors=pooling_factors, **others)
 
     with patch.object(plan, "ParameterConstraints", constraints):
-        return train_once(size)
+        return train_once(size, optimizer)
 
 
-def train_once(size: int):
+def train_once(size: int, optimizer: str = "sgd"):
     mesh = build_mesh(dp=size, cp=1, device=CPU)
     sharded = shard_tables(
         TABLES,
         mesh,
         tokens_per_rank=3000,
-        optimizer="sgd",
+        optimizer=optimizer,
         lr=0.5,
-        eps=0,
+        eps=EPS,
         seed=3,
     )
     before = full_tables(sharded)
@@ -69,9 +70,11 @@ def train_once(size: int):
 @pytest.mark.parametrize(
     "kinds", ["row_wise row_wise", "row_wise table_wise", "table_wise table_wise"]
 )
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_equals_plain_tables(run_in_world, size: int, kinds: str) -> None:
-    results = run_in_world(size, train_with, kinds.split(), size)
+@pytest.mark.parametrize(
+    ("size", "optimizer"), [(1, "sgd"), (2, "sgd"), (2, "rowwise_adagrad"), (4, "sgd")]
+)
+def test_equals_plain_tables(run_in_world, size: int, optimizer: str, kinds: str) -> None:
+    results = run_in_world(size, train_with, kinds.split(), size, optimizer)
     before, _, after = results[0]
     plain = embedding_collection(TABLES, "cpu")
     plain.load_state_dict(before)
@@ -83,7 +86,10 @@ def test_equals_plain_tables(run_in_world, size: int, kinds: str) -> None:
         loss += sum((i + 1) * (x**2).sum() for i, x in enumerate(found.values()))
     (loss / size).backward()  # TorchRec averages over ranks
     for name, parameter in plain.named_parameters():
-        want = parameter.detach() - 0.5 * parameter.grad
+        step = parameter.grad
+        if optimizer == "rowwise_adagrad":
+            step = step / (step.square().mean(1, keepdim=True).sqrt() + EPS)
+        want = parameter.detach() - 0.5 * step
         torch.testing.assert_close(after[name], want, rtol=1e-5, atol=1e-7)
 
 
@@ -101,6 +107,25 @@ def test_each_id_of_a_table_is_sent_once(ids: list[list[int]]) -> None:
         assert every.tolist() == sorted({i for name in names for i in asked[name].tolist()})
     rows = torch.cat([sent[name] for name in features])
     assert torch.equal(rows[where], torch.cat([asked[name] for name in features]))
+
+
+def allowed_kinds(size: int) -> list[list[str]]:
+    rows = plan.MANY_ROWS * size
+    mine = [Table("many", rows, 8, ("many",)), Table("few", rows - 1, 8, ("few",))]
+    mesh = build_mesh(dp=size, cp=1, device=CPU)
+    allowed = []
+
+    def constraints(**given: Any) -> ParameterConstraints:
+        allowed.append(given["sharding_types"])
+        return ParameterConstraints(**given)
+
+    with patch.object(plan, "ParameterConstraints", constraints):
+        shard_tables(mine, mesh, tokens_per_rank=100, optimizer="sgd", lr=0.1, eps=0, seed=0)
+    return allowed
+
+
+def test_large_tables_are_cut_in_rows(run_in_world) -> None:
+    assert run_in_world(2, allowed_kinds, 2)[0] == [["row_wise"], ["table_wise", "row_wise"]]
 
 
 def first_values(size: int):
