@@ -177,11 +177,11 @@ def _plan(q: Tensor, v: Tensor, weighting: Weighting) -> tuple[Config, Plan]:
 
 
 def _ready(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x [T, H, D] with rows as descriptors want them: contiguous, aligned, head dims padded."""
+    """x [T, H, D] with rows as descriptors want them: contiguous, apart, aligned; heads padded."""
     x = _padded(x if dtype is None or x.dtype == dtype else x.to(dtype))
     _, heads, dim = x.shape
     row, head, one = x.stride()
-    packed = one == 1 and (heads == 1 or head == dim)
+    packed = one == 1 and (heads == 1 or head == dim) and row >= heads * dim
     aligned = row * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
     return x if packed and aligned else x.clone(memory_format=torch.contiguous_format)
 

@@ -74,6 +74,15 @@ class Problem:
             close(got - 0.5, expected, max(rtol, 1e-4))
 
 
+def test_rows_that_are_one_are_laid_apart() -> None:
+    """A gradient that is the same for all rows, expanded: descriptors have no row stride of 0."""
+    for heads in (1, 2):
+        same = torch.randn(1, heads, 32, device=DEVICE).expand(5, heads, 32)
+        ready = launch._ready(same)
+        assert ready.stride() == (heads * 32, 32, 1)
+        assert torch.equal(ready, same)
+
+
 def close(got: Tensor, want: Tensor, rtol: float) -> None:
     assert got.shape == want.shape
     error = (got.double() - want).norm()
