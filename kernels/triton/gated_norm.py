@@ -19,9 +19,12 @@ from kernels.triton.integers import cdiv
 from kernels.triton.launcher import remembered
 from kernels.triton.rows import (
     STAGES,
+    block_at,
     block_shape,
+    load_block,
     normalize,
     normalize_backward,
+    store_block,
     store_sums,
     summing_programs,
 )
@@ -152,11 +155,9 @@ def gated_norm_forward_kernel(
     COLUMNS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
-    a = tl.load(a_ptr + rows[:, None] * a_stride + columns[None, :], mask=inside, other=0)
-    u = tl.load(u_ptr + rows[:, None] * u_stride + columns[None, :], mask=inside, other=0)
+    rows, columns, inside = block_at(tl.program_id(0), 0, num_rows, WIDTH, ROWS, COLUMNS)
+    a = load_block(a_ptr, a_stride, rows, columns, inside)
+    u = load_block(u_ptr, u_stride, rows, columns, inside)
     u_bias = tl.load(u_bias_ptr + columns, mask=columns < WIDTH, other=0).to(tl.float32)
     u = u.to(tl.float32) + u_bias[None, :]
     normed, mean, rstd = normalize(a.to(tl.float32), inside, eps, WIDTH)
@@ -165,8 +166,7 @@ def gated_norm_forward_kernel(
     out = (normed * weight[None, :] + bias[None, :]) * (u * tl.sigmoid(u))
     if DROPOUT:
         out *= _mask(seed_ptr, rows, dropout, WIDTH, ROWS, COLUMNS)
-    out_at = out_ptr + rows[:, None] * WIDTH + columns[None, :]
-    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=inside)
+    store_block(out_ptr, WIDTH, out, rows, columns, inside)
     tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
@@ -209,12 +209,10 @@ def gated_norm_backward_kernel(
     for block in tl.range(
         tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES
     ):
-        rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
-        inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
-        a = tl.load(a_ptr + rows[:, None] * a_stride + columns[None, :], mask=inside, other=0)
-        u = tl.load(u_ptr + rows[:, None] * u_stride + columns[None, :], mask=inside, other=0)
-        dout_at = dout_ptr + rows[:, None] * dout_stride + columns[None, :]
-        dout = tl.load(dout_at, mask=inside, other=0).to(tl.float32)
+        rows, _, inside = block_at(block, 0, num_rows, WIDTH, ROWS, COLUMNS)
+        a = load_block(a_ptr, a_stride, rows, columns, inside)
+        u = load_block(u_ptr, u_stride, rows, columns, inside)
+        dout = load_block(dout_ptr, dout_stride, rows, columns, inside).to(tl.float32)
         if DROPOUT:
             dout *= _mask(seed_ptr, rows, dropout, WIDTH, ROWS, COLUMNS)
         u = u.to(tl.float32) + u_bias[None, :]
@@ -226,12 +224,10 @@ def gated_norm_backward_kernel(
         # silu'(u) = sigmoid(u) (1 + u (1 - sigmoid(u)))
         slope = sigmoid * (1 + u * (1 - sigmoid))
         du = dout * (normed * weight[None, :] + bias[None, :]) * slope
-        du_at = du_ptr + rows[:, None] * du_stride + columns[None, :]
-        tl.store(du_at, du.to(du_ptr.dtype.element_ty), mask=inside)
+        store_block(du_ptr, du_stride, du, rows, columns, inside)
         daffine = dout * u * sigmoid
         da = normalize_backward(daffine * weight[None, :], normed, rstd, WIDTH)
-        da_at = da_ptr + rows[:, None] * WIDTH + columns[None, :]
-        tl.store(da_at, da.to(da_ptr.dtype.element_ty), mask=inside)
+        store_block(da_ptr, WIDTH, da, rows, columns, inside)
         du_bias += du
         dweight += daffine * normed
         dbias += daffine

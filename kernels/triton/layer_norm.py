@@ -13,9 +13,12 @@ from kernels.triton.integers import cdiv
 from kernels.triton.launcher import remembered
 from kernels.triton.rows import (
     STAGES,
+    block_at,
     block_shape,
+    load_block,
     normalize,
     normalize_backward,
+    store_block,
     store_sums,
     summing_programs,
 )
@@ -102,17 +105,14 @@ def layer_norm_forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0)
+    rows, columns, inside = block_at(tl.program_id(0), 0, num_rows, WIDTH, ROWS, COLUMNS)
+    x = load_block(x_ptr, x_stride, rows, columns, inside)
     normed, mean, rstd = normalize(x.to(tl.float32), inside, eps, WIDTH)
     weight = tl.load(weight_ptr + columns, mask=columns < WIDTH, other=0).to(tl.float32)
     bias = tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0).to(tl.float32)
     out = normed * weight[None, :] + bias[None, :]
-    at = rows[:, None] * WIDTH + columns[None, :]
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
-    tl.store(past_ptr + at, x, mask=inside)
+    store_block(out_ptr, WIDTH, out, rows, columns, inside)
+    store_block(past_ptr, WIDTH, x, rows, columns, inside)
     tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
     tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
 
@@ -145,19 +145,15 @@ def layer_norm_backward_kernel(
     for block in tl.range(
         tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES
     ):
-        rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
-        inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0)
-        dout_at = dout_ptr + rows[:, None] * dout_stride + columns[None, :]
-        dout = tl.load(dout_at, mask=inside, other=0).to(tl.float32)
-        past_at = dx_past_ptr + rows[:, None] * dx_past_stride + columns[None, :]
-        past = tl.load(past_at, mask=inside, other=0).to(tl.float32)
+        rows, _, inside = block_at(block, 0, num_rows, WIDTH, ROWS, COLUMNS)
+        x = load_block(x_ptr, x_stride, rows, columns, inside)
+        dout = load_block(dout_ptr, dout_stride, rows, columns, inside).to(tl.float32)
+        past = load_block(dx_past_ptr, dx_past_stride, rows, columns, inside).to(tl.float32)
         mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0)
         rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0)
         normed = tl.where(inside, (x.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
         dx = past + normalize_backward(dout * weight[None, :], normed, rstd, WIDTH)
-        dx_at = dx_ptr + rows[:, None] * WIDTH + columns[None, :]
-        tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        store_block(dx_ptr, WIDTH, dx, rows, columns, inside)
         dweight += dout * normed
         dbias += dout
     store_sums(sums_ptr, 0, dweight, columns, WIDTH)

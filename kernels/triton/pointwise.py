@@ -11,7 +11,15 @@ from torch import Tensor
 
 from kernels.triton.integers import cdiv
 from kernels.triton.launcher import remembered
-from kernels.triton.rows import STAGES, block_shape, store_sums, summing_programs
+from kernels.triton.rows import (
+    STAGES,
+    block_at,
+    block_shape,
+    load_block,
+    store_block,
+    store_sums,
+    summing_programs,
+)
 
 MIN_COLUMNS, MAX_COLUMNS = 128, 1024
 
@@ -87,14 +95,12 @@ def silu_forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0)
+    row_block, column_block = tl.program_id(0), tl.program_id(1)
+    rows, columns, inside = block_at(row_block, column_block, num_rows, WIDTH, ROWS, COLUMNS)
+    x = load_block(x_ptr, x_stride, rows, columns, inside)
     bias = tl.load(bias_ptr + columns, mask=columns < WIDTH, other=0).to(tl.float32)
     x = x.to(tl.float32) + bias[None, :]
-    out_at = out_ptr + rows[:, None] * WIDTH + columns[None, :]
-    tl.store(out_at, (x * tl.sigmoid(x)).to(out_ptr.dtype.element_ty), mask=inside)
+    store_block(out_ptr, WIDTH, x * tl.sigmoid(x), rows, columns, inside)
 
 
 @remembered
@@ -121,16 +127,13 @@ def silu_backward_kernel(
     for block in tl.range(
         tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES
     ):
-        rows = tl.cast(block, tl.int64) * ROWS + tl.arange(0, ROWS)
-        inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
-        dout_at = dout_ptr + rows[:, None] * dout_stride + columns[None, :]
-        dout = tl.load(dout_at, mask=inside, other=0).to(tl.float32)
-        x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=inside, other=0)
+        rows, _, inside = block_at(block, tl.program_id(1), num_rows, WIDTH, ROWS, COLUMNS)
+        dout = load_block(dout_ptr, dout_stride, rows, columns, inside).to(tl.float32)
+        x = load_block(x_ptr, x_stride, rows, columns, inside)
         x = x.to(tl.float32) + bias[None, :]
         sigmoid = tl.sigmoid(x)
         # silu'(x) = sigmoid(x) (1 + x (1 - sigmoid(x)))
         dx = dout * sigmoid * (1 + x * (1 - sigmoid))
-        dx_at = dx_ptr + rows[:, None] * dx_stride + columns[None, :]
-        tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        store_block(dx_ptr, dx_stride, dx, rows, columns, inside)
         total += dx
     store_sums(sums_ptr, 0, total, columns, WIDTH)

@@ -42,6 +42,34 @@ def summing_programs(device: torch.device) -> int:
 
 
 @triton.jit
+def block_at(
+    row_block,
+    column_block,
+    num_rows,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Rows (int64) and columns of a block of a matrix [num_rows, WIDTH]; what of it is inside."""
+    rows = tl.cast(row_block, tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = column_block * COLUMNS + tl.arange(0, COLUMNS)
+    return rows, columns, (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
+
+
+@triton.jit
+def load_block(ptr, stride, rows, columns, inside):
+    """Of a matrix with so many elements from row to row; zeros outside."""
+    return tl.load(ptr + rows[:, None] * stride + columns[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def store_block(ptr, stride, x, rows, columns, inside):
+    """x, to the matrix's dtype."""
+    at = ptr + rows[:, None] * stride + columns[None, :]
+    tl.store(at, x.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def normalize(x, inside, eps, WIDTH: tl.constexpr):
     """(x - mean) / sqrt(var + eps) of each row of x, float32; mean; 1 / sqrt(var + eps)."""
     mean = tl.sum(x, 1) / WIDTH

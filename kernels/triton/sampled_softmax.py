@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels.triton.integers import cdiv
 from kernels.triton.launcher import remembered
-from kernels.triton.rows import block_shape
+from kernels.triton.rows import block_at, block_shape, load_block, store_block
 
 ALIGNED = 4  # floats in 16 bytes: rows of logits are padded to these, for wide loads
 
@@ -124,18 +124,14 @@ def unit_rows_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
-    hidden_at = hidden_ptr + rows[:, None] * hidden_stride + columns[None, :]
-    hidden = tl.load(hidden_at, mask=inside, other=0).to(tl.float32)
-    label_at = label_ptr + rows[:, None] * label_stride + columns[None, :]
-    label = tl.load(label_at, mask=inside, other=0).to(tl.float32)
+    rows, columns, inside = block_at(tl.program_id(0), 0, num_rows, WIDTH, ROWS, COLUMNS)
+    hidden = load_block(hidden_ptr, hidden_stride, rows, columns, inside).to(tl.float32)
+    label = load_block(label_ptr, label_stride, rows, columns, inside).to(tl.float32)
     hidden_inverse = 1 / tl.sqrt_rn(tl.sum(hidden * hidden, 1) + WIDTH * eps)
     label_inverse = 1 / tl.sqrt_rn(tl.sum(label * label, 1) + WIDTH * eps)
     unit = hidden * hidden_inverse[:, None] * scale
     positive = tl.sum(unit * (label * label_inverse[:, None]), 1)
-    tl.store(units_ptr + rows[:, None] * WIDTH + columns[None, :], unit, mask=inside)
+    store_block(units_ptr, WIDTH, unit, rows, columns, inside)
     tl.store(positive_ptr + rows, positive, mask=rows < num_rows)
     tl.store(hidden_inverse_ptr + rows, hidden_inverse, mask=rows < num_rows)
     tl.store(label_inverse_ptr + rows, label_inverse, mask=rows < num_rows)
@@ -160,11 +156,8 @@ def softmax_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    inside = (rows < num_rows)[:, None] & (columns < PADDED)[None, :]
-    logits_at = logits_ptr + rows[:, None] * PADDED + columns[None, :]
-    logits = tl.load(logits_at, mask=inside, other=0)
+    rows, columns, inside = block_at(tl.program_id(0), 0, num_rows, PADDED, ROWS, COLUMNS)
+    logits = load_block(logits_ptr, PADDED, rows, columns, inside)
     positive = tl.load(positive_ptr + rows, mask=rows < num_rows, other=0)
     label = tl.load(labels_ptr + rows, mask=rows < num_rows, other=0)
     negatives = tl.load(negatives_ptr + columns, mask=columns < WIDTH, other=0)
@@ -175,7 +168,7 @@ def softmax_kernel(
     others = tl.sum(powers, 1)
     total = others + tl.exp(positive - top)
     if KEPT:
-        tl.store(logits_at, powers / total[:, None], mask=inside)
+        store_block(logits_ptr, PADDED, powers / total[:, None], rows, columns, inside)
     # Not 1 - p(label), which would be rounded away where the label is all but certain.
     tl.store(others_ptr + rows, others / total, mask=rows < num_rows)
     tl.store(losses_ptr + rows, tl.log(total) + (top - positive), mask=rows < num_rows)
@@ -203,15 +196,10 @@ def gradients_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, COLUMNS)
-    inside = (rows < num_rows)[:, None] & (columns < WIDTH)[None, :]
-    hidden_at = hidden_ptr + rows[:, None] * hidden_stride + columns[None, :]
-    hidden = tl.load(hidden_at, mask=inside, other=0).to(tl.float32)
-    label_at = label_ptr + rows[:, None] * label_stride + columns[None, :]
-    label = tl.load(label_at, mask=inside, other=0).to(tl.float32)
-    at = rows[:, None] * WIDTH + columns[None, :]
-    dunits = tl.load(dunits_ptr + at, mask=inside, other=0)
+    rows, columns, inside = block_at(tl.program_id(0), 0, num_rows, WIDTH, ROWS, COLUMNS)
+    hidden = load_block(hidden_ptr, hidden_stride, rows, columns, inside).to(tl.float32)
+    label = load_block(label_ptr, label_stride, rows, columns, inside).to(tl.float32)
+    dunits = load_block(dunits_ptr, WIDTH, rows, columns, inside)
     others = tl.load(others_ptr + rows, mask=rows < num_rows, other=0)
     hidden_inverse = tl.load(hidden_inverse_ptr + rows, mask=rows < num_rows, other=0)
     label_inverse = tl.load(label_inverse_ptr + rows, mask=rows < num_rows, other=0)
@@ -222,5 +210,5 @@ def gradients_kernel(
     dlabel = hidden * (-others * scale)[:, None]
     dhidden = _normalized_backward(dhidden, hidden, hidden_inverse)
     dlabel = _normalized_backward(dlabel, label, label_inverse)
-    tl.store(dhidden_ptr + at, dhidden.to(dhidden_ptr.dtype.element_ty), mask=inside)
-    tl.store(dlabel_ptr + at, dlabel.to(dlabel_ptr.dtype.element_ty), mask=inside)
+    store_block(dhidden_ptr, WIDTH, dhidden, rows, columns, inside)
+    store_block(dlabel_ptr, WIDTH, dlabel, rows, columns, inside)
