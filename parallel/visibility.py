@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from kernels.jagged import Jagged, lengths_to_offsets
-from kernels.transfer import copy_together
+from kernels.transfer import copy_to
 from kernels.weighting import Weighting
 from parallel.relayout import Relayout
 from parallel.shard import Shard
@@ -38,16 +37,12 @@ class Visibility:
     def all_intervals(self) -> tuple[Tensor, ...]:
         """Of every rank's queries, on the device."""
         shard, cp_size = self.shard, self.shard.cp_size
-        sizes = [part.num_rows for part in shard.parts]
-        starts = [0, *accumulate(sizes)]
-        ends = [part.offsets[1:] + start for part, start in zip(shard.parts, starts, strict=False)]
-        (offsets,) = copy_together(
-            [torch.cat([torch.zeros(1, dtype=torch.int32), *ends])], shard.device
-        )
+        offsets = lengths_to_offsets(torch.cat([part.lengths() for part in shard.parts]))
+        offsets = copy_to(offsets, shard.device)
         rows = Jagged(offsets, torch.cat([part.positions for part in shard.device_parts]))
         of_sequences = shard.device_lengths, shard.device_num_targets
         intervals = self.mask(rows, *(x.repeat(cp_size) for x in of_sequences))
-        return intervals.split(sizes)
+        return intervals.split([part.num_rows for part in shard.parts])
 
     @cached_property
     def whole_intervals(self) -> Tensor:
@@ -125,27 +120,26 @@ class Visibility:
 
     def of_my_queries(self, owner: int, piece: int, pieces: int, factors: Factors) -> Weighting:
         """Of this rank's queries and a piece of the keys of `owner`."""
-        key = "keys", owner, piece, pieces, factors
-        if key not in self._weightings:
-            queries, keys = self.shard.device_rows, self.pieces(pieces)[piece][owner]
-            intervals = self.all_intervals[self.shard.rank]
-            self._weightings[key] = Weighting(queries, keys, intervals, *factors)
-        return self._weightings[key]
+        return self._weighting(self.shard.rank, 0, 1, self.pieces(pieces)[piece][owner], factors)
 
     def of_my_keys(self, owner: int, piece: int, pieces: int, factors: Factors) -> Weighting:
         """Of a piece of the queries of `owner` and this rank's keys."""
-        if owner == self.shard.rank and pieces == 1:
-            return self.of_my_queries(owner, piece, pieces, factors)
-        key = "queries", owner, piece, pieces, factors
+        return self._weighting(owner, piece, pieces, self.shard.device_rows, factors)
+
+    def _weighting(
+        self, rank: int, piece: int, pieces: int, keys: Jagged, factors: Factors
+    ) -> Weighting:
+        """Of a piece of a rank's queries and of some rank's `keys`; always the same object."""
+        queries = self.pieces(pieces)[piece][rank]
+        key = id(queries), id(keys), factors
         if key not in self._weightings:
-            queries, keys = self.pieces(pieces)[piece][owner], self.shard.device_rows
-            start, end = piece_of(self.shard.parts[owner].num_rows, piece, pieces)
-            intervals = self.all_intervals[owner][start:end]
+            start, end = piece_of(self.shard.parts[rank].num_rows, piece, pieces)
+            intervals = self.all_intervals[rank][start:end]
             self._weightings[key] = Weighting(queries, keys, intervals, *factors)
         return self._weightings[key]
 
     @cached_property
-    def _weightings(self) -> dict[object, Weighting]:
+    def _weightings(self) -> dict[tuple[int, int, Factors], Weighting]:
         return {}
 
     def pieces(self, count: int) -> list[tuple[Jagged, ...]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -185,8 +185,8 @@ class _Send:
 def _each_once(
     asked: dict[str, Tensor], table_of: dict[str, str]
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Features with each id of a table once, under the table's first feature; and
-    for each id that was asked for, which of those it is: int64."""
+    """Features with each id of a table once, under the table's first feature; and for each id that
+    was asked for, which of those it is: int64."""
     tables: dict[str, list[str]] = {}
     for name in asked:
         tables.setdefault(table_of[name], []).append(name)
@@ -196,10 +196,7 @@ def _each_once(
         together = torch.cat([asked[name] for name in names])
         ids[names[0]], places = torch.unique(together, return_inverse=True)
         which |= zip(names, places.split([asked[name].numel() for name in names]), strict=True)
-    starts, start = {}, 0
-    for name, x in ids.items():
-        starts[name] = start
-        start += x.numel()
+    starts = dict(zip(ids, accumulate((x.numel() for x in ids.values()), initial=0), strict=False))
     return ids, torch.cat([which[name] + starts[tables[table_of[name]][0]] for name in asked])
 
 
