@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -73,18 +72,14 @@ NO_HOOKS = None, None, None  # metadata for those around a launch, and they
 def specialization(x: Any) -> object:
     """Different for arguments that Triton would compile different kernels for."""
     kind = type(x)
-    if kind is Tensor or kind is Parameter:
+    if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
     if kind is int:
         return x == 1, x % 16 == 0, -INT32 <= x < INT32, x < INT32 << 32
     if kind is float:
         return kind
-    if kind is Rows:
-        return x.key
     if isinstance(x, TensorDescriptor):
         return x.base.dtype, tuple(x.block_shape)
-    if isinstance(x, Tensor):
-        return x.dtype, x.data_ptr() % 16 == 0
     return x
 
 
@@ -99,4 +94,3 @@ class Rows(TensorDescriptor):  # type: ignore[misc]
         rows, heads, dim = x.shape
         self.base, self.shape, self.strides = x, [rows, heads * dim], [x.stride(0), 1]
         self.block_shape, self.padding, self.round_f32_to_tf32 = [block, dim], "zero", False
-        self.key = x.dtype, block, dim
