@@ -1,8 +1,8 @@
 """The one entry to HSTU attention: checks, choice of backend, autograd.
 
 `hstu_attention` is what a model calls. Context parallelism calls its parts, `attention_forward`,
-`query_gradient` and `key_value_gradients`, once per block of keys; each can add to what the blocks
-before have given.
+`query_gradient` and `key_value_gradients`, for a block of keys or two at a time; each can add to
+what the blocks before have given.
 
 Backends: `triton` on a GPU; `blockwise` where there is no GPU or no Triton, and for float64;
 `naive` to read, and to test the others against.
@@ -10,6 +10,7 @@ Backends: `triton` on a GPU; `blockwise` where there is no GPU or no Triton, and
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from kernels.blockwise import (
 from kernels.columns import empty_gradients
 from kernels.jagged import Jagged
 from kernels.naive import naive_attention
+from kernels.source import Source
 from kernels.weighting import Weighting
 
 BACKENDS = ("auto", "naive", "blockwise", "triton")
@@ -67,73 +69,80 @@ def hstu_attention(
 
 
 def attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weighting: Weighting,
-    *,
-    add: Tensor | None = None,
-    out: Tensor | None = None,
+    q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """The forward pass over one block of keys, without autograd.
+    """The forward pass over one or two blocks of keys, without autograd.
 
-    add: float32 [Tq, H, Dv], what other blocks gave, if weighting.scale is not 0; out: where to
-    write, of any floating dtype, `add` itself if you like. Of both, each row must be contiguous.
+    sources: keys and values; of weightings with the same queries, alpha and scale.
+    add: float32 [Tq, H, Dv], what other blocks gave, if the scale is not 0; out: where to write, of
+    any floating dtype, `add` itself if you like. Of both, each row must be contiguous.
     Returns out; a new float32 tensor if None.
     """
+    v = sources[0].rows[1]
     if out is None:
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2], dtype=accumulator(q.dtype))
     if _takes_triton(q, v):
         from kernels.triton import launch
 
-        return launch.forward(q, k, v, weighting, add=add, out=out)
-    return _write(blockwise_forward(q, k, v, weighting), add, out)
+        return launch.forward(q, *sources, add=add, out=out)
+    for k, v, weighting in _here(sources):
+        add = _write(blockwise_forward(q, k, v, weighting), add, out)
+    return out
 
 
 def query_gradient(
     dout: Tensor,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weighting: Weighting,
-    *,
+    *sources: Source,
     add: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """dq [Tq, H, Dqk] of one block of keys, from dout [Tq, H, Dv]. add, out: as forward."""
+    """dq [Tq, H, Dqk] of blocks of keys, from dout [Tq, H, Dv]. sources, add, out: as forward."""
     if out is None:
         out = torch.empty(q.shape, dtype=accumulator(q.dtype), device=q.device)
-    if _takes_triton(q, v):
+    if _takes_triton(q, dout):
         from kernels.triton import launch
 
-        return launch.query_gradient(dout, q, k, v, weighting, add=add, out=out)
-    return _write(blockwise_query_gradient(dout, q, k, v, weighting), add, out)
+        return launch.query_gradient(dout, q, *sources, add=add, out=out)
+    for k, v, weighting in _here(sources):
+        add = _write(blockwise_query_gradient(dout, q, k, v, weighting), add, out)
+    return out
 
 
 def key_value_gradients(
-    dout: Tensor,
-    q: Tensor,
     k: Tensor,
     v: Tensor,
-    weighting: Weighting,
-    *,
+    *sources: Source,
     add: tuple[Tensor, Tensor] | None = None,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dk [Tk, H, Dqk] and dv [Tk, H, Dv] of one block of keys. add, out: as forward, of each."""
+    """dk [Tk, H, Dqk] and dv [Tk, H, Dv] of one block of keys. add, out: as forward, of each.
+
+    sources: one or two blocks of queries and of their outputs' gradients.
+    """
     if out is None:
-        dtype = accumulator(q.dtype)
+        dtype = accumulator(k.dtype)
         out = (
             torch.empty(k.shape, dtype=dtype, device=k.device),
             torch.empty(v.shape, dtype=dtype, device=v.device),
         )
-    if _takes_triton(q, v):
+    if _takes_triton(k, v):
         from kernels.triton import launch
 
-        return launch.key_value_gradients(dout, q, k, v, weighting, add=add, out=out)
-    dk, dv = blockwise_key_value_gradients(dout, q, k, v, weighting)
-    add_k, add_v = add or (None, None)
-    return _write(dk, add_k, out[0]), _write(dv, add_v, out[1])
+        return launch.key_value_gradients(k, v, *sources, add=add, out=out)
+    for q, dout, weighting in _here(sources):
+        dk, dv = blockwise_key_value_gradients(dout, q, k, v, weighting)
+        add_k, add_v = add or (None, None)
+        add = _write(dk, add_k, out[0]), _write(dv, add_v, out[1])
+    return out
+
+
+def _here(sources: Sequence[Source]) -> Iterator[tuple[Tensor, Tensor, Weighting]]:
+    """Each once it has arrived."""
+    for source in sources:
+        if source.arrival:
+            source.arrival.wait()
+        yield *source.rows, source.weighting
 
 
 def _write(partial: Tensor, add: Tensor | None, out: Tensor) -> Tensor:

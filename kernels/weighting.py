@@ -11,7 +11,7 @@ from torch import Tensor
 from kernels.jagged import Jagged
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Weighting:
     """w_ij = scale * silu(alpha * q_i . k_j) for the keys j that query i sees, else 0.
 

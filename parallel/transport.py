@@ -20,6 +20,7 @@ import torch.distributed._symmetric_memory as symmetric_memory
 from torch import Tensor
 
 from kernels.columns import is_packed
+from kernels.source import Arrival
 from parallel.driver import copy_rows, wait_value, write_value
 from parallel.watchdog import Watchdog
 
@@ -27,14 +28,6 @@ GROWTH = 1.25  # a new buffer's size over what is asked for
 
 # What is sent, part behind part: each flat, or rows [n, ...] that are contiguous in themselves.
 Message = Sequence[Tensor]
-
-
-class Arrival(ABC):
-    """An incoming message under way."""
-
-    @abstractmethod
-    def wait(self) -> None:
-        """What is enqueued from now on finds the message; on a CPU, the host waits."""
 
 
 class Transport(ABC):
@@ -46,6 +39,7 @@ class Transport(ABC):
     """
 
     name: str
+    signals: bool  # whether kernels can wait for messages themselves: see `Arrival.signal`
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
         self.group, self.device, self.watchdog = group, device, watchdog
@@ -92,7 +86,7 @@ class Transport(ABC):
     def current(self) -> torch.cuda.Stream:
         return self._current or torch.cuda.current_stream(self.device)
 
-    def beside(self, messages: Callable[[], None], work: Callable[[], None]) -> None:
+    def beside(self, messages: Callable[[], None], work: Callable[[], None] = lambda: None) -> None:
         """Enqueue both, so that neither waits for the other, but for what is enqueued already.
 
         On a GPU the work comes first, and so is not kept waiting by what the host does for
@@ -116,8 +110,10 @@ class Transport(ABC):
 
     def join(self) -> None:
         """What is enqueued from now on comes after all that was `beside`."""
-        if self.stream is not None and not (self._last and self._last.joined):
+        if self.stream is not None and self._last is None:
             self.current.wait_stream(self.stream)
+        elif self._last is not None and not self._last.joined:
+            self._last.wait()
         self._current = None
 
     def swap(
@@ -191,6 +187,7 @@ class SendReceive(Transport):
     """Point-to-point operations of the process group."""
 
     name = "send and receive"
+    signals = False  # NCCL's kernels would wait in turn for those that wait for their messages
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
         super().__init__(group, device, watchdog)
@@ -248,6 +245,7 @@ class CopyEngines(Transport):
     """
 
     name = "copy engines"
+    signals = True
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
         super().__init__(group, device, watchdog)
@@ -292,26 +290,31 @@ class CopyEngines(Transport):
                 start, end = end, end + part.nbytes
                 copy_rows(part, buffer.of[to], start, stream)
             buffer.full.tell(to, stream)
-        if source is not None:
-            buffer.full.wait(source, stream)
+        signal = buffer.full.wait(source, stream) if source is not None else None
         done = stream.record_event()
         if len(message) == 1:
             self._leaving[message[0].data_ptr()] = done
         self.watchdog.watch(self._operation(name, to, source), done)
-        self._last = _Copy(done, self)
+        self._last = _Copy(done, self, signal)
         return self._last
 
 
 class _Copy(Arrival):
     """Behind what came and what left in one swap, and in those before it."""
 
-    def __init__(self, done: torch.cuda.Event, transport: Transport) -> None:
+    def __init__(
+        self, done: torch.cuda.Event, transport: Transport, signal: tuple[Tensor, int] | None
+    ) -> None:
         self.done, self.transport, self.joined = done, transport, False
+        self._signal = signal
 
     def wait(self) -> None:
         current = self.transport.current
         current.wait_event(self.done)
         self.joined = current != self.transport.stream
+
+    def signal(self) -> tuple[Tensor, int] | None:
+        return self._signal
 
 
 class _SymmetricBuffer:
@@ -355,7 +358,7 @@ class _Counters:
         """of[r]: int32 [ranks] in the memory of rank r, zeros."""
         self.of = of
         self.told, self.heard = [0] * len(of), [0] * len(of)
-        self.mine = [of[rank][other].data_ptr() for other in range(len(of))]
+        self.mine = list(of[rank].split(1))
         self.theirs = [counters[rank].data_ptr() for counters in of]
 
     def tell(self, rank: int, stream: torch.cuda.Stream) -> None:
@@ -363,10 +366,11 @@ class _Counters:
         self.told[rank] += 1
         write_value(stream, self.theirs[rank], self.told[rank])
 
-    def wait(self, rank: int, stream: torch.cuda.Stream) -> None:
-        """What comes on the stream from now on waits."""
+    def wait(self, rank: int, stream: torch.cuda.Stream) -> tuple[Tensor, int]:
+        """What comes on the stream from now on waits. Returns the counter, and how far."""
         self.heard[rank] += 1
-        wait_value(stream, self.mine[rank], self.heard[rank])
+        wait_value(stream, self.mine[rank].data_ptr(), self.heard[rank])
+        return self.mine[rank], self.heard[rank]
 
 
 def _reach_each_other(group: dist.ProcessGroup, device: torch.device) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.triton.forward import load_bounds, load_rows, store_rows
+from kernels.triton.forward import UNSPECIALIZED, load_bounds, load_rows, store_rows
 from kernels.triton.launcher import remembered
 from kernels.triton.runs import (
     FULL_RUNS,
@@ -24,15 +24,14 @@ from kernels.triton.runs import (
     load_runs,
     load_segment,
     query_rows,
+    wait_for,
 )
 from kernels.triton.silu import UNSEEN, silu_and_twice_slope
 
 
 @remembered
-@triton.jit(do_not_specialize=["num_rows", "half_alpha", "scale"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def key_value_kernel(
-    dout_desc,
-    q_desc,
     k_desc,
     v_desc,
     add_k_ptr,
@@ -47,10 +46,18 @@ def key_value_kernel(
     sums_v_ptr,
     done_ptr,
     tiles_ptr,
-    bounds_ptr,
-    num_rows,
     half_alpha,
     scale,
+    q_desc,
+    dout_desc,
+    bounds_ptr,
+    num_rows,
+    next_q_desc,
+    next_dout_desc,
+    next_bounds_ptr,
+    next_num_rows,
+    counter_ptr,
+    count,
     HEADS: tl.constexpr,
     QK_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -59,6 +66,7 @@ def key_value_kernel(
     BLOCK_N: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    SOURCES: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
 ):
@@ -73,7 +81,7 @@ def key_value_kernel(
     PARTS: tl.constexpr = TILE // BLOCK_N
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS % PARTS
-    record = tiles_ptr + (tl.program_id(0) // (HEADS * PARTS)).to(tl.int64) * RECORD
+    record = tiles_ptr + (tl.program_id(0) // (HEADS * PARTS)).to(tl.int64) * (SOURCES * RECORD)
     row0 = tl.load(record) + part * BLOCK_N
     row_end = tl.load(record + 1)
     if row0 >= row_end:
@@ -85,24 +93,32 @@ def key_value_kernel(
     dv = tl.zeros([BLOCK_N, V_DIM], dtype=tl.float32)
     keys = (row0 + tl.arange(0, BLOCK_N))[:, None]
 
-    for kind in tl.static_range(KINDS):
-        blocks, runs = load_runs(record, kind, MASKED_RUNS if kind > 0 else FULL_RUNS, BLOCK_M)
-        for block in tl.range(blocks):
-            row, end = find_block(runs, block, BLOCK_M)
-            q = q_desc.load([row, head * QK_DIM])
-            half_scores = tl.dot(k, q.T, input_precision=PRECISION) * half_alpha
-            dout = dout_desc.load([row, head * V_DIM])
-            if KEY:
-                dweights = tl.dot(v, dout.T, input_precision=PRECISION)
-            if kind > 0:
-                queries = row + tl.arange(0, BLOCK_M)
-                low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, queries < end, 0)
-                half_scores = tl.where((keys >= low) & (keys < high), half_scores, UNSEEN)
-            weights, slope = silu_and_twice_slope(half_scores, FAST)
-            if VALUE:
-                dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
-            if KEY:
-                dk = tl.dot((dweights * slope).to(q.dtype), q, dk, input_precision=PRECISION)
+    for source in tl.static_range(SOURCES):
+        if source > 0:
+            q_desc, dout_desc = next_q_desc, next_dout_desc
+            bounds_ptr, num_rows = next_bounds_ptr, next_num_rows
+            if counter_ptr is not None:
+                wait_for(counter_ptr, count)
+        for kind in tl.static_range(KINDS):
+            at = record + source * RECORD
+            blocks, runs = load_runs(at, kind, MASKED_RUNS if kind > 0 else FULL_RUNS, BLOCK_M)
+            for block in tl.range(blocks):
+                row, end = find_block(runs, block, BLOCK_M)
+                q = q_desc.load([row, head * QK_DIM])
+                half_scores = tl.dot(k, q.T, input_precision=PRECISION) * half_alpha
+                dout = dout_desc.load([row, head * V_DIM])
+                if KEY:
+                    dweights = tl.dot(v, dout.T, input_precision=PRECISION)
+                if kind > 0:
+                    queries = row + tl.arange(0, BLOCK_M)
+                    seen = queries < end
+                    low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, seen, 0)
+                    half_scores = tl.where((keys >= low) & (keys < high), half_scores, UNSEEN)
+                weights, slope = silu_and_twice_slope(half_scores, FAST)
+                if VALUE:
+                    dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                if KEY:
+                    dk = tl.dot((dweights * slope).to(q.dtype), q, dk, input_precision=PRECISION)
 
     # The rows again: registers are dear.
     rows = tl.load(record) + part * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -161,23 +177,29 @@ def _add_sums(
 
 
 @remembered
-@triton.jit(do_not_specialize=["num_rows", "half_alpha", "scale"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def query_kernel(
     dout_ptr,
     q_ptr,
     dout_stride,
     q_stride,
-    k_desc,
-    v_desc,
     add_ptr,
     add_stride,
     dq_ptr,
     dq_stride,
     tiles_ptr,
-    bounds_ptr,
-    num_rows,
     half_alpha,
     scale,
+    k_desc,
+    v_desc,
+    bounds_ptr,
+    num_rows,
+    next_k_desc,
+    next_v_desc,
+    next_bounds_ptr,
+    next_num_rows,
+    counter_ptr,
+    count,
     HEADS: tl.constexpr,
     QK_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -186,12 +208,13 @@ def query_kernel(
     BLOCK_N: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    SOURCES: tl.constexpr,
 ):
     """dq. Grid: query tiles x (TILE / BLOCK_M) x HEADS."""
     PARTS: tl.constexpr = TILE // BLOCK_M
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS % PARTS
-    record = tiles_ptr + (tl.program_id(0) // (HEADS * PARTS)).to(tl.int64) * RECORD
+    record = tiles_ptr + (tl.program_id(0) // (HEADS * PARTS)).to(tl.int64) * (SOURCES * RECORD)
     queries, inside, some = query_rows(record, part, BLOCK_M)
     if not some:
         return
@@ -200,21 +223,26 @@ def query_kernel(
     dout = load_rows(dout_ptr, queries, inside, dout_stride, head * V_DIM, V_DIM)
     dq = tl.zeros([BLOCK_M, QK_DIM], dtype=tl.float32)
 
-    for kind in tl.static_range(KINDS):
-        blocks, runs = load_runs(record, kind, 2, BLOCK_N)
-        if kind > 0:
-            low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, inside, 1)
-        for block in tl.range(blocks):
-            row, _ = find_block(runs, block, BLOCK_N)
-            k = k_desc.load([row, head * QK_DIM])
-            half_scores = tl.dot(q, k.T, input_precision=PRECISION) * half_alpha
-            v = v_desc.load([row, head * V_DIM])
-            dweights = tl.dot(dout, v.T, input_precision=PRECISION)
+    for source in tl.static_range(SOURCES):
+        if source > 0:
+            k_desc, v_desc, bounds_ptr = next_k_desc, next_v_desc, next_bounds_ptr
+            if counter_ptr is not None:
+                wait_for(counter_ptr, count)
+        for kind in tl.static_range(KINDS):
+            blocks, runs = load_runs(record + source * RECORD, kind, 2, BLOCK_N)
             if kind > 0:
-                keys = (row + tl.arange(0, BLOCK_N))[None, :]
-                half_scores = tl.where((keys >= low) & (keys < high), half_scores, UNSEEN)
-            _, slope = silu_and_twice_slope(half_scores, FAST)
-            dq = tl.dot((dweights * slope).to(k.dtype), k, dq, input_precision=PRECISION)
+                low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, inside, 1)
+            for block in tl.range(blocks):
+                row, _ = find_block(runs, block, BLOCK_N)
+                k = k_desc.load([row, head * QK_DIM])
+                half_scores = tl.dot(q, k.T, input_precision=PRECISION) * half_alpha
+                v = v_desc.load([row, head * V_DIM])
+                dweights = tl.dot(dout, v.T, input_precision=PRECISION)
+                if kind > 0:
+                    keys = (row + tl.arange(0, BLOCK_N))[None, :]
+                    half_scores = tl.where((keys >= low) & (keys < high), half_scores, UNSEEN)
+                _, slope = silu_and_twice_slope(half_scores, FAST)
+                dq = tl.dot((dweights * slope).to(k.dtype), k, dq, input_precision=PRECISION)
 
     queries, inside, _ = query_rows(record, part, BLOCK_M)  # again: registers are dear
     dq *= scale * half_alpha

@@ -1,4 +1,8 @@
-"""Attention forward: one program per query tile and head, walking the key blocks it sees."""
+"""Attention forward: one program per query tile and head, walking the key blocks it sees.
+
+Keys may be those of two sources, the second perhaps still on its way when the kernel begins: one
+launch then leaves no sums for another to go on with, and has one tail instead of two.
+"""
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
 # mypy: disallow-untyped-defs=False
@@ -8,7 +12,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launcher import remembered
-from kernels.triton.runs import KINDS, RECORD, find_block, load_runs, query_rows
+from kernels.triton.runs import KINDS, RECORD, find_block, load_runs, query_rows, wait_for
 from kernels.triton.silu import UNSEEN, silu
 
 
@@ -45,22 +49,32 @@ def store_rows(ptr, stride, add_ptr, add_stride, x, rows, inside, column0):
     tl.store(ptr + rows * stride + columns, x.to(ptr.dtype.element_ty), mask=inside[:, None])
 
 
+# Sources are the last arguments of every kernel, the second of them None for none.
+UNSPECIALIZED = ["half_alpha", "scale", "num_rows", "next_num_rows", "count"]
+
+
 @remembered
-@triton.jit(do_not_specialize=["num_rows", "half_alpha", "scale"])
+@triton.jit(do_not_specialize=UNSPECIALIZED)
 def forward_kernel(
     q_ptr,
     q_stride,
-    k_desc,
-    v_desc,
     add_ptr,
     add_stride,
     out_ptr,
     out_stride,
     tiles_ptr,
-    bounds_ptr,
-    num_rows,
     half_alpha,
     scale,
+    k_desc,
+    v_desc,
+    bounds_ptr,
+    num_rows,
+    next_k_desc,
+    next_v_desc,
+    next_bounds_ptr,
+    next_num_rows,
+    counter_ptr,
+    count,
     HEADS: tl.constexpr,
     QK_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -69,6 +83,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    SOURCES: tl.constexpr,
 ):
     """out = scale * (add / scale + sum silu(alpha q . k) v).
 
@@ -77,7 +92,7 @@ def forward_kernel(
     PARTS: tl.constexpr = TILE // BLOCK_M
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS % PARTS
-    record = tiles_ptr + (tl.program_id(0) // (HEADS * PARTS)).to(tl.int64) * RECORD
+    record = tiles_ptr + (tl.program_id(0) // (HEADS * PARTS)).to(tl.int64) * (SOURCES * RECORD)
     queries, inside, some = query_rows(record, part, BLOCK_M)
     if not some:
         return
@@ -87,20 +102,25 @@ def forward_kernel(
         acc = tl.zeros([BLOCK_M, V_DIM], dtype=tl.float32)
     else:  # now, not at the end: there is no room for it beside the sums then
         acc = load_rows(add_ptr, queries, inside, add_stride, head * V_DIM, V_DIM) / scale
-    for kind in tl.static_range(KINDS):  # a loop each: the full blocks' never looks at the mask
-        blocks, runs = load_runs(record, kind, 2, BLOCK_N)
-        if kind > 0:
-            low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, inside, 1)
-        for block in tl.range(blocks):
-            row, _ = find_block(runs, block, BLOCK_N)
-            k = k_desc.load([row, head * QK_DIM])
-            half_scores = tl.dot(q, k.T, input_precision=PRECISION) * half_alpha
+    for source in tl.static_range(SOURCES):
+        if source > 0:
+            k_desc, v_desc, bounds_ptr = next_k_desc, next_v_desc, next_bounds_ptr
+            if counter_ptr is not None:
+                wait_for(counter_ptr, count)
+        for kind in tl.static_range(KINDS):  # a loop each: full blocks never look at the mask
+            blocks, runs = load_runs(record + source * RECORD, kind, 2, BLOCK_N)
             if kind > 0:
-                keys = (row + tl.arange(0, BLOCK_N))[None, :]
-                half_scores = tl.where((keys >= low) & (keys < high), half_scores, UNSEEN)
-            weights = silu(half_scores, FAST)
-            v = v_desc.load([row, head * V_DIM])
-            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+                low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, inside, 1)
+            for block in tl.range(blocks):
+                row, _ = find_block(runs, block, BLOCK_N)
+                k = k_desc.load([row, head * QK_DIM])
+                half_scores = tl.dot(q, k.T, input_precision=PRECISION) * half_alpha
+                if kind > 0:
+                    keys = (row + tl.arange(0, BLOCK_N))[None, :]
+                    half_scores = tl.where((keys >= low) & (keys < high), half_scores, UNSEEN)
+                weights = silu(half_scores, FAST)
+                v = v_desc.load([row, head * V_DIM])
+                acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
 
     queries, inside, _ = query_rows(record, part, BLOCK_M)  # again: registers are dear
     out = acc * scale

@@ -5,115 +5,91 @@ Out, dq, dk and dv are written into tensors of any floating dtype, each plus ano
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.source import Source
 from kernels.triton.backward import key_value_kernel, query_kernel
 from kernels.triton.configs import Blocks, Config, config_for
 from kernels.triton.forward import forward_kernel
 from kernels.triton.integers import next_power_of_2
 from kernels.triton.launcher import Rows
 from kernels.triton.plan import Plan, plan_for
-from kernels.weighting import Weighting
+
+MOST_SOURCES = 2  # of a launch
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weighting: Weighting,
-    *,
-    add: Tensor | None = None,
-    out: Tensor,
-) -> Tensor:
-    """`out` [Tq, H, Dv], written with the result, plus `add` if given."""
-    if q.shape[0] == 0 or k.shape[0] == 0:
+def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor) -> Tensor:
+    """`out` [Tq, H, Dv], written with what q finds in the sources, plus `add` if given."""
+    walk = _Walk(q, sources)
+    if walk.is_empty:
         return _nothing(add, out)
-    q, k, v = _ready(q), _ready(k), _ready(v)
-    config, plan = _plan(q, v, weighting)
-    blocks, tiles = config.forward, plan.query_tiles
-    target = _Target(out, add, v.shape[2])
-    forward_kernel[(tiles.shape[0] * (config.tile // blocks.m) * q.shape[1],)](
+    config, q = walk.config, _ready(q)
+    blocks, tiles = config.forward, walk.plan.query_tiles(*walk.more)
+    target = _Target(out, add, walk.v_dim)
+    forward_kernel[(len(tiles) * (config.tile // blocks.m) * q.shape[1],)](
         q,
         q.stride(0),
-        Rows(k, blocks.n),
-        Rows(v, blocks.n),
         *target.add,
         *target.out,
         tiles,
-        plan.bounds,
-        q.shape[0],
-        weighting.alpha / 2,
-        weighting.scale,
-        **_constants(q, v, config.tile, blocks),
+        *walk.factors,
+        *walk.arguments(blocks.n),
+        **walk.constants(config.tile, blocks),
     )
     return target.finish()
 
 
 def query_gradient(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weighting: Weighting,
-    *,
-    add: Tensor | None = None,
-    out: Tensor,
+    dout: Tensor, q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor
 ) -> Tensor:
     """`out` [Tq, H, Dqk], written with dq, plus `add` if given."""
-    if q.shape[0] == 0 or k.shape[0] == 0:
+    walk = _Walk(q, sources)
+    if walk.is_empty:
         return _nothing(add, out)
-    dout, q, k, v = _ready(dout, q.dtype), _ready(q), _ready(k), _ready(v)
-    config, plan = _plan(q, v, weighting)
-    blocks, tiles = config.query, plan.query_parts
-    target = _Target(out, add, q.shape[2])
-    query_kernel[(tiles.shape[0] * (config.part // blocks.m) * q.shape[1],)](
+    config, dout, q = walk.config, _ready(dout, q.dtype), _ready(q)
+    blocks, tiles = config.query, walk.plan.query_parts(*walk.more)
+    target = _Target(out, add, walk.qk_dim)
+    query_kernel[(len(tiles) * (config.part // blocks.m) * q.shape[1],)](
         dout,
         q,
         dout.stride(0),
         q.stride(0),
-        Rows(k, blocks.n),
-        Rows(v, blocks.n),
         *target.add,
         *target.out,
         tiles,
-        plan.bounds,
-        q.shape[0],
-        weighting.alpha / 2,
-        weighting.scale,
-        **_constants(q, v, config.part, blocks),
+        *walk.factors,
+        *walk.arguments(blocks.n),
+        **walk.constants(config.part, blocks),
     )
     return target.finish()
 
 
 def key_value_gradients(
-    dout: Tensor,
-    q: Tensor,
     k: Tensor,
     v: Tensor,
-    weighting: Weighting,
-    *,
+    *sources: Source,
     add: tuple[Tensor, Tensor] | None = None,
     out: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """`out` [Tk, H, Dqk] and [Tk, H, Dv], written with dk and dv, plus `add` if given."""
     add_k, add_v = add or (None, None)
-    if q.shape[0] == 0 or k.shape[0] == 0:
+    walk = _Walk(k, sources)
+    if walk.is_empty:
         return _nothing(add_k, out[0]), _nothing(add_v, out[1])
-    dout, q, k, v = _ready(dout, q.dtype), _ready(q), _ready(k), _ready(v)
-    config, plan = _plan(q, v, weighting)
-    tiles = plan.key_parts
-    key, value = _Target(out[0], add_k, k.shape[2]), _Target(out[1], add_v, v.shape[2])
+    config, k, v = walk.config, _ready(k), _ready(v)
+    tiles = walk.plan.key_parts(*walk.more)
+    key, value = _Target(out[0], add_k, walk.qk_dim), _Target(out[1], add_v, walk.v_dim)
     launches = [(config.key, True, config.value is None)]
     if config.value is not None:
         launches.append((config.value, False, True))
-    rows = plan.most_segments * config.part
+    rows = walk.plan.most_segments(*walk.more) * config.part
     sums = [x.new_empty(rows, *x.shape[1:], dtype=torch.float32) for x in (k, v)]
     for blocks, with_key, with_value in launches:
-        key_value_kernel[(tiles.shape[0] * (config.part // blocks.n) * q.shape[1],)](
-            Rows(dout, blocks.m),
-            Rows(q, blocks.m),
+        key_value_kernel[(len(tiles) * (config.part // blocks.n) * k.shape[1],)](
             Rows(k, blocks.n),
             Rows(v, blocks.n),
             *key.add,
@@ -121,17 +97,83 @@ def key_value_gradients(
             *key.out,
             *value.out,
             *sums,
-            plan.counters(rows // blocks.n * q.shape[1]),
+            walk.plan.counters(rows // blocks.n * k.shape[1]),
             tiles,
-            plan.bounds,
-            q.shape[0],
-            weighting.alpha / 2,
-            weighting.scale,
+            *walk.factors,
+            *walk.arguments(blocks.m),
             KEY=with_key,
             VALUE=with_value,
-            **_constants(q, v, config.part, blocks),
+            **walk.constants(config.part, blocks),
         )
     return key.finish(), value.finish()
+
+
+class _Walk:
+    """The sources of a launch, as its kernel takes them. Those without rows are left out."""
+
+    def __init__(self, tiled: Tensor, sources: Sequence[Source]) -> None:
+        """tiled: what stays while the rows of the sources pass; of the same heads and dtype."""
+        self.sources = [x for x in sources if x.rows[0].shape[0]]
+        self.is_empty = tiled.shape[0] == 0 or not self.sources
+        if self.is_empty:
+            return
+        assert len(self.sources) <= MOST_SOURCES
+        self.dtype, self.is_cuda = tiled.dtype, tiled.is_cuda
+        self.rows = [[_ready(x, tiled.dtype) for x in source.rows] for source in self.sources]
+        (_, self.heads, self.qk_dim), self.v_dim = self.rows[0][0].shape, self.rows[0][1].shape[2]
+        first, *others = (source.weighting for source in self.sources)
+        self.factors = first.alpha / 2, first.scale
+        key = (self.heads, self.qk_dim, self.v_dim, tiled.dtype, *others)
+        if key not in first.plans:
+            first.plans[key] = self._plans(tiled.device)
+        self.config, self.plan, self.more = first.plans[key]
+
+    def _plans(self, device: torch.device) -> tuple[Config, Plan, tuple[Plan, ...]]:
+        """The configuration, one for all sources, and their plans."""
+        weightings = [source.weighting for source in self.sources]
+        queries = weightings[0].queries
+        config = config_for(
+            max(self.qk_dim, self.v_dim),
+            queries.num_rows * self.heads,
+            queries.num_rows // queries.num_sequences,
+            self.dtype,
+            device,
+        )
+        plan, *more = (
+            plan_for(x.queries, x.keys, x.intervals, config.tile, config.part) for x in weightings
+        )
+        return config, plan, tuple(more)
+
+    def arguments(self, block: int) -> list[object]:
+        """The last ones of the kernel, which takes so many rows of a source at a time."""
+        found: list[object] = []
+        for (x, y), plan in zip(self.rows, (self.plan, *self.more), strict=True):
+            found += [Rows(x, block), Rows(y, block), plan.bounds, plan.queries.num_rows]
+        first, *others = (source.arrival for source in self.sources)
+        if first:
+            first.wait()
+        if not others:
+            return [*found, None, None, None, 0, None, 0]
+        (second,) = others
+        signal = second and second.signal()
+        if second and not signal:
+            second.wait()
+        return [*found, *(signal or (None, 0))]
+
+    def constants(self, tile: int, blocks: Blocks) -> dict[str, object]:
+        return dict(
+            HEADS=self.heads,
+            QK_DIM=self.qk_dim,
+            V_DIM=self.v_dim,
+            TILE=tile,
+            BLOCK_M=blocks.m,
+            BLOCK_N=blocks.n,
+            FAST=self.dtype != torch.float32 and self.is_cuda,
+            PRECISION="tf32x3" if self.is_cuda else "ieee",  # of float32 products; others are exact
+            SOURCES=len(self.sources),
+            num_warps=blocks.warps,
+            num_stages=blocks.stages,
+        )
 
 
 class _Target:
@@ -163,19 +205,6 @@ def _nothing(add: Tensor | None, out: Tensor) -> Tensor:
     return out.zero_() if add is None else out.copy_(add)
 
 
-def _plan(q: Tensor, v: Tensor, weighting: Weighting) -> tuple[Config, Plan]:
-    key = q.shape, v.shape[2], q.dtype
-    known: tuple[Config, Plan] | None = weighting.plans.get(key)
-    if known is None:
-        queries, keys, intervals = weighting.queries, weighting.keys, weighting.intervals
-        rows, heads, dim = q.shape
-        mean_length = rows // queries.num_sequences
-        config = config_for(max(dim, v.shape[2]), rows * heads, mean_length, q.dtype, q.device)
-        known = config, plan_for(queries, keys, intervals, config.tile, config.part)
-        weighting.plans[key] = known
-    return known
-
-
 def _ready(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """x [T, H, D] with rows as descriptors want them: contiguous, apart, aligned; heads padded."""
     x = _padded(x if dtype is None or x.dtype == dtype else x.to(dtype))
@@ -191,18 +220,3 @@ def _padded(x: Tensor) -> Tensor:
     dim = x.shape[2]
     padded = max(32, next_power_of_2(dim))
     return x if padded == dim else F.pad(x, (0, padded - dim))
-
-
-def _constants(q: Tensor, v: Tensor, tile: int, blocks: Blocks) -> dict[str, object]:
-    return dict(
-        HEADS=q.shape[1],
-        QK_DIM=q.shape[2],
-        V_DIM=v.shape[2],
-        TILE=tile,
-        BLOCK_M=blocks.m,
-        BLOCK_N=blocks.n,
-        FAST=q.dtype != torch.float32 and q.is_cuda,
-        PRECISION="tf32x3" if q.is_cuda else "ieee",  # of float32 products; others are exact
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
-    )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.columns import empty_gradients
 from kernels.jagged import Jagged
+from kernels.source import Source
 from kernels.triton import launch
 from kernels.weighting import Weighting
 
@@ -25,7 +26,7 @@ OUTPUTS = "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv"
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> Tensor:
     """`kernels.attention.hstu_attention` without its checks, on the tensors of its `Jagged`s."""
-    return launch.forward(q, k, v, _weighting(*mask), out=_empty_output(q, k, v))
+    return launch.forward(q, Source((k, v), _weighting(*mask)), out=_empty_output(q, k, v))
 
 
 def attention_backward(
@@ -34,8 +35,8 @@ def attention_backward(
     """Writes the gradients of `attention` for q, k and v."""
     *mask, dq, dk, dv = mask_and_gradients
     weighting = _weighting(*mask)
-    launch.key_value_gradients(dout, q, k, v, weighting, out=(dk, dv))
-    launch.query_gradient(dout, q, k, v, weighting, out=dq)
+    launch.key_value_gradients(k, v, Source((q, dout), weighting), out=(dk, dv))
+    launch.query_gradient(dout, q, Source((k, v), weighting), out=dq)
 
 
 def _weighting(

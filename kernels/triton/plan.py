@@ -8,10 +8,14 @@ names cost nothing. Key positions appear only here: the plan turns the position 
 where a sequence or a context-parallel shard ends. Tiles come heaviest first; key tiles that far
 more queries see than see others (a prefix under a window) are walked in segments, side by side. The
 host learns no length: the number of tiles is bounded by shapes, and surplus tiles are empty.
+
+A launch may visit the rows of several sources, such as keys of different ranks. Each has a plan of
+its own with the same tiles; their order goes by what a tile meets in all of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,9 +30,9 @@ from kernels.triton.query_tiles import HULLS, query_tiles_kernel
 from kernels.triton.tiles import PIECES, Records, Tiles, most_segments, order_bits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """See the module's docstring.
+    """Of one source: see the module's docstring.
 
     The forward's tiles have `tile` rows; the backward's, of queries and of keys, only `part`, which
     divides it: fewer rows next to a mask's edge work for nothing. Full runs are multiples of
@@ -74,19 +78,45 @@ class Plan:
         )
         return Plan(tile, part, queries, keys, bounds, cut, hulls, tiles, parts)
 
-    @cached_property
-    def query_tiles(self) -> Tensor:
-        """int32 [query tiles, RECORD], heaviest first, as the next two. For the forward."""
-        return self.tile_records.heaviest_first(self.part, order_bits(self.queries.num_rows))
+    def query_tiles(self, *more: Plan) -> Tensor:
+        """int32 [query tiles, 1 + more, RECORD], heaviest first, as the next two. For the forward.
+
+        more: of the same queries and other keys.
+        """
+        return self._ordered("tile_records", more, Records.heaviest_first, self.queries)
+
+    def query_parts(self, *more: Plan) -> Tensor:
+        """int32 [query parts, 1 + more, RECORD]. For the backward. more: as above."""
+        return self._ordered("part_records", more, Records.heaviest_first, self.queries)
+
+    def key_parts(self, *more: Plan) -> Tensor:
+        """int32 [segments of key parts, 1 + more, RECORD]. For the backward.
+
+        more: of the same keys and other queries.
+        """
+        return self._ordered("key_records", more, Records.in_segments, self.keys)
+
+    def _ordered(
+        self,
+        kind: str,
+        more: tuple[Plan, ...],
+        order: Callable[[Records, int, int], Tensor],
+        rows: Jagged,
+    ) -> Tensor:
+        known = self._orders.get((kind, more))
+        if known is None:
+            records = Records.of_sources([getattr(plan, kind) for plan in (self, *more)])
+            known = order(records, self.part, order_bits(rows.num_rows))
+            self._orders[kind, more] = known
+        return known
 
     @cached_property
-    def query_parts(self) -> Tensor:
-        """int32 [query parts, RECORD]. For the backward."""
-        return self.part_records.heaviest_first(self.part, order_bits(self.queries.num_rows))
+    def _orders(self) -> dict[tuple[str, tuple[Plan, ...]], Tensor]:
+        return {}
 
     @cached_property
-    def key_parts(self) -> Tensor:
-        """int32 [segments of key parts, RECORD]. For the backward."""
+    def key_records(self) -> Records:
+        """Of the key parts."""
         cut = Tiles.cut(self.keys, None, self.part, self.part)
         parts = Records.empty(cut.bound, self.bounds)
         key_tiles_kernel[(cut.bound,)](
@@ -106,7 +136,7 @@ class Plan:
             CHUNK=256,
             num_warps=4,
         )
-        return parts.in_segments(self.part, order_bits(self.keys.num_rows))
+        return parts
 
     @cached_property
     def _counters(self) -> dict[tuple[int, int], Tensor]:
@@ -122,10 +152,9 @@ class Plan:
             known = self._counters[count, stream] = self.bounds.new_zeros(count)
         return known
 
-    @property
-    def most_segments(self) -> int:
-        """Of key parts that have several: at most as many."""
-        return most_segments(self.hulls.shape[1])
+    def most_segments(self, *more: Plan) -> int:
+        """Of key parts that have several: at most as many. more: as of `key_parts`."""
+        return most_segments(sum(plan.hulls.shape[1] for plan in (self, *more)))
 
 
 # One batch's plans, found again by every layer, forward and backward, and freed with its intervals.

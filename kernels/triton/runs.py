@@ -5,7 +5,8 @@ ride along behind these, then runs of rows to visit as (start, end); what is unu
 are three kinds of runs: full ones, where every query sees every key, and those where the queries'
 first interval is to be tested, or their second. A full run is a multiple of every block. Last, of a
 key tile, which of how many segments of its blocks these runs are, and where in a buffer the sums of
-the tile's segments begin.
+the tile's segments begin. A kernel that visits the rows of several sources has a record for each,
+one behind the other, which differ in their runs.
 """
 
 from __future__ import annotations
@@ -47,6 +48,13 @@ def query_rows(record, part, BLOCK: tl.constexpr):
     all = own + tl.load(record + RIDERS_AT + 1) - rider0
     at = part * BLOCK + tl.arange(0, BLOCK)
     return tl.where(at < own, row0, rider0 - own) + at, at < all, part * BLOCK < all
+
+
+@triton.jit
+def wait_for(counter_ptr, value):
+    """Until another device has counted that far: what it wrote before can then be read."""
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="sys") - value < 0:
+        pass
 
 
 @triton.jit

@@ -7,6 +7,7 @@ The host learns no length: the number of tiles is bounded by shapes, and surplus
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,28 +59,40 @@ def most_segments(num_query_tiles: int) -> int:
 
 @dataclass(frozen=True)
 class Records:
-    """Tiles as `runs.py` reads them, and how many others they meet: int32 [tiles, RECORD] and
-    [tiles]."""
+    """Tiles as `runs.py` reads them, and how many others they meet: int32 [sources, tiles, RECORD]
+    and [sources, tiles]."""
 
     records: Tensor
     costs: Tensor
 
     @staticmethod
     def empty(count: int, like: Tensor) -> Records:
+        """Of one source."""
         zeros = like.new_zeros(RECORD.value + 1, count)
-        return Records(zeros[:-1].view(count, -1), zeros[-1])
+        return Records(zeros[:-1].view(1, count, -1), zeros[-1:])
+
+    @staticmethod
+    def of_sources(records: Sequence[Records]) -> Records:
+        """The same tiles, as they meet others in several sources."""
+        if len(records) == 1:
+            return records[0]
+        each = zip(*((x.records, x.costs) for x in records), strict=True)
+        return Records(*(torch.cat(x) for x in each))
 
     def heaviest_first(self, part: int, bits: int) -> Tensor:
-        """part: what full runs are a multiple of; bits: how finely weights are told apart."""
-        return self._ordered(torch.empty_like(self.records), part, bits, 0)
+        """int32 [tiles, sources, RECORD].
+
+        part: what full runs are a multiple of; bits: how finely weights are told apart.
+        """
+        return self._ordered(0, part, bits, 0)
 
     def in_segments(self, part: int, bits: int) -> Tensor:
         """Heaviest first, and one record for each segment: at most SHARES more than tiles."""
-        room = self.records.new_zeros(len(self.costs) + SHARES, RECORD.value)
-        return self._ordered(room, part, bits, SHARES)
+        return self._ordered(SHARES, part, bits, SHARES)
 
-    def _ordered(self, ordered: Tensor, part: int, bits: int, shares: int) -> Tensor:
-        count = len(self.costs)
+    def _ordered(self, more: int, part: int, bits: int, shares: int) -> Tensor:
+        sources, count = self.costs.shape
+        ordered = self.records.new_zeros(count + more, sources, RECORD.value)
         _order_kernel[(cdiv(count, 32),)](
             self.records,
             self.costs,
@@ -88,6 +101,7 @@ class Records:
             bits,
             shares,
             LEAST,
+            SOURCES=sources,
             PART=part,
             BLOCK=32,
             CHUNK=256,
@@ -217,6 +231,7 @@ def _order_kernel(
     bits,
     shares,
     least,
+    SOURCES: tl.constexpr,
     PART: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -230,30 +245,42 @@ def _order_kernel(
         total = tl.zeros([CHUNK], tl.int64)
         for chunk in range(0, num_tiles, CHUNK):
             other = chunk + tl.arange(0, CHUNK)
-            total += tl.load(costs_ptr + other, mask=other < num_tiles, other=0)
+            total += _load_costs(costs_ptr, other, num_tiles, SOURCES)
         most = tl.maximum(tl.cdiv(tl.sum(total), shares), least).to(tl.int32)
     mine = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[:, None]
     inside = mine < num_tiles
-    segments, weight = _segments(tl.load(costs_ptr + mine, mask=inside, other=0), most, bits)
+    segments, weight = _segments(_load_costs(costs_ptr, mine, num_tiles, SOURCES), most, bits)
     place = tl.zeros([BLOCK, 1], tl.int32)
     slot = tl.zeros([BLOCK, 1], tl.int32)
     for chunk in range(0, num_tiles, CHUNK):
         other = (chunk + tl.arange(0, CHUNK))[None, :]
-        cost = tl.load(costs_ptr + other, mask=other < num_tiles, other=0)
+        cost = _load_costs(costs_ptr, other, num_tiles, SOURCES)
         count, other_weight = _segments(cost, most, bits)
         count = tl.where(other < num_tiles, count, 0)
         ahead = (other_weight > weight) | ((other_weight == weight) & (other < mine))
         place += tl.sum(tl.where(ahead, count, 0), 1, keep_dims=True)
         slot += tl.sum(tl.where((other < mine) & (count > 1), count, 0), 1, keep_dims=True)
-    record = records_ptr + tl.minimum(mine, num_tiles - 1).to(tl.int64) * RECORD
+    first_record = records_ptr + tl.minimum(mine, num_tiles - 1).to(tl.int64) * RECORD
     for segment in range(tl.max(segments)):
-        into = ordered_ptr + (place + segment).to(tl.int64) * RECORD
         here = inside & (segment < segments)
-        for i in tl.static_range(RUNS_AT):
-            tl.store(into + i, tl.load(record + i), mask=here)
-        for kind in tl.static_range(KINDS):
-            copy_runs(record, into, here, kind, segment, segments, PART)
-        store_segment(into, here, segment, segments, slot)
+        for source in tl.static_range(SOURCES):
+            record = first_record + num_tiles.to(tl.int64) * (source * RECORD)
+            into = ordered_ptr + ((place + segment).to(tl.int64) * SOURCES + source) * RECORD
+            for i in tl.static_range(RUNS_AT):
+                tl.store(into + i, tl.load(record + i), mask=here)
+            for kind in tl.static_range(KINDS):
+                copy_runs(record, into, here, kind, segment, segments, PART)
+            store_segment(into, here, segment, segments, slot)
+
+
+@triton.jit
+def _load_costs(costs_ptr, tiles, num_tiles, SOURCES: tl.constexpr):
+    """Of tiles, in all sources; 0 for those there are not."""
+    inside = tiles < num_tiles
+    cost = tl.load(costs_ptr + tiles, mask=inside, other=0)
+    for source in tl.static_range(1, SOURCES):
+        cost += tl.load(costs_ptr + num_tiles * source + tiles, mask=inside, other=0)
+    return cost
 
 
 @triton.jit

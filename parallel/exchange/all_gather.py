@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kernels.attention import attention_forward, key_value_gradients, query_gradient
 from kernels.columns import empty_gradients
+from kernels.source import Source
 from kernels.weighting import Weighting
 from parallel.visibility import Visibility
 
@@ -47,7 +48,8 @@ class _AllGatherAttention(torch.autograd.Function):
         )
         out = q.new_empty(*q.shape[:2], v.shape[2])
         for heads, whole_k, whole_v in _arriving(k, v, seen):
-            attention_forward(q[:, heads], whole_k, whole_v, ctx.weighting, out=out[:, heads])
+            keys = Source((whole_k, whole_v), ctx.weighting)
+            attention_forward(q[:, heads], keys, out=out[:, heads])
         return out
 
     @staticmethod
@@ -56,9 +58,11 @@ class _AllGatherAttention(torch.autograd.Function):
         dq, dk, dv = empty_gradients(q, k, v)
         before: _ReduceScatter | None = None
         for heads, whole_k, whole_v in _arriving(k, v, ctx.seen):
-            block = (dout[:, heads], q[:, heads], whole_k, whole_v)
-            reduction = _ReduceScatter(*key_value_gradients(*block, ctx.weighting), heads, ctx.seen)
-            query_gradient(*block, ctx.weighting, out=dq[:, heads])
+            queries = Source((q[:, heads], dout[:, heads]), ctx.weighting)
+            sums = key_value_gradients(whole_k, whole_v, queries)
+            reduction = _ReduceScatter(*sums, heads, ctx.seen)
+            keys = Source((whole_k, whole_v), ctx.weighting)
+            query_gradient(dout[:, heads], q[:, heads], keys, out=dq[:, heads])
             if before:
                 before.write(dk, dv)
             before = reduction

@@ -25,10 +25,9 @@ from torch import Tensor
 
 from kernels.attention import attention_forward, key_value_gradients, query_gradient
 from kernels.columns import empty_gradients
+from kernels.source import Source
 from parallel.exchange.ring_pass import Block, RingPass
 from parallel.visibility import Visibility
-
-Rows = Callable[[], Block] | None  # what a ring brings: waited for when it is called; None: nothing
 
 MESSAGE_BYTES = 192 << 20  # more launches are more tails; and little beside a GPU's memory
 
@@ -103,9 +102,9 @@ def _forward(
 ) -> None:
     """Adds what a piece of every rank's keys gives to out."""
 
-    def attend(owner: int, keys: Rows) -> None:
-        if keys:
-            sums.add(attention_forward, q, *keys(), seen.of_my_queries(owner, *piece, factors))
+    def attend(keys: list[Block]) -> None:
+        found = [x.source(seen.of_my_queries(x.owner, *piece, factors)) for x in keys]
+        sums.add(partial(attention_forward, q), found)
 
     _go_round([RingPass("keys and values", (k, v), seen.meets, seen, *piece)], attend)
 
@@ -123,13 +122,11 @@ def _backward(
 ) -> None:
     """Adds to dq what a piece of every rank's keys gives, to dk and dv what one of its queries."""
 
-    def differentiate(owner: int, keys: Rows, queries: Rows) -> None:
-        if keys:
-            mine = seen.of_my_queries(owner, *piece, factors)
-            of_q.add(query_gradient, dout, q, *keys(), mine)
-        if queries:
-            theirs, (their_q, their_dout) = seen.of_my_keys(owner, *piece, factors), queries()
-            of_k.add(key_value_gradients, their_dout, their_q, k, v, theirs)
+    def differentiate(keys: list[Block], queries: list[Block]) -> None:
+        found = [x.source(seen.of_my_queries(x.owner, *piece, factors)) for x in keys]
+        of_q.add(partial(query_gradient, dout, q), found)
+        found = [x.source(seen.of_my_keys(x.owner, *piece, factors)) for x in queries]
+        of_k.add(partial(key_value_gradients, k, v), found)
 
     rings = [
         RingPass("keys and values", (k, v), seen.meets, seen, *piece),
@@ -139,7 +136,11 @@ def _backward(
 
 
 def _go_round(rings: list[RingPass], work: Callable[..., None]) -> None:
-    """work(owner, what each ring brings of that rank's rows), while the next ones come."""
+    """work(what each ring has brought), step by step, while the next rows come.
+
+    Where kernels can wait for rows themselves, the first two steps are one: what is here keeps them
+    busy while the rest comes, no sums are left in between, and there is one launch less.
+    """
 
     def move(turn: int, step: int) -> None:
         for ring in rings:
@@ -150,32 +151,40 @@ def _go_round(rings: list[RingPass], work: Callable[..., None]) -> None:
             ring.fetch(turn, step + 1)
 
     one = rings[0]
-    one.within.begin()
+    link, last = one.within, one.places - 1
+    link.begin()
     for turn in range(one.nodes):
         for ring in rings:
             ring.arrive(turn)
+        brought: list[list[Block]] = [[] for _ in rings]
         for step in range(one.places):
-            blocks = [ring.block(turn, step) for ring in rings]
-            work_here = partial(work, one.owner(turn, step), *blocks)
-            if step == 0 or step + 1 < one.places:
-                one.within.beside(partial(move, turn, step), work_here)
+            for ring, blocks in zip(rings, brought, strict=True):
+                blocks += ring.blocks(turn, step)
+            if step == 0 < last and link.signals:
+                link.beside(partial(move, turn, step))
+                continue
+            work_here, brought = partial(work, *brought), [[] for _ in rings]
+            if step == 0 or step < last:
+                link.beside(partial(move, turn, step), work_here)
             else:  # nothing more comes this turn
                 work_here()
-    one.within.join()
+    link.join()
 
 
 class _Sums:
-    """Adds up what comes in so many parts: in float32, but for the last, which goes to `out`."""
+    """Adds up what so many blocks give: in float32, but for the last, which goes to `out`."""
 
-    def __init__(self, out: tuple[Tensor, ...], parts: int) -> None:
-        self.out, self.left = out, parts
+    def __init__(self, out: tuple[Tensor, ...], blocks: int) -> None:
+        self.out, self.left = out, blocks
         self.total: Any = None
-        if not parts:
+        if not blocks:
             for x in out:
                 x.zero_()
 
-    def add(self, kernel: Callable[..., Any], *args: Any) -> None:
-        """kernel(*args), onto what there is."""
-        self.left -= 1
+    def add(self, kernel: Callable[..., Any], found: list[Source]) -> None:
+        """What the kernel finds in the sources, onto what there is."""
+        if not found:
+            return
+        self.left -= len(found)
         out = self.out if len(self.out) > 1 else self.out[0]
-        self.total = kernel(*args, add=self.total, out=self.total if self.left else out)
+        self.total = kernel(*found, add=self.total, out=self.total if self.left else out)

@@ -3,15 +3,29 @@ there, the messages are here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from parallel.transport import Arrival, Message, Transport
+from kernels.source import Arrival, Source
+from kernels.weighting import Weighting
+from parallel.transport import Message, Transport
 from parallel.visibility import Visibility, piece_of
 
-Block = tuple[Tensor, Tensor]  # two tensors of the same rows of one rank, such as keys and values
+Rows = tuple[Tensor, Tensor]  # two tensors of the same rows, such as keys and values
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of one rank, here or on their way."""
+
+    owner: int
+    rows: Rows
+    arrival: Arrival | None = None
+
+    def source(self, weighting: Weighting) -> Source:
+        return Source(self.rows, weighting, self.arrival)
 
 
 class RingPass:
@@ -24,7 +38,7 @@ class RingPass:
     def __init__(
         self,
         name: str,
-        rows: Block,
+        rows: Rows,
         wanted: list[list[bool]],
         seen: Visibility,
         piece: int,
@@ -96,19 +110,17 @@ class RingPass:
             (self.place - step) % self.places if self._wants(turn, step) else None,
         )
 
-    def block(self, turn: int, step: int) -> Callable[[], Block] | None:
-        """The rows of a step, which the call waits for; None if they are not wanted."""
-        if not self._wants(turn, step):
-            return None
+    def blocks(self, turn: int, step: int) -> Iterator[Block]:
+        """The rows of a step, if they are wanted."""
+        owner = self.owner(turn, step)
+        if not self.wanted[self.rank][owner]:
+            return
         if step:
-            return partial(self._receive, self.coming, self.rows)
-        if self.owner(turn, 0) == self.rank:
-            return lambda: self.own
-        return partial(self._split, self.held[turn][0])
-
-    def _receive(self, coming: Arrival, rows: Tensor) -> Block:
-        coming.wait()
-        return self._split(rows)
+            yield Block(owner, self._split(self.rows), self.coming)
+        elif owner == self.rank:
+            yield Block(owner, self.own)
+        else:
+            yield Block(owner, self._split(self.held[turn][0]))
 
     def _wants(self, turn: int, step: int) -> bool:
         return self.wanted[self.rank][self.owner(turn, step)]
@@ -130,7 +142,7 @@ class RingPass:
     def _numel(self, owner: int) -> int:
         return self.parts[owner].num_rows * self.heads * sum(self.dims)
 
-    def _split(self, flat: Tensor) -> Block:
+    def _split(self, flat: Tensor) -> Rows:
         """A message as its two tensors [rows, H, D], each contiguous."""
         heads, (first, last) = self.heads, self.dims
         rows, start = flat.numel() // (heads * (first + last)), int(flat.storage_offset())

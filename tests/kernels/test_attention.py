@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import kernels.blockwise
 from kernels.attention import attention_forward, hstu_attention
 from kernels.jagged import Jagged
+from kernels.source import Source
 from kernels.weighting import Weighting
 from tests.kernels.cases import Case, cases
 
@@ -49,14 +50,15 @@ def test_disjoint_key_sets_add_up(case: Case, parts: int) -> None:
     whole = Jagged.whole(case.lengths)
     q, k, v, _ = (x.detach() for x in inputs(whole.num_rows, 2, 3, 3))
     mask = dict(queries=whole, intervals=case.intervals(whole), alpha=0.7, scale=0.3)
-    want = attention_forward(q, k, v, Weighting(keys=whole, **mask))
+    want = attention_forward(q, Source((k, v), Weighting(keys=whole, **mask)))
     got = torch.zeros_like(want)
     for part in range(parts):
         keep = whole.positions % parts == part
         counts = torch.zeros(len(case.lengths), dtype=torch.int32)
         counts.index_add_(0, whole.sequence_ids(), keep.to(torch.int32))
         keys = Jagged(Jagged.whole(counts).offsets, whole.positions[keep])
-        attention_forward(q, k[keep], v[keep], Weighting(keys=keys, **mask), add=got, out=got)
+        source = Source((k[keep], v[keep]), Weighting(keys=keys, **mask))
+        attention_forward(q, source, add=got, out=got)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
@@ -66,7 +68,8 @@ def test_low_precision_inputs_accumulate_in_float32() -> None:
     case = Case(lengths, torch.zeros_like(lengths), 0)
     q, k, v, _ = inputs(300, 2, 16, 16, torch.bfloat16)
     mask = dict(queries=whole, keys=whole, intervals=case.intervals(whole), alpha=0.25, scale=0.01)
-    got = attention_forward(q.detach(), k.detach(), v.detach(), Weighting(**mask))
+    source = Source((k.detach(), v.detach()), Weighting(**mask))
+    got = attention_forward(q.detach(), source)
     want = hstu_attention(q.double(), k.double(), v.double(), **mask, backend="naive")
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)

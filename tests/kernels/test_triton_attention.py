@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from kernels.attention import hstu_attention
 from kernels.blockwise import blockwise_backward, blockwise_forward
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, semi_local_intervals
+from kernels.source import Arrival, Source
 from kernels.triton import configs, launch, plan, tiles
 from kernels.weighting import Weighting
 
@@ -46,8 +48,9 @@ class Problem:
 
     def check(self, rtol: float = 1e-5) -> None:
         """Forward, adding forward and backward against float64 on the same inputs."""
-        *qkv, dout = self.tensors
+        q, k, v, dout = self.tensors
         weighting = Weighting(**self.mask)
+        keys, queries = Source((k, v), weighting), Source((q, dout), weighting)
         wide = [x.double() for x in self.tensors]
         want = blockwise_forward(*wide[:3], weighting)
         grads = blockwise_backward(wide[3], *wide[:3], weighting)
@@ -56,19 +59,19 @@ class Problem:
             F.pad(torch.zeros_like(x), (0, 0, 1, 0), value=7.0).float() for x in (want, *grads)
         ]
         out, dq, dk, dv = (x[:, 1:] for x in wider)
-        assert launch.forward(*qkv, weighting, out=out) is out
-        launch.query_gradient(dout, *qkv, weighting, out=dq)
-        launch.key_value_gradients(dout, *qkv, weighting, out=(dk, dv))
+        assert launch.forward(q, keys, out=out) is out
+        launch.query_gradient(dout, q, keys, out=dq)
+        launch.key_value_gradients(k, v, queries, out=(dk, dv))
         for whole, expected in zip(wider, (want, *grads), strict=True):
             close(whole[:, 1:], expected, rtol)
             assert bool((whole[:, 0] == 7).all())
 
         # Onto what is there, in place or into another tensor.
         half = [torch.full_like(x, 0.5, dtype=torch.float32) for x in (want, *grads)]
-        launch.forward(*qkv, weighting, add=half[0], out=half[0])
-        launch.query_gradient(dout, *qkv, weighting, add=half[1], out=half[1])
+        launch.forward(q, keys, add=half[0], out=half[0])
+        launch.query_gradient(dout, q, keys, add=half[1], out=half[1])
         dk, dv = half[2].clone(), half[3].clone()
-        launch.key_value_gradients(dout, *qkv, weighting, add=(half[2], half[3]), out=(dk, dv))
+        launch.key_value_gradients(k, v, queries, add=(half[2], half[3]), out=(dk, dv))
         half[2:] = dk, dv
         for got, expected in zip(half, (want, *grads), strict=True):
             close(got - 0.5, expected, max(rtol, 1e-4))
@@ -152,6 +155,50 @@ def test_zigzag_shards(mask: str) -> None:
     queries = rows_where(whole, outer)
     problem(queries, rows_where(whole, ~outer), intervals[outer]).check()
     problem(queries, rows_where(whole, whole.positions % 3 > 0), intervals[outer]).check()
+
+
+class Signal(Arrival):
+    """Of what is there already."""
+
+    def wait(self) -> None:
+        raise AssertionError("the kernel waits")
+
+    def signal(self) -> tuple[Tensor, int]:
+        return torch.tensor([3], dtype=torch.int32, device=DEVICE), 3
+
+
+@pytest.mark.parametrize("mask", ["contextual", "semi-local"])
+@pytest.mark.parametrize("mine", [lambda at: at // 16 % 2 == 0, lambda at: at < 40])
+def test_two_sources_in_one_launch(mask: str, mine: Callable[[Tensor], Tensor]) -> None:
+    """As a rank of a ring has them: its own rows, and those that another sends."""
+    whole, _, _ = tokens()
+    case = problem(whole, whole, masks()[mask], heads=2)
+    q, k, v, dout = case.tensors
+    want = blockwise_forward(q.double(), k.double(), v.double(), Weighting(**case.mask))
+    grads = blockwise_backward(*(x.double() for x in (dout, q, k, v)), Weighting(**case.mask))
+    keep = mine(whole.positions)
+    parts = [(x, rows_where(whole, x)) for x in (keep, ~keep)]
+    own = parts[0][0]
+
+    def weighting(asking: int, asked: int) -> Weighting:
+        (rows, queries), (_, keys) = parts[asking], parts[asked]
+        return Weighting(queries, keys, case.mask["intervals"][rows], 0.3, 0.1)
+
+    def sources(x: Tensor, y: Tensor, *weightings: Weighting) -> list[Source]:
+        rows = [(x[rows], y[rows]) for rows, _ in parts]
+        return [Source(rows[0], weightings[0]), Source(rows[1], weightings[1], Signal())]
+
+    keys = sources(k, v, weighting(0, 0), weighting(0, 1))
+    out = launch.forward(q[own], *keys, out=torch.empty_like(q[own]))
+    close(out, want[own], 1e-5)
+    dq = launch.query_gradient(dout[own], q[own], *keys, out=torch.empty_like(q[own]))
+    close(dq, grads[0][own], 1e-5)
+    asking = sources(q, dout, weighting(0, 0), weighting(1, 0))
+    room = torch.empty_like(k[own]), torch.empty_like(v[own])
+    for got, expected in zip(
+        launch.key_value_gradients(k[own], v[own], *asking, out=room), grads[1:], strict=True
+    ):
+        close(got, expected[own], 1e-5)
 
 
 def test_parts_of_several_blocks_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def check_segments(plan: Plan) -> int:
     """Segments of a tile are numbered, and their sums have places of their own; how many are not
     alone."""
     by_tile: dict[int, list[list[int]]] = {}
-    for record in plan.key_parts.tolist():
+    for record in plan.key_parts()[:, 0].tolist():
         if record[0] < record[1]:
             by_tile.setdefault(record[0], []).append(record[SEGMENT_AT.value :][:3])
     slots = []
@@ -90,7 +90,7 @@ def check_segments(plan: Plan) -> int:
         assert len(set(slot)) == 1
         slots += range(slot[0], slot[0] + len(segments)) if len(segments) > 1 else ()
     assert sorted(slots) == list(range(len(slots)))
-    assert len(slots) <= plan.most_segments
+    assert len(slots) <= plan.most_segments()
     return len(slots)
 
 
@@ -98,9 +98,9 @@ def check(queries: Jagged, keys: Jagged, intervals: Tensor) -> Plan:
     on_device = [Jagged(x.offsets.to(DEVICE), x.positions.to(DEVICE)) for x in (queries, keys)]
     plan = Plan.build(*on_device, intervals.to(DEVICE), TILE, PART)
     want = visible(queries, keys, intervals)
-    assert torch.equal(visited(plan, plan.query_tiles, TILE, by_keys=False), want.int())
-    assert torch.equal(visited(plan, plan.query_parts, PART, by_keys=False), want.int())
-    assert torch.equal(visited(plan, plan.key_parts, PART, by_keys=True), want.int())
+    assert torch.equal(visited(plan, plan.query_tiles()[:, 0], TILE, by_keys=False), want.int())
+    assert torch.equal(visited(plan, plan.query_parts()[:, 0], PART, by_keys=False), want.int())
+    assert torch.equal(visited(plan, plan.key_parts()[:, 0], PART, by_keys=True), want.int())
     check_segments(plan)
     return plan
 
@@ -170,7 +170,7 @@ def test_stripes_are_masked_at_the_diagonal_alone() -> None:
         parts = [part_of(whole, keep) for keep in (outer, keys)]
         intervals = hstu_intervals(parts[0], lengths, torch.zeros_like(lengths))
         plan = check(*parts, intervals)
-        for records in (plan.query_parts, plan.key_parts):
-            masked = [runs_of(record)[1] for record in records.tolist()]
+        for records in (plan.query_parts(), plan.key_parts()):
+            masked = [runs_of(record)[1] for record in records[:, 0].tolist()]
             blocks = [sum(-(-max(end - start, 0) // PART) for start, end in x) for x in masked]
             assert max(blocks) <= 1

@@ -19,12 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.masks import hstu_intervals
+from kernels.source import Arrival, Source
 from parallel import transport
 from parallel.exchange import ring
 from parallel.exchange.ring_pass import RingPass
 from parallel.layout import LAYOUTS
 from parallel.shard import Shard
-from parallel.transport import Arrival, CopyEngines, Links, Message, SendReceive
+from parallel.transport import CopyEngines, Links, Message, SendReceive
 from parallel.visibility import Visibility
 from parallel.watchdog import Watchdog
 
@@ -121,8 +122,20 @@ class Device:
     def set_stream(self, stream: Stream) -> None:
         self.current = stream
 
-    def use(self, read: tuple[Tensor | None, ...], written: tuple[Tensor, ...]) -> None:
+    def use(
+        self,
+        read: tuple[Tensor | None, ...],
+        written: tuple[Tensor, ...],
+        sources: tuple[Source, ...] = (),
+    ) -> None:
         node = self.current.enqueue()
+        for source in sources:
+            read += source.rows
+            signal = source.arrival and source.arrival.signal()
+            if signal:
+                self.graph.heard.append((node, (signal[0].data_ptr(), signal[1])))
+            elif source.arrival:
+                source.arrival.wait()
         self.graph.uses += [(node, x, False) for x in read if x is not None]
         self.graph.uses += [(node, x, True) for x in written]
 
@@ -226,23 +239,20 @@ def run_rank(
 ) -> list[Any]:
     """Two layers forward and backward, batch after batch. Returns all memory, to be kept."""
 
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, _: Any, *, add: Tensor | None, out: Tensor | None
-    ) -> Tensor:
+    def forward(q: Tensor, *sources: Source, add: Tensor | None, out: Tensor | None) -> Tensor:
         out = torch.empty(q.shape) if out is None else out
         kept.append(out)
-        device.use((q, k, v, add), (out,))
+        device.use((q, add), (out,), sources)
         return out
 
-    def query(dout: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return forward(*args, **kwargs)
+    def query(dout: Tensor, q: Tensor, *sources: Source, **kwargs: Any) -> Tensor:
+        device.use((dout,), ())
+        return forward(q, *sources, **kwargs)
 
-    def keys(
-        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, _: Any, *, add: Any, out: Any
-    ) -> tuple[Tensor, Tensor]:
+    def keys(k: Tensor, v: Tensor, *sources: Source, add: Any, out: Any) -> tuple[Tensor, Tensor]:
         out = out or (torch.empty(k.shape), torch.empty(v.shape))
         kept.append(out)
-        device.use((dout, q, k, v, *(add or ())), out)
+        device.use((k, v, *(add or ())), out, sources)
         return out
 
     kept: list[Any] = []
@@ -317,7 +327,8 @@ def test_so_they_are_over_nodes(size: int, nodes: int, layout: str) -> None:
     assert not take_down(size, layout, nodes).races()
 
 
-def test_what_has_been_waited_for_is_not_joined_again() -> None:
+def test_the_last_message_stands_for_all_before_it() -> None:
+    """To wait for its event costs the host less than to wait for the stream."""
     joins, waits = list[Any](), list[Any]()
     join, wait = CopyEngines.join, Stream.wait_stream
 
@@ -340,19 +351,32 @@ def test_what_has_been_waited_for_is_not_joined_again() -> None:
 def no_wait(*_: Any) -> None: ...
 
 
+def too_soon(arrival: Any) -> tuple[Tensor, int] | None:
+    return arrival._signal and (arrival._signal[0], 1)
+
+
 @pytest.mark.parametrize(
-    ("owner", "name"),
+    ("owner", "name", "instead"),
     [
-        (transport._Copy, "wait"),  # attention would read what has not arrived
-        (transport._Counters, "wait"),  # and a copy what has not been written
-        (CopyEngines, "join"),  # keys would be freed before they are copied, where none come
-        (Stream, "wait_event"),  # and messages written before they are computed
-        (RingPass, "arrive"),  # or those of the node before passed on before they are there
+        (transport._Copy, "wait", no_wait),  # attention would read what has not arrived
+        (transport._Copy, "signal", too_soon),  # also where the kernel itself waits
+        (CopyEngines, "join", no_wait),  # keys would be freed before they are copied
+        (Stream, "wait_event", no_wait),  # and messages written before they are computed
+        (RingPass, "arrive", no_wait),  # or those of the node before passed on too early
     ],
 )
-def test_what_is_not_waited_for_is_a_race(owner: type, name: str) -> None:
-    with patch.object(owner, name, no_wait):
-        assert take_down(2, "contiguous", nodes=2 if owner is RingPass else 1).races()
+def test_what_is_not_waited_for_is_a_race(owner: type, name: str, instead: Any) -> None:
+    with patch.object(owner, name, instead):
+        assert take_down(3, "contiguous", nodes=2 if owner is RingPass else 1).races()
+
+
+def test_so_is_a_message_that_nobody_told_of() -> None:
+    def deaf(counters: Any, rank: int, stream: Any) -> tuple[Tensor, int]:
+        counters.heard[rank] += 1
+        return counters.mine[rank], 1
+
+    with patch.object(transport._Counters, "wait", deaf):
+        assert take_down(3, "contiguous").races()
 
 
 def test_a_wait_for_what_comes_later_is_a_deadlock() -> None:
