@@ -39,7 +39,7 @@ class Transport(ABC):
     """
 
     name: str
-    signals: bool  # whether kernels can wait for messages themselves: see `Arrival.signal`
+    signals: bool  # whether kernels can see that a message has come: `Arrival.signal`
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
         self.group, self.device, self.watchdog = group, device, watchdog
@@ -187,7 +187,7 @@ class SendReceive(Transport):
     """Point-to-point operations of the process group."""
 
     name = "send and receive"
-    signals = False  # NCCL's kernels would wait in turn for those that wait for their messages
+    signals = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
         super().__init__(group, device, watchdog)

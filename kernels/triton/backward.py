@@ -21,10 +21,11 @@ from kernels.triton.runs import (
     MASKED_RUNS,
     RECORD,
     find_block,
+    leave_unless_here,
     load_runs,
     load_segment,
     query_rows,
-    wait_for,
+    take_over,
 )
 from kernels.triton.silu import UNSEEN, silu_and_twice_slope
 
@@ -56,8 +57,6 @@ def key_value_kernel(
     next_dout_desc,
     next_bounds_ptr,
     next_num_rows,
-    counter_ptr,
-    count,
     HEADS: tl.constexpr,
     QK_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -97,8 +96,6 @@ def key_value_kernel(
         if source > 0:
             q_desc, dout_desc = next_q_desc, next_dout_desc
             bounds_ptr, num_rows = next_bounds_ptr, next_num_rows
-            if counter_ptr is not None:
-                wait_for(counter_ptr, count)
         for kind in tl.static_range(KINDS):
             at = record + source * RECORD
             blocks, runs = load_runs(at, kind, MASKED_RUNS if kind > 0 else FULL_RUNS, BLOCK_M)
@@ -190,6 +187,10 @@ def query_kernel(
     tiles_ptr,
     half_alpha,
     scale,
+    counter_ptr,
+    count,
+    left_ptr,
+    sums_ptr,
     k_desc,
     v_desc,
     bounds_ptr,
@@ -198,8 +199,6 @@ def query_kernel(
     next_v_desc,
     next_bounds_ptr,
     next_num_rows,
-    counter_ptr,
-    count,
     HEADS: tl.constexpr,
     QK_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -209,41 +208,67 @@ def query_kernel(
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
     SOURCES: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
-    """dq. Grid: query tiles x (TILE / BLOCK_M) x HEADS."""
+    """dq. Grid: query tiles x (TILE / BLOCK_M) x HEADS. Tiles are left as in the forward."""
     PARTS: tl.constexpr = TILE // BLOCK_M
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS % PARTS
     record = tiles_ptr + (tl.program_id(0) // (HEADS * PARTS)).to(tl.int64) * (SOURCES * RECORD)
     queries, inside, some = query_rows(record, part, BLOCK_M)
+    if FIRST == 1:
+        some = some & take_over(left_ptr)
     if not some:
         return
 
     q = load_rows(q_ptr, queries, inside, q_stride, head * QK_DIM, QK_DIM)
     dout = load_rows(dout_ptr, queries, inside, dout_stride, head * V_DIM, V_DIM)
-    dq = tl.zeros([BLOCK_M, QK_DIM], dtype=tl.float32)
-
-    for source in tl.static_range(SOURCES):
-        if source > 0:
-            k_desc, v_desc, bounds_ptr = next_k_desc, next_v_desc, next_bounds_ptr
-            if counter_ptr is not None:
-                wait_for(counter_ptr, count)
-        for kind in tl.static_range(KINDS):
-            blocks, runs = load_runs(record + source * RECORD, kind, 2, BLOCK_N)
-            if kind > 0:
-                low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, inside, 1)
-            for block in tl.range(blocks):
-                row, _ = find_block(runs, block, BLOCK_N)
-                k = k_desc.load([row, head * QK_DIM])
-                half_scores = tl.dot(q, k.T, input_precision=PRECISION) * half_alpha
-                v = v_desc.load([row, head * V_DIM])
-                dweights = tl.dot(dout, v.T, input_precision=PRECISION)
-                if kind > 0:
-                    keys = (row + tl.arange(0, BLOCK_N))[None, :]
-                    half_scores = tl.where((keys >= low) & (keys < high), half_scores, UNSEEN)
-                _, slope = silu_and_twice_slope(half_scores, FAST)
-                dq = tl.dot((dweights * slope).to(k.dtype), k, dq, input_precision=PRECISION)
+    if FIRST == 1:
+        dq = load_rows(sums_ptr, queries, inside, HEADS * QK_DIM, head * QK_DIM, QK_DIM)
+    else:
+        dq = tl.zeros([BLOCK_M, QK_DIM], dtype=tl.float32)
+    of_q = q, dout
+    blocks: tl.constexpr = (BLOCK_N, FAST, PRECISION)
+    if FIRST == 0:
+        mask = queries, inside, bounds_ptr, num_rows
+        dq = _differentiate(dq, of_q, k_desc, v_desc, record, mask, head, half_alpha, blocks)
+    if SOURCES == 2:
+        if counter_ptr is not None and FIRST == 0:  # noqa: SIM102 (known to the compiler)
+            if leave_unless_here(counter_ptr, count, left_ptr):
+                rows, real, _ = query_rows(record, part, BLOCK_M)
+                store_rows(sums_ptr, HEADS * QK_DIM, None, 0, dq, rows, real, head * QK_DIM)
+                return
+        mask = queries, inside, next_bounds_ptr, next_num_rows
+        keys = next_k_desc, next_v_desc
+        record += RECORD
+        dq = _differentiate(dq, of_q, *keys, record, mask, head, half_alpha, blocks)
 
     queries, inside, _ = query_rows(record, part, BLOCK_M)  # again: registers are dear
     dq *= scale * half_alpha
     store_rows(dq_ptr, dq_stride, add_ptr, add_stride, dq, queries, inside, head * QK_DIM)
+
+
+@triton.jit
+def _differentiate(dq, of_q, k_desc, v_desc, record, mask, head, half_alpha, BLOCKS: tl.constexpr):
+    """dq plus the sum over one source."""
+    q, dout = of_q
+    queries, inside, bounds_ptr, num_rows = mask
+    BLOCK_N: tl.constexpr = BLOCKS[0]
+    FAST: tl.constexpr = BLOCKS[1]
+    PRECISION: tl.constexpr = BLOCKS[2]
+    for kind in tl.static_range(KINDS):
+        blocks, runs = load_runs(record, kind, 2, BLOCK_N)
+        if kind > 0:
+            low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, inside, 1)
+        for block in tl.range(blocks):
+            row, _ = find_block(runs, block, BLOCK_N)
+            k = k_desc.load([row, head * q.shape[1]])
+            half_scores = tl.dot(q, k.T, input_precision=PRECISION) * half_alpha
+            v = v_desc.load([row, head * dout.shape[1]])
+            dweights = tl.dot(dout, v.T, input_precision=PRECISION)
+            if kind > 0:
+                keys = (row + tl.arange(0, BLOCK_N))[None, :]
+                half_scores = tl.where((keys >= low) & (keys < high), half_scores, UNSEEN)
+            _, slope = silu_and_twice_slope(half_scores, FAST)
+            dq = tl.dot((dweights * slope).to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq

@@ -1,7 +1,8 @@
 """Attention forward: one program per query tile and head, walking the key blocks it sees.
 
-Keys may be those of two sources, the second perhaps still on its way when the kernel begins: one
-launch then leaves no sums for another to go on with, and has one tail instead of two.
+Keys may be those of two sources, the second perhaps still on its way when the kernel begins. What
+finds it there when it has done with the first goes on with it; what does not leaves its sums to a
+launch that comes later. Nothing waits, and results are the same, bit by bit.
 """
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
@@ -12,7 +13,15 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launcher import remembered
-from kernels.triton.runs import KINDS, RECORD, find_block, load_runs, query_rows, wait_for
+from kernels.triton.runs import (
+    KINDS,
+    RECORD,
+    find_block,
+    leave_unless_here,
+    load_runs,
+    query_rows,
+    take_over,
+)
 from kernels.triton.silu import UNSEEN, silu
 
 
@@ -49,7 +58,7 @@ def store_rows(ptr, stride, add_ptr, add_stride, x, rows, inside, column0):
     tl.store(ptr + rows * stride + columns, x.to(ptr.dtype.element_ty), mask=inside[:, None])
 
 
-# Sources are the last arguments of every kernel, the second of them None for none.
+# Sources come last among the arguments of every kernel, the second of them None for none.
 UNSPECIALIZED = ["half_alpha", "scale", "num_rows", "next_num_rows", "count"]
 
 
@@ -65,6 +74,10 @@ def forward_kernel(
     tiles_ptr,
     half_alpha,
     scale,
+    counter_ptr,
+    count,
+    left_ptr,
+    sums_ptr,
     k_desc,
     v_desc,
     bounds_ptr,
@@ -73,8 +86,6 @@ def forward_kernel(
     next_v_desc,
     next_bounds_ptr,
     next_num_rows,
-    counter_ptr,
-    count,
     HEADS: tl.constexpr,
     QK_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -84,44 +95,68 @@ def forward_kernel(
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
     SOURCES: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
     """out = scale * (add / scale + sum silu(alpha q . k) v).
 
-    Grid: query tiles x (TILE / BLOCK_M) x HEADS.
+    Grid: query tiles x (TILE / BLOCK_M) x HEADS. With a counter, tiles whose second source has not
+    come are left, with float32 sums [Tq, HEADS, V_DIM], to a launch with FIRST = 1.
     """
     PARTS: tl.constexpr = TILE // BLOCK_M
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS % PARTS
     record = tiles_ptr + (tl.program_id(0) // (HEADS * PARTS)).to(tl.int64) * (SOURCES * RECORD)
     queries, inside, some = query_rows(record, part, BLOCK_M)
+    if FIRST == 1:
+        some = some & take_over(left_ptr)
     if not some:
         return
 
     q = load_rows(q_ptr, queries, inside, q_stride, head * QK_DIM, QK_DIM)
-    if add_ptr is None:
+    if FIRST == 1:
+        acc = load_rows(sums_ptr, queries, inside, HEADS * V_DIM, head * V_DIM, V_DIM)
+    elif add_ptr is None:
         acc = tl.zeros([BLOCK_M, V_DIM], dtype=tl.float32)
     else:  # now, not at the end: there is no room for it beside the sums then
         acc = load_rows(add_ptr, queries, inside, add_stride, head * V_DIM, V_DIM) / scale
-    for source in tl.static_range(SOURCES):
-        if source > 0:
-            k_desc, v_desc, bounds_ptr = next_k_desc, next_v_desc, next_bounds_ptr
-            if counter_ptr is not None:
-                wait_for(counter_ptr, count)
-        for kind in tl.static_range(KINDS):  # a loop each: full blocks never look at the mask
-            blocks, runs = load_runs(record + source * RECORD, kind, 2, BLOCK_N)
-            if kind > 0:
-                low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, inside, 1)
-            for block in tl.range(blocks):
-                row, _ = find_block(runs, block, BLOCK_N)
-                k = k_desc.load([row, head * QK_DIM])
-                half_scores = tl.dot(q, k.T, input_precision=PRECISION) * half_alpha
-                if kind > 0:
-                    keys = (row + tl.arange(0, BLOCK_N))[None, :]
-                    half_scores = tl.where((keys >= low) & (keys < high), half_scores, UNSEEN)
-                weights = silu(half_scores, FAST)
-                v = v_desc.load([row, head * V_DIM])
-                acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+    blocks: tl.constexpr = (BLOCK_N, FAST, PRECISION)
+    if FIRST == 0:
+        mask = queries, inside, bounds_ptr, num_rows
+        acc = _attend(acc, q, k_desc, v_desc, record, mask, head, half_alpha, blocks)
+    if SOURCES == 2:
+        if counter_ptr is not None and FIRST == 0:  # noqa: SIM102 (known to the compiler)
+            if leave_unless_here(counter_ptr, count, left_ptr):
+                rows, real, _ = query_rows(record, part, BLOCK_M)
+                store_rows(sums_ptr, HEADS * V_DIM, None, 0, acc, rows, real, head * V_DIM)
+                return
+        mask = queries, inside, next_bounds_ptr, next_num_rows
+        record += RECORD
+        acc = _attend(acc, q, next_k_desc, next_v_desc, record, mask, head, half_alpha, blocks)
 
     queries, inside, _ = query_rows(record, part, BLOCK_M)  # again: registers are dear
     out = acc * scale
     store_rows(out_ptr, out_stride, None, 0, out, queries, inside, head * V_DIM)
+
+
+@triton.jit
+def _attend(acc, q, k_desc, v_desc, record, mask, head, half_alpha, BLOCKS: tl.constexpr):
+    """acc plus the sum over one source."""
+    queries, inside, bounds_ptr, num_rows = mask
+    BLOCK_N: tl.constexpr = BLOCKS[0]
+    FAST: tl.constexpr = BLOCKS[1]
+    PRECISION: tl.constexpr = BLOCKS[2]
+    for kind in tl.static_range(KINDS):  # a loop each: the full blocks' never looks at the mask
+        blocks, runs = load_runs(record, kind, 2, BLOCK_N)
+        if kind > 0:
+            low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, inside, 1)
+        for block in tl.range(blocks):
+            row, _ = find_block(runs, block, BLOCK_N)
+            k = k_desc.load([row, head * q.shape[1]])
+            half_scores = tl.dot(q, k.T, input_precision=PRECISION) * half_alpha
+            if kind > 0:
+                keys = (row + tl.arange(0, BLOCK_N))[None, :]
+                half_scores = tl.where((keys >= low) & (keys < high), half_scores, UNSEEN)
+            weights = silu(half_scores, FAST)
+            v = v_desc.load([row, head * acc.shape[1]])
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc

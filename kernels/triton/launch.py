@@ -5,7 +5,7 @@ Out, dq, dk and dv are written into tensors of any floating dtype, each plus ano
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,16 +30,20 @@ def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor)
     config, q = walk.config, _ready(q)
     blocks, tiles = config.forward, walk.plan.query_tiles(*walk.more)
     target = _Target(out, add, walk.v_dim)
-    forward_kernel[(len(tiles) * (config.tile // blocks.m) * q.shape[1],)](
-        q,
-        q.stride(0),
-        *target.add,
-        *target.out,
-        tiles,
-        *walk.factors,
-        *walk.arguments(blocks.n),
-        **walk.constants(config.tile, blocks),
-    )
+    programs = len(tiles) * (config.tile // blocks.m) * q.shape[1]
+    for first, left in walk.launches(programs, target.written):
+        forward_kernel[(programs,)](
+            q,
+            q.stride(0),
+            *target.add,
+            *target.out,
+            tiles,
+            *walk.factors,
+            *left,
+            *walk.arguments(blocks.n),
+            FIRST=first,
+            **walk.constants(config.tile, blocks),
+        )
     return target.finish()
 
 
@@ -53,18 +57,22 @@ def query_gradient(
     config, dout, q = walk.config, _ready(dout, q.dtype), _ready(q)
     blocks, tiles = config.query, walk.plan.query_parts(*walk.more)
     target = _Target(out, add, walk.qk_dim)
-    query_kernel[(len(tiles) * (config.part // blocks.m) * q.shape[1],)](
-        dout,
-        q,
-        dout.stride(0),
-        q.stride(0),
-        *target.add,
-        *target.out,
-        tiles,
-        *walk.factors,
-        *walk.arguments(blocks.n),
-        **walk.constants(config.part, blocks),
-    )
+    programs = len(tiles) * (config.part // blocks.m) * q.shape[1]
+    for first, left in walk.launches(programs, target.written):
+        query_kernel[(programs,)](
+            dout,
+            q,
+            dout.stride(0),
+            q.stride(0),
+            *target.add,
+            *target.out,
+            tiles,
+            *walk.factors,
+            *left,
+            *walk.arguments(blocks.n),
+            FIRST=first,
+            **walk.constants(config.part, blocks),
+        )
     return target.finish()
 
 
@@ -80,6 +88,7 @@ def key_value_gradients(
     walk = _Walk(k, sources)
     if walk.is_empty:
         return _nothing(add_k, out[0]), _nothing(add_v, out[1])
+    walk.wait()
     config, k, v = walk.config, _ready(k), _ready(v)
     tiles = walk.plan.key_parts(*walk.more)
     key, value = _Target(out[0], add_k, walk.qk_dim), _Target(out[1], add_v, walk.v_dim)
@@ -149,16 +158,29 @@ class _Walk:
         found: list[object] = []
         for (x, y), plan in zip(self.rows, (self.plan, *self.more), strict=True):
             found += [Rows(x, block), Rows(y, block), plan.bounds, plan.queries.num_rows]
-        first, *others = (source.arrival for source in self.sources)
+        return found if self.more else [*found, None, None, None, 0]
+
+    def wait(self) -> None:
+        for source in self.sources:
+            if source.arrival:
+                source.arrival.wait()
+
+    def launches(self, programs: int, out: Tensor) -> Iterator[tuple[int, tuple[object, ...]]]:
+        """FIRST of each launch, and its arguments about tiles that are left from one to the next:
+        there are two if the second source is one that a kernel can look for."""
+        coming = self.sources[-1].arrival if self.more else None
+        signal = coming and coming.signal()
+        if not signal:
+            self.wait()
+            yield 0, (None, 0, None, None)
+            return
+        first = self.sources[0].arrival
         if first:
             first.wait()
-        if not others:
-            return [*found, None, None, None, 0, None, 0]
-        (second,) = others
-        signal = second and second.signal()
-        if second and not signal:
-            second.wait()
-        return [*found, *(signal or (None, 0))]
+        left = (*signal, self.plan.counters(programs), torch.empty_like(out, dtype=torch.float32))
+        yield 0, left
+        self.wait()
+        yield 1, left
 
     def constants(self, tile: int, blocks: Blocks) -> dict[str, object]:
         return dict(

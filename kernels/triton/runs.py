@@ -51,10 +51,23 @@ def query_rows(record, part, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def wait_for(counter_ptr, value):
-    """Until another device has counted that far: what it wrote before can then be read."""
-    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="sys") - value < 0:
-        pass
+def leave_unless_here(counter_ptr, count, left_ptr):
+    """Whether a program has to leave its tile to a later launch, since rows have not come.
+
+    They have, and can be read, once another device has counted that far. left_ptr: int32, one for
+    each program, zeros.
+    """
+    here = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="sys") - count >= 0
+    tl.store(left_ptr + tl.program_id(0), 1, mask=not here)
+    return not here
+
+
+@triton.jit
+def take_over(left_ptr):
+    """Whether an earlier launch has left this program's tile."""
+    left = tl.load(left_ptr + tl.program_id(0))
+    tl.store(left_ptr + tl.program_id(0), 0)
+    return left > 0
 
 
 @triton.jit

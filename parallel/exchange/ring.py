@@ -138,8 +138,8 @@ def _backward(
 def _go_round(rings: list[RingPass], work: Callable[..., None]) -> None:
     """work(what each ring has brought), step by step, while the next rows come.
 
-    Where kernels can wait for rows themselves, the first two steps are one: what is here keeps them
-    busy while the rest comes, no sums are left in between, and there is one launch less.
+    Where kernels can see that rows have come, the first two steps are one: what comes early needs
+    no sums in between.
     """
 
     def move(turn: int, step: int) -> None:

@@ -157,19 +157,30 @@ def test_zigzag_shards(mask: str) -> None:
     problem(queries, rows_where(whole, whole.positions % 3 > 0), intervals[outer]).check()
 
 
-class Signal(Arrival):
-    """Of what is there already."""
+class Coming(Arrival):
+    """Rows that are there when a kernel looks, or only when they are waited for."""
+
+    def __init__(self, source: tuple[Tensor, Tensor], early: bool) -> None:
+        self.rows, self.there = source, [x.clone() for x in source]
+        self.counter = torch.tensor([2 + early], dtype=torch.int32, device=DEVICE)
+        if not early:
+            for x in source:
+                x.fill_(torch.nan)
 
     def wait(self) -> None:
-        raise AssertionError("the kernel waits")
+        for x, there in zip(self.rows, self.there, strict=True):
+            x.copy_(there)
 
     def signal(self) -> tuple[Tensor, int]:
-        return torch.tensor([3], dtype=torch.int32, device=DEVICE), 3
+        return self.counter, 3
 
 
-@pytest.mark.parametrize("mask", ["contextual", "semi-local"])
-@pytest.mark.parametrize("mine", [lambda at: at // 16 % 2 == 0, lambda at: at < 40])
-def test_two_sources_in_one_launch(mask: str, mine: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize(
+    ("mask", "mine"),
+    [("semi-local", lambda at: at // 16 % 2 == 0), ("contextual", lambda at: at < 40)],
+)
+def test_two_sources(mask: str, mine: Callable[[Tensor], Tensor], early: bool) -> None:
     """As a rank of a ring has them: its own rows, and those that another sends."""
     whole, _, _ = tokens()
     case = problem(whole, whole, masks()[mask], heads=2)
@@ -185,12 +196,15 @@ def test_two_sources_in_one_launch(mask: str, mine: Callable[[Tensor], Tensor]) 
         return Weighting(queries, keys, case.mask["intervals"][rows], 0.3, 0.1)
 
     def sources(x: Tensor, y: Tensor, *weightings: Weighting) -> list[Source]:
-        rows = [(x[rows], y[rows]) for rows, _ in parts]
-        return [Source(rows[0], weightings[0]), Source(rows[1], weightings[1], Signal())]
+        here, coming = ((x[rows], y[rows]) for rows, _ in parts)
+        arrival = Coming(coming, early)
+        return [Source(here, weightings[0]), Source(coming, weightings[1], arrival)]
 
+    for add in (None, torch.full_like(q[own], 0.5)):
+        keys = sources(k, v, weighting(0, 0), weighting(0, 1))
+        out = launch.forward(q[own], *keys, add=add, out=torch.empty_like(q[own]))
+        close(out - (0 if add is None else add), want[own], 1e-4)
     keys = sources(k, v, weighting(0, 0), weighting(0, 1))
-    out = launch.forward(q[own], *keys, out=torch.empty_like(q[own]))
-    close(out, want[own], 1e-5)
     dq = launch.query_gradient(dout[own], q[own], *keys, out=torch.empty_like(q[own]))
     close(dq, grads[0][own], 1e-5)
     asking = sources(q, dout, weighting(0, 0), weighting(1, 0))

@@ -127,15 +127,19 @@ class Device:
         read: tuple[Tensor | None, ...],
         written: tuple[Tensor, ...],
         sources: tuple[Source, ...] = (),
+        look: bool = False,
     ) -> None:
+        """look: the kernel sees for itself whether rows have come; else they are waited for."""
+        arrivals = [source.arrival for source in sources if source.arrival]
+        signals = [arrival.signal() for arrival in arrivals] if look else []
+        if not look:
+            for arrival in arrivals:
+                arrival.wait()
         node = self.current.enqueue()
-        for source in sources:
-            read += source.rows
-            signal = source.arrival and source.arrival.signal()
-            if signal:
+        read += tuple(x for source in sources for x in source.rows)
+        for signal in signals:
+            if signal:  # as if the kernel waited: what it sees, it reads
                 self.graph.heard.append((node, (signal[0].data_ptr(), signal[1])))
-            elif source.arrival:
-                source.arrival.wait()
         self.graph.uses += [(node, x, False) for x in read if x is not None]
         self.graph.uses += [(node, x, True) for x in written]
 
@@ -242,7 +246,10 @@ def run_rank(
     def forward(q: Tensor, *sources: Source, add: Tensor | None, out: Tensor | None) -> Tensor:
         out = torch.empty(q.shape) if out is None else out
         kept.append(out)
-        device.use((q, add), (out,), sources)
+        if any(source.arrival and source.arrival.signal() for source in sources):
+            kept.append(torch.empty(q.shape))
+            device.use((q, add), (out, kept[-1]), sources, look=True)
+        device.use((q, add), (out,), sources)  # what was left
         return out
 
     def query(dout: Tensor, q: Tensor, *sources: Source, **kwargs: Any) -> Tensor:

@@ -117,15 +117,43 @@ for step in range(2):
 """
 
 
+HANG_IN_KERNEL = """
+import time
+import torch
+from kernels.masks import hstu_intervals
+from parallel.attention import context_parallel_attention
+from parallel.batch import JaggedBatch
+from parallel.layout import ZigzagLayout
+from parallel.mesh import build_mesh, local_device
+from parallel.shard import shard_batch
+from parallel.visibility import Visibility
+
+device = local_device()
+mesh = build_mesh(dp=1, cp=2, device=device, timeout_s=4)
+mesh.watchdog.where = "step 12"
+lengths = torch.tensor([4096], dtype=torch.int32)
+batch = JaggedBatch(lengths, torch.zeros_like(lengths), {"id": torch.zeros(4096).long()})
+shard = shard_batch(batch, ZigzagLayout(2), mesh)
+seen = Visibility(shard, hstu_intervals)
+q = torch.randn(shard.rows.num_rows, 2, 64, device=device, dtype=torch.bfloat16)
+for step in range(2):
+    if step == 1 and mesh.rank == 1:
+        time.sleep(1000)
+    context_parallel_attention(q, q, q, seen=seen, alpha=0.1, scale=0.1, exchange="ring")
+    torch.cuda.synchronize()
+"""
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_a_hanging_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("code", "name"), [(HANG, "keys"), (HANG_IN_KERNEL, "keys and values")])
+def test_a_hanging_rank_ends_the_job_and_is_named(tmp_path: Path, code: str, name: str) -> None:
     script = tmp_path / "hang.py"
-    script.write_text(HANG)
+    script.write_text(code)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([".", *sys.path]))
     run = subprocess.run(
         [sys.executable, *launch], capture_output=True, text=True, timeout=120, env=environment
     )
     assert run.returncode
-    waited = "rank 0: step 12: keys to rank 1, from rank 1: nothing for 4 s"
-    assert waited in run.stderr
+    waited = f"rank 0: step 12: {name} to rank 1, from rank 1: nothing for 4 s"
+    assert waited in run.stderr, run.stderr
