@@ -86,19 +86,21 @@ class Transport(ABC):
     def current(self) -> torch.cuda.Stream:
         return self._current or torch.cuda.current_stream(self.device)
 
-    def beside(self, messages: Callable[[], None], work: Callable[[], None] = lambda: None) -> None:
+    def beside(self, messages: Callable[[], None] | None, work: Callable[[], None] | None) -> None:
         """Enqueue both, so that neither waits for the other, but for what is enqueued already.
 
         On a GPU the work comes first, and so is not kept waiting by what the host does for
         messages. They read and write the memory of others: `join` before it is used again.
         """
-        if self.stream is None or self._mark is None:
-            messages()
-            work()
+        if messages is None or self.stream is None or self._mark is None:
+            for enqueue in (messages, work):
+                if enqueue:
+                    enqueue()
             return
         current = self.current
         self._mark.record(current)
-        work()
+        if work:
+            work()
         self.stream.wait_event(self._mark)
         torch.cuda.set_stream(self.stream)  # a third of the cost of `with torch.cuda.stream`
         self._current, self._last = self.stream, None

@@ -16,6 +16,7 @@ node while the ring inside the node goes round. Rows cross the network once a no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from typing import Any
@@ -48,10 +49,13 @@ class _RingAttention(torch.autograd.Function):
         ctx.seen, ctx.factors = seen, (alpha, scale)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         heads, pieces = _chunks(k, v, seen)
+        rounds: list[_Round] = []
         for q_, k_, v_, out_ in _by_heads(heads, q, k, v, out):
             sums = _Sums((out_,), pieces * sum(seen.meets[seen.shard.rank]))
             for piece in range(pieces):
-                _forward(seen, ctx.factors, (piece, pieces), sums, q_, k_, v_)
+                part = len(rounds), piece, pieces
+                rounds.append(_forward(seen, ctx.factors, part, sums, q_, k_, v_))
+        _go(rounds)
         return out
 
     @staticmethod
@@ -60,11 +64,14 @@ class _RingAttention(torch.autograd.Function):
         seen, rank = ctx.seen, ctx.seen.shard.rank
         dq, dk, dv = empty_gradients(q, k, v)
         heads, pieces = _chunks(k, v, seen)
+        rounds: list[_Round] = []
         for q_, k_, v_, dout_, *grads in _by_heads(heads, q, k, v, dout, dq, dk, dv):
             of_q = _Sums((grads[0],), pieces * sum(seen.meets[rank]))
             of_k = _Sums((grads[1], grads[2]), pieces * sum(seen.met_by[rank]))
             for piece in range(pieces):
-                _backward(seen, ctx.factors, (piece, pieces), of_q, of_k, q_, k_, v_, dout_)
+                part = len(rounds), piece, pieces
+                rounds.append(_backward(seen, ctx.factors, part, of_q, of_k, q_, k_, v_, dout_))
+        _go(rounds)
         return dq, dk, dv, None, None, None
 
 
@@ -91,84 +98,98 @@ def _by_heads(each: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(x[:, start : start + each] for x in tensors)
 
 
+@dataclass(frozen=True)
+class _Round:
+    """Rows of every rank that go round once, and what is done with those that each ring brings."""
+
+    rings: list[RingPass]
+    work: Callable[..., None]
+
+
 def _forward(
     seen: Visibility,
     factors: tuple[float, float],
-    piece: tuple[int, int],
+    part: tuple[int, int, int],
     sums: _Sums,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-) -> None:
-    """Adds what a piece of every rank's keys gives to out."""
+) -> _Round:
+    """Adds what a piece of every rank's keys gives to out. part: round, piece, pieces."""
 
     def attend(keys: list[Block]) -> None:
-        found = [x.source(seen.of_my_queries(x.owner, *piece, factors)) for x in keys]
+        found = [x.source(seen.of_my_queries(x.owner, *part[1:], factors)) for x in keys]
         sums.add(partial(attention_forward, q), found)
 
-    _go_round([RingPass("keys and values", (k, v), seen.meets, seen, *piece)], attend)
+    return _Round([RingPass("keys and values", (k, v), seen.meets, seen, *part)], attend)
 
 
 def _backward(
     seen: Visibility,
     factors: tuple[float, float],
-    piece: tuple[int, int],
+    part: tuple[int, int, int],
     of_q: _Sums,
     of_k: _Sums,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     dout: Tensor,
-) -> None:
+) -> _Round:
     """Adds to dq what a piece of every rank's keys gives, to dk and dv what one of its queries."""
 
     def differentiate(keys: list[Block], queries: list[Block]) -> None:
-        found = [x.source(seen.of_my_queries(x.owner, *piece, factors)) for x in keys]
+        found = [x.source(seen.of_my_queries(x.owner, *part[1:], factors)) for x in keys]
         of_q.add(partial(query_gradient, dout, q), found)
-        found = [x.source(seen.of_my_keys(x.owner, *piece, factors)) for x in queries]
+        found = [x.source(seen.of_my_keys(x.owner, *part[1:], factors)) for x in queries]
         of_k.add(partial(key_value_gradients, k, v), found)
 
     rings = [
-        RingPass("keys and values", (k, v), seen.meets, seen, *piece),
-        RingPass("queries and gradients", (q, dout), seen.met_by, seen, *piece),
+        RingPass("keys and values", (k, v), seen.meets, seen, *part),
+        RingPass("queries and gradients", (q, dout), seen.met_by, seen, *part),
     ]
-    _go_round(rings, differentiate)
+    return _Round(rings, differentiate)
 
 
-def _go_round(rings: list[RingPass], work: Callable[..., None]) -> None:
-    """work(what each ring has brought), step by step, while the next rows come.
+def _go(rounds: list[_Round]) -> None:
+    """The work of each round, step by step, while the next rows come; inside a node, also those of
+    the next round.
 
     Where kernels can see that rows have come, the first two steps are one: what comes early needs
     no sums in between.
     """
-
-    def move(turn: int, step: int) -> None:
-        for ring in rings:
-            if (turn, step) == (0, 0):
-                ring.hold_own()
-            if step == 0:
-                ring.carry_on(turn)
-            ring.fetch(turn, step + 1)
-
-    one = rings[0]
-    link, last = one.within, one.places - 1
+    one = rounds[0].rings[0]
+    link, last, joins = one.within, one.places - 1, one.nodes == 1
     link.begin()
-    for turn in range(one.nodes):
-        for ring in rings:
-            ring.arrive(turn)
-        brought: list[list[Block]] = [[] for _ in rings]
-        for step in range(one.places):
-            for ring, blocks in zip(rings, brought, strict=True):
-                blocks += ring.blocks(turn, step)
-            if step == 0 < last and link.signals:
-                link.beside(partial(move, turn, step))
-                continue
-            work_here, brought = partial(work, *brought), [[] for _ in rings]
-            if step == 0 or step < last:
-                link.beside(partial(move, turn, step), work_here)
-            else:  # nothing more comes this turn
-                work_here()
+    for index, round in enumerate(rounds):
+        rings, moved = round.rings, joins and index > 0
+        ahead = rounds[index + 1].rings if joins and index + 1 < len(rounds) else []
+        for turn in range(one.nodes):
+            for ring in rings:
+                ring.arrive(turn)
+            brought: list[list[Block]] = [[] for _ in rings]
+            for step in range(one.places):
+                for ring, blocks in zip(rings, brought, strict=True):
+                    blocks += ring.blocks(turn, step)
+                if step == last > 0:
+                    messages = partial(_move, ahead, 0, 0) if ahead else None
+                else:
+                    messages = partial(_move, rings, turn, step) if step or not moved else None
+                if step == 0 < last and link.signals:
+                    work: Callable[[], None] | None = None
+                else:
+                    work, brought = partial(round.work, *brought), [[] for _ in rings]
+                link.beside(messages, work)
     link.join()
+
+
+def _move(rings: list[RingPass], turn: int, step: int) -> None:
+    """Have the rows brought that come after those of a step."""
+    for ring in rings:
+        if (turn, step) == (0, 0):
+            ring.hold_own()
+        if step == 0:
+            ring.carry_on(turn)
+        ring.fetch(turn, step + 1)
 
 
 class _Sums:

@@ -41,10 +41,12 @@ class RingPass:
         rows: Rows,
         wanted: list[list[bool]],
         seen: Visibility,
+        round: int,
         piece: int,
         pieces: int,
     ) -> None:
-        """name: of the messages. rows: this rank's own. wanted: [rank][owner], of whose rows."""
+        """name: of the messages. rows: this rank's own. wanted: [rank][owner], of whose rows.
+        round: how many passes of the same name come before, perhaps not done yet."""
         links = seen.shard.links
         assert links is not None
         self.names = (name, f"next {name}")  # in turn: one fills while the other is read
@@ -62,6 +64,7 @@ class RingPass:
         self.dims = first, last
         self.most = max(self._numel(rank) for rank in range(len(self.parts)))  # of a message
         self.held: dict[int, Message] = {}  # turn -> rows, as the node is sent them
+        self.fetched = round * (self.places - 1)
 
     def owner(self, turn: int, step: int) -> int:
         """Whose rows this rank works with."""
@@ -101,9 +104,10 @@ class RingPass:
         if step >= self.places:
             return
         reader, held = self._at(self.node, self.place + step), self.owner(turn, 0)
-        self.rows = self._inbox(self.within, turn, step, step % 2)
+        self.fetched += 1
+        self.rows = self._inbox(self.within, turn, step, self.fetched % 2)
         self.coming = self.within.swap(
-            self.names[step % 2],
+            self.names[self.fetched % 2],
             self.held[turn],
             reader % self.places if self.wanted[reader][held] else None,
             self.rows,
