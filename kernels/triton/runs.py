@@ -65,9 +65,7 @@ def leave_unless_here(counter_ptr, count, left_ptr):
 @triton.jit
 def take_over(left_ptr):
     """Whether an earlier launch has left this program's tile."""
-    left = tl.load(left_ptr + tl.program_id(0))
-    tl.store(left_ptr + tl.program_id(0), 0)
-    return left > 0
+    return tl.atomic_xchg(left_ptr + tl.program_id(0), 0) > 0  # one load, for all its warps
 
 
 @triton.jit

@@ -64,7 +64,7 @@ class RingPass:
         self.dims = first, last
         self.most = max(self._numel(rank) for rank in range(len(self.parts)))  # of a message
         self.held: dict[int, Message] = {}  # turn -> rows, as the node is sent them
-        self.fetched = round * (self.places - 1)
+        self.fetched = round * (self.places - 1) + 1  # the first of all has the plain name
 
     def owner(self, turn: int, step: int) -> int:
         """Whose rows this rank works with."""
