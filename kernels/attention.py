@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.activation import Activation
 from kernels.backend import TRITON_DTYPES, accumulator, runs_triton
 from kernels.blockwise import (
     blockwise_backward,
@@ -26,6 +27,7 @@ from kernels.blockwise import (
 from kernels.columns import empty_gradients
 from kernels.jagged import Jagged
 from kernels.naive import naive_attention
+from kernels.projection import GradientBuffer
 from kernels.source import Source
 from kernels.weighting import Weighting
 
@@ -43,6 +45,7 @@ def hstu_attention(
     intervals: Tensor,
     alpha: float,
     scale: float,
+    gradient: GradientBuffer | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """out_i = scale * sum_j silu(alpha * q_i . k_j) v_j over the keys j that query i sees.
@@ -50,6 +53,8 @@ def hstu_attention(
     q: [Tq, H, Dqk]; k: [Tk, H, Dqk]; v: [Tk, H, Dv]; one floating dtype, one device.
     queries, keys: the rows of q, and of k and v; the same B sequences.
     intervals: int32 [Tq, 4], see `kernels.masks`.
+    gradient: of the `silu_linear` that made q, k and v, if nothing else uses them: the backward
+    then goes through its silu as well.
     backend: one of BACKENDS; "auto" takes the fastest that can do it.
     Returns [Tq, H, Dv] in q's dtype; sums are float32 inside (float64 for float64).
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit. Values
@@ -59,13 +64,18 @@ def hstu_attention(
     if q.device.type == "cpu":
         _check_values(queries, keys, intervals)
     weighting = Weighting(queries, keys, intervals, alpha, scale)
+    if gradient and (backend == "naive" or not goes_through(q, v)):
+        gradient.inputs()  # not needed
+        gradient = None
     if backend == "naive":
         return naive_attention(q, k, v, weighting)
     if backend == "triton" or (backend == "auto" and _takes_triton(q, v)):
         _load_triton(q.device)
+        if gradient and backend == "auto":
+            return _TritonThrough.apply(q, k, v, weighting, gradient)
         mask = (queries.offsets, queries.positions, keys.offsets, keys.positions, intervals)
         return torch.ops.gr_kernels.attention(q, k, v, *mask, alpha, scale)
-    return _Blockwise.apply(q, k, v, weighting)
+    return _Blockwise.apply(q, k, v, weighting, gradient)
 
 
 def attention_forward(
@@ -86,8 +96,10 @@ def attention_forward(
 
         return launch.forward(q, *sources, add=add, out=out)
     for k, v, weighting in _here(sources):
-        add = _write(blockwise_forward(q, k, v, weighting), add, out)
-    return out
+        partial = blockwise_forward(q, k, v, weighting)
+        add = partial if add is None else partial.add_(add)
+    assert add is not None
+    return out.copy_(add)
 
 
 def query_gradient(
@@ -96,17 +108,23 @@ def query_gradient(
     *sources: Source,
     add: Tensor | None = None,
     out: Tensor | None = None,
+    through: Activation | None = None,
 ) -> Tensor:
-    """dq [Tq, H, Dqk] of blocks of keys, from dout [Tq, H, Dv]. sources, add, out: as forward."""
+    """dq [Tq, H, Dqk] of blocks of keys, from dout [Tq, H, Dv]. sources, add, out: as forward.
+
+    through: what made q, if the sum is then to go through it.
+    """
     if out is None:
         out = torch.empty(q.shape, dtype=accumulator(q.dtype), device=q.device)
     if _takes_triton(q, dout):
         from kernels.triton import launch
 
-        return launch.query_gradient(dout, q, *sources, add=add, out=out)
+        return launch.query_gradient(dout, q, *sources, add=add, out=out, through=through)
     for k, v, weighting in _here(sources):
-        add = _write(blockwise_query_gradient(dout, q, k, v, weighting), add, out)
-    return out
+        dq = blockwise_query_gradient(dout, q, k, v, weighting)
+        add = dq if add is None else dq.add_(add)
+    assert add is not None
+    return out.copy_(through.backward(add) if through else add)
 
 
 def key_value_gradients(
@@ -115,10 +133,12 @@ def key_value_gradients(
     *sources: Source,
     add: tuple[Tensor, Tensor] | None = None,
     out: tuple[Tensor, Tensor] | None = None,
+    through: tuple[Activation, Activation] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dk [Tk, H, Dqk] and dv [Tk, H, Dv] of one block of keys. add, out: as forward, of each.
 
-    sources: one or two blocks of queries and of their outputs' gradients.
+    sources: one or two blocks of queries and of their outputs' gradients. through: what made k and
+    v, if the sums are then to go through it.
     """
     if out is None:
         dtype = accumulator(k.dtype)
@@ -129,11 +149,13 @@ def key_value_gradients(
     if _takes_triton(k, v):
         from kernels.triton import launch
 
-        return launch.key_value_gradients(k, v, *sources, add=add, out=out)
+        return launch.key_value_gradients(k, v, *sources, add=add, out=out, through=through)
     for q, dout, weighting in _here(sources):
-        dk, dv = blockwise_key_value_gradients(dout, q, k, v, weighting)
-        add_k, add_v = add or (None, None)
-        add = _write(dk, add_k, out[0]), _write(dv, add_v, out[1])
+        sums = blockwise_key_value_gradients(dout, q, k, v, weighting)
+        add = sums if add is None else (sums[0].add_(add[0]), sums[1].add_(add[1]))
+    assert add is not None
+    for i in range(2):
+        out[i].copy_(through[i].backward(add[i]) if through else add[i])
     return out
 
 
@@ -145,25 +167,61 @@ def _here(sources: Sequence[Source]) -> Iterator[tuple[Tensor, Tensor, Weighting
         yield *source.rows, source.weighting
 
 
-def _write(partial: Tensor, add: Tensor | None, out: Tensor) -> Tensor:
-    return out.copy_(partial if add is None else partial.add_(add))
-
-
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.weighting = weighting
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        weighting: Weighting,
+        gradient: GradientBuffer | None,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, *(gradient.inputs() if gradient else ()))
+        ctx.weighting, ctx.gradient = weighting, gradient
         return blockwise_forward(q, k, v, weighting).to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v = ctx.saved_tensors
-        grads = empty_gradients(q, k, v)
+        q, k, v, *inputs = ctx.saved_tensors
         sums = blockwise_backward(dout, q, k, v, ctx.weighting)
+        if ctx.gradient:
+            made, grads = ctx.gradient.go_through((q, k, v), *inputs)
+            sums = tuple(x.backward(total) for x, total in zip(made, sums, strict=True))
+        else:
+            grads = empty_gradients(q, k, v)
         for grad, total in zip(grads, sums, strict=True):
             grad.copy_(total)
-        return *grads, None
+        return *grads, None, None
+
+
+class _TritonThrough(torch.autograd.Function):
+    """Triton's operator has no buffer among its arguments."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting, gradient: GradientBuffer
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, *gradient.inputs())
+        ctx.weighting, ctx.gradient = weighting, gradient
+        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        return attention_forward(q, Source((k, v), weighting), out=out)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, *inputs = ctx.saved_tensors
+        (of_q, *of_kv), (dq, *dkv) = ctx.gradient.go_through((q, k, v), *inputs)
+        queries, keys = (Source(x, ctx.weighting) for x in ((q, dout), (k, v)))
+        key_value_gradients(k, v, queries, out=tuple(dkv), through=tuple(of_kv))
+        query_gradient(dout, q, keys, out=dq, through=of_q)
+        return dq, *dkv, None, None
+
+
+def goes_through(q: Tensor, v: Tensor) -> bool:
+    """Whether the backward for these can go through what made them: not where heads are padded."""
+    if not _takes_triton(q, v):
+        return True
+    return all(dim >= 32 and dim & (dim - 1) == 0 for dim in (q.shape[2], v.shape[2]))
 
 
 def _takes_triton(q: Tensor, v: Tensor) -> bool:
