@@ -45,7 +45,7 @@ class Model:
 
     @property
     def fixed(self) -> int:
-        """Bytes, however long the sequences.
+        """Bytes, however long the sequences, if they are long.
 
         Weights, their gradients and AdamW's two moments, all float32; the ring's buffers: up to two
         inboxes of keys, and of queries. And attention's float32 sums of dk and dv in segments: at
@@ -71,28 +71,28 @@ def kept(model: Model, policy: str) -> dict[str, int]:
     return {term: n for term, n in terms.items() if term not in FORGOTTEN[policy]}
 
 
-def workspace(model: Model) -> dict[str, int]:
+def workspace(model: Model, pieces: int = 1) -> dict[str, int]:
     """Bytes a token, beside what is kept, while a layer's attention runs backward.
 
     That is its fullest moment: the gated output and attention's are gone by then, all else is still
-    there, and the gradients are too.
+    there, and the gradients are too. pieces: of a ring's rows of one head.
     """
+    sums = 3 if model.cp > 2 or pieces > 1 else model.cp - 1
     return {
         "model's output": model.stream,
         "gradient of the residual stream": model.stream,
         "gradient of attention's output": model.row,
         "gradients of U, V, Q, K": 4 * model.row,
-        "gradients of Q, K, V": 3 * model.row,
-        "float32 sums of a head over the ring": 3 * 4 * model.dim if model.cp > 1 else 0,
+        "float32 sums of a head over the ring": sums * 4 * model.dim,
     }
 
 
-def peak(model: Model, policy: str) -> dict[str, int]:
+def peak(model: Model, policy: str, pieces: int = 1) -> dict[str, int]:
     """Bytes a token of one rank at the fullest moment of a step: the last layer's backward."""
     terms = Counter({term: n * (model.layers - 1) for term, n in kept(model, policy).items()})
     terms.update(kept(model, "none"))  # this layer's, what was forgotten made again
     terms.subtract({GATED: model.row, ATTENDED: model.row})
-    terms.update(workspace(model))
+    terms.update(workspace(model, pieces))
     return dict(+terms)
 
 
@@ -103,7 +103,7 @@ def needed(model: Model, policy: str, rows: int) -> int:
     # of every piece of queries, which of this rank's own are the same if there is but one.
     blocks = model.cp * (2 + pieces) - (pieces == 1) if model.cp > 1 else 1
     plans = 16 * blocks
-    return model.fixed + rows * (sum(peak(model, policy).values()) + plans)
+    return model.fixed + rows * (sum(peak(model, policy, pieces).values()) + plans)
 
 
 def longest(budget: float, model: Model, policy: str, sequences: int) -> int:

@@ -23,7 +23,7 @@ def write_value(stream: torch.cuda.Stream, address: int, value: int) -> None:
 
 def wait_value(stream: torch.cuda.Stream, address: int, value: int) -> None:
     """What comes on the stream from now on waits until at least this is there."""
-    flags = _wait_flags(stream.device)
+    flags = FLUSH if reorders_writes(stream.device) else 0
     _call("cuStreamWaitValue32_v2", stream, stream.cuda_stream, address, value, flags)
 
 
@@ -31,14 +31,14 @@ CAN_FLUSH_REMOTE_WRITES, FLUSH = 98, 1 << 30  # CU_DEVICE_ATTRIBUTE_..., CU_STRE
 
 
 @cache
-def _wait_flags(device: torch.device) -> int:
-    """What comes after a wait is to find all that was written before what it waited for. Over
-    NVLink it does; a device that may reorder what others write says that it can be told not to."""
+def reorders_writes(device: torch.device) -> bool:
+    """Whether what others write may be seen in another order. Over NVLink it is not; a device that
+    may reorder it says that it can be told not to, by a stream's wait."""
     found = ctypes.c_int()
     _driver_function("cuDeviceGetAttribute")(
         ctypes.addressof(found), CAN_FLUSH_REMOTE_WRITES, device.index
     )
-    return FLUSH if found.value else 0
+    return bool(found.value)
 
 
 def _call(name: str, stream: torch.cuda.Stream, *args: int) -> None:

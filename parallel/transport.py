@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.columns import is_packed
 from kernels.source import Arrival
-from parallel.driver import copy_rows, wait_value, write_value
+from parallel.driver import copy_rows, reorders_writes, wait_value, write_value
 from parallel.watchdog import Watchdog
 
 GROWTH = 1.25  # a new buffer's size over what is asked for
@@ -39,7 +39,7 @@ class Transport(ABC):
     """
 
     name: str
-    signals: bool  # whether kernels can see that a message has come: `Arrival.signal`
+    signals = False  # whether kernels can see that a message has come: `Arrival.signal`
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
         self.group, self.device, self.watchdog = group, device, watchdog
@@ -189,7 +189,6 @@ class SendReceive(Transport):
     """Point-to-point operations of the process group."""
 
     name = "send and receive"
-    signals = False
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
         super().__init__(group, device, watchdog)
@@ -221,22 +220,31 @@ class SendReceive(Transport):
         if source is not None:
             ops.append(dist.P2POp(dist.irecv, incoming, group=self.group, group_peer=source))
         works = dist.batch_isend_irecv(ops) if ops else []
-        messages = _Messages(works, self._operation(name, to, source), self.watchdog)
+        on_gpu = self.device.type == "cuda"
+        messages = _Messages(works, self._operation(name, to, source), self.watchdog, on_gpu)
         leaving = self._leaving.get(sent.data_ptr(), [])
-        self._leaving[sent.data_ptr()] = [*(x for x in leaving if x.works), messages]
+        self._leaving[sent.data_ptr()] = [*(x for x in leaving if not x.are_over()), messages]
         return messages
 
 
 class _Messages(Arrival):
-    def __init__(self, works: list[dist.Work], operation: str, watchdog: Watchdog) -> None:
+    def __init__(
+        self, works: list[dist.Work], operation: str, watchdog: Watchdog, on_gpu: bool
+    ) -> None:
         self.works, self.operation, self.watchdog = works, operation, watchdog
+        self.on_gpu = on_gpu
 
     def wait(self) -> None:
+        """On a GPU, any stream may wait, one after another; a host's wait is for good."""
         if self.works:
             with self.watchdog.operation(self.operation):
                 for work in self.works:
                     work.wait()
-        self.works = []
+        if not self.on_gpu:
+            self.works = []
+
+    def are_over(self) -> bool:
+        return all(work.is_completed() for work in self.works)
 
 
 class CopyEngines(Transport):
@@ -247,10 +255,10 @@ class CopyEngines(Transport):
     """
 
     name = "copy engines"
-    signals = True
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device, watchdog: Watchdog) -> None:
         super().__init__(group, device, watchdog)
+        self.signals = not reorders_writes(device)
         self._inboxes: dict[str, _SymmetricBuffer] = {}
         self._leaving: dict[int, torch.cuda.Event] = {}  # behind messages, by their address
 
@@ -297,7 +305,7 @@ class CopyEngines(Transport):
         if len(message) == 1:
             self._leaving[message[0].data_ptr()] = done
         self.watchdog.watch(self._operation(name, to, source), done)
-        self._last = _Copy(done, self, signal)
+        self._last = _Copy(done, self, signal if self.signals else None)
         return self._last
 
 

@@ -3,10 +3,10 @@
 plan.py       which blocks of keys and queries meet, once per batch: by tiles.py, query_tiles.py and
               key_tiles.py; runs.py reads that in a kernel
 forward.py    attention forward, one program per query tile and head
-backward.py   attention backward: dk and dv per key tile, dq per query tile; no atomics
+backward.py   attention backward: dk and dv per key tile, dq per query tile; no atomic sums
 silu.py       SiLU and its slope through tanh, for both
 configs.py    block shapes per GPU generation and head dim
-launch.py     padding, descriptors and grids
+launch.py     padding, descriptors and grids; rows of one source or two
 launcher.py   compiled kernels, found again by what their arguments are
 operator.py   all of it as one operator that autograd and torch.compile know
 

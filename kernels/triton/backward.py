@@ -268,8 +268,11 @@ def query_kernel(
     dout = load_rows(dout_ptr, queries, inside, dout_stride, head * V_DIM, V_DIM)
     if FIRST == 1:
         dq = load_rows(sums_ptr, queries, inside, HEADS * QK_DIM, head * QK_DIM, QK_DIM)
-    else:
+    elif add_ptr is None:
         dq = tl.zeros([BLOCK_M, QK_DIM], dtype=tl.float32)
+    else:
+        dq = load_rows(add_ptr, queries, inside, add_stride, head * QK_DIM, QK_DIM)
+        dq /= scale * half_alpha
     of_q = q, dout
     blocks: tl.constexpr = (BLOCK_N, FAST, PRECISION)
     if FIRST == 0:
@@ -288,7 +291,7 @@ def query_kernel(
 
     queries, inside, _ = query_rows(record, part, BLOCK_M)  # again: registers are dear
     dq *= scale * half_alpha
-    out = dq_ptr, dq_stride, add_ptr, add_stride
+    out = dq_ptr, dq_stride, None, 0
     made = before_ptr, before_stride, bias_ptr, dbias_ptr
     store_gradient(out, made, dq, queries, inside, head, HEADS, FAST)
 

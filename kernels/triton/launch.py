@@ -24,7 +24,10 @@ MOST_SOURCES = 2  # of a launch
 
 
 def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor) -> Tensor:
-    """`out` [Tq, H, Dv], written with what q finds in the sources, plus `add` if given."""
+    """`out` [Tq, H, Dv], written with what q finds in the sources, plus `add` if given.
+
+    Here and below: `add` may be overwritten if there are two sources.
+    """
     walk = _Walk(q, sources)
     if walk.is_empty:
         return _nothing(add, out)
@@ -32,7 +35,7 @@ def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor)
     blocks, tiles = config.forward, walk.plan.query_tiles(*walk.more)
     target = _Target(out, add, walk.v_dim)
     programs = len(tiles) * (config.tile // blocks.m) * q.shape[1]
-    for first, left in walk.launches(programs, target.written):
+    for first, left in walk.launches(programs, target):
         forward_kernel[(programs,)](
             q,
             q.stride(0),
@@ -63,7 +66,7 @@ def query_gradient(
     blocks, tiles = config.query, walk.plan.query_parts(*walk.more)
     programs = len(tiles) * (config.part // blocks.m) * q.shape[1]
     target = _Target(out, add, walk.qk_dim, through, programs)
-    for first, left in walk.launches(programs, target.written):
+    for first, left in walk.launches(programs, target):
         query_kernel[(programs,)](
             dout,
             q,
@@ -137,9 +140,8 @@ class _Walk:
         if self.is_empty:
             return
         assert len(self.sources) <= MOST_SOURCES
-        self.dtype, self.is_cuda = tiled.dtype, tiled.is_cuda
-        self.rows = [[_ready(x, tiled.dtype) for x in source.rows] for source in self.sources]
-        (_, self.heads, self.qk_dim), self.v_dim = self.rows[0][0].shape, self.rows[0][1].shape[2]
+        self.dtype, self.is_cuda, self.heads = tiled.dtype, tiled.is_cuda, tiled.shape[1]
+        self.qk_dim, self.v_dim = (_padded_dim(x.shape[2]) for x in self.sources[0].rows)
         first, *others = (source.weighting for source in self.sources)
         self.factors = first.alpha / 2, first.scale
         key = (self.heads, self.qk_dim, self.v_dim, tiled.dtype, *others)
@@ -163,34 +165,37 @@ class _Walk:
         )
         return config, plan, tuple(more)
 
-    def arguments(self, block: int) -> list[object]:
-        """The last ones of the kernel, which takes so many rows of a source at a time."""
-        found: list[object] = []
-        for (x, y), plan in zip(self.rows, (self.plan, *self.more), strict=True):
-            found += [Rows(x, block), Rows(y, block), plan.bounds, plan.queries.num_rows]
-        return found if self.more else [*found, None, None, None, 0]
-
     def wait(self) -> None:
+        """For all rows."""
         for source in self.sources:
             if source.arrival:
                 source.arrival.wait()
 
-    def launches(self, programs: int, out: Tensor) -> Iterator[tuple[int, tuple[object, ...]]]:
+    def arguments(self, block: int) -> list[object]:
+        """The last ones of the kernel, which takes so many rows of a source at a time. Rows are
+        read here, if they must be padded: wait first."""
+        found: list[object] = []
+        for source, plan in zip(self.sources, (self.plan, *self.more), strict=True):
+            rows = (Rows(_ready(x, self.dtype), block) for x in source.rows)
+            found += [*rows, plan.bounds, plan.queries.num_rows]
+        return found if self.more else [*found, None, None, None, 0]
+
+    def launches(self, programs: int, target: _Target) -> Iterator[tuple[int, tuple[object, ...]]]:
         """FIRST of each launch, and its arguments about tiles that are left from one to the next:
         there are two if the second source is one that a kernel can look for."""
-        coming = self.sources[-1].arrival if self.more else None
-        signal = coming and coming.signal()
-        if not signal:
+        coming = self.sources[1] if self.more else None
+        signal = coming and coming.arrival and coming.arrival.signal()
+        if coming and signal and all(_ready(x, self.dtype) is x for x in coming.rows):
+            before = self.sources[0].arrival
+            if before:
+                before.wait()
+            left = (*signal, self.plan.counters(programs), target.sums_of_left())
+            yield 0, left
+            self.wait()
+            yield 1, left
+        else:
             self.wait()
             yield 0, (None, 0, None, None)
-            return
-        first = self.sources[0].arrival
-        if first:
-            first.wait()
-        left = (*signal, self.plan.counters(programs), torch.empty_like(out, dtype=torch.float32))
-        yield 0, left
-        self.wait()
-        yield 1, left
 
     def constants(self, tile: int, blocks: Blocks) -> dict[str, object]:
         return dict(
@@ -233,6 +238,14 @@ class _Target:
             self.sums = through.dbias.new_zeros(programs // heads, heads, dim)
             self.made = (*_rows(through.before), through.bias, self.sums)
 
+    def sums_of_left(self) -> Tensor:
+        """Float32 [T, H, padded dim], contiguous: what is added, which a tile has read by then, or
+        where it will write, if that will do."""
+        for x in self.out[2], self.written:
+            if isinstance(x, Tensor) and x.dtype == torch.float32 and x.is_contiguous():
+                return x
+        return torch.empty(self.written.shape, dtype=torch.float32, device=self.written.device)
+
     def finish(self) -> Tensor:
         if self.written is not self.wanted:
             self.wanted.copy_(self.written[..., : self.dim])
@@ -266,6 +279,9 @@ def _ready(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def _padded(x: Tensor) -> Tensor:
     """Head dim up to a power of two, at least 32, with zeros: they add nothing to any product."""
-    dim = x.shape[2]
-    padded = max(32, next_power_of_2(dim))
-    return x if padded == dim else F.pad(x, (0, padded - dim))
+    more = _padded_dim(x.shape[2]) - x.shape[2]
+    return F.pad(x, (0, more)) if more else x
+
+
+def _padded_dim(dim: int) -> int:
+    return max(32, next_power_of_2(dim))

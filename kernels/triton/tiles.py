@@ -84,15 +84,18 @@ class Records:
 
         part: what full runs are a multiple of; bits: how finely weights are told apart.
         """
-        return self._ordered(0, part, bits, 0)
+        sources, count = self.costs.shape
+        room = self.records.new_empty(count, sources, RECORD.value)
+        return self._ordered(room, part, bits, 0)
 
     def in_segments(self, part: int, bits: int) -> Tensor:
         """Heaviest first, and one record for each segment: at most SHARES more than tiles."""
-        return self._ordered(SHARES, part, bits, SHARES)
-
-    def _ordered(self, more: int, part: int, bits: int, shares: int) -> Tensor:
         sources, count = self.costs.shape
-        ordered = self.records.new_zeros(count + more, sources, RECORD.value)
+        room = self.records.new_zeros(count + SHARES, sources, RECORD.value)
+        return self._ordered(room, part, bits, SHARES)
+
+    def _ordered(self, ordered: Tensor, part: int, bits: int, shares: int) -> Tensor:
+        sources, count = self.costs.shape
         _order_kernel[(cdiv(count, 32),)](
             self.records,
             self.costs,

@@ -37,7 +37,7 @@ from kernels.source import Source
 from parallel.exchange.ring_pass import Block, RingPass
 from parallel.visibility import Visibility
 
-MESSAGE_BYTES = 192 << 20  # more launches are more tails; and little beside a GPU's memory
+MESSAGE_BYTES = 144 << 20  # more launches are more tails; and little beside a GPU's memory
 
 
 def ring_attention(
@@ -77,10 +77,10 @@ class _RingAttention(torch.autograd.Function):
         for heads in chunks:
             sums = _Sums([_of(heads, out)], pieces * sum(seen.meets[seen.shard.rank]))
             for piece in range(pieces):
-                part = len(rounds), piece, pieces
+                part = len(rounds) if pieces == 1 else 0, piece, pieces
                 tensors = (_of(heads, x) for x in (q, k, v))
                 rounds.append(_forward(seen, ctx.factors, part, sums, *tensors))
-        _go(rounds)
+        _go(rounds, pieces)
         return out
 
     @staticmethod
@@ -99,10 +99,10 @@ class _RingAttention(torch.autograd.Function):
             of_q = _Sums(into[:1], pieces * sum(seen.meets[rank]), through[:1])
             of_k = _Sums(into[1:], pieces * sum(seen.met_by[rank]), through[1:])
             for piece in range(pieces):
-                part = len(rounds), piece, pieces
+                part = len(rounds) if pieces == 1 else 0, piece, pieces
                 tensors = (_of(heads, x) for x in (q, k, v, dout))
                 rounds.append(_backward(seen, ctx.factors, part, of_q, of_k, *tensors))
-        _go(rounds)
+        _go(rounds, pieces)
         return *grads, None, None, None, None
 
 
@@ -176,15 +176,17 @@ def _backward(
     return _Round(rings, differentiate)
 
 
-def _go(rounds: list[_Round]) -> None:
-    """The work of each round, step by step, while the next rows come; inside a node, also those of
-    the next round.
+def _go(rounds: list[_Round], pieces: int) -> None:
+    """The work of each round, step by step, while the next rows come.
+
+    Inside a node, also those of the next round, in buffers of their own: not of pieces, since the
+    work on one of them takes so long that the first rows need not be there at once.
 
     Where kernels can see that rows have come, the first two steps are one: what comes early needs
     no sums in between.
     """
     one = rounds[0].rings[0]
-    link, last, joins = one.within, one.places - 1, one.nodes == 1
+    link, last, joins = one.within, one.places - 1, one.nodes == pieces == 1
     link.begin()
     for index, round in enumerate(rounds):
         rings, moved = round.rings, joins and index > 0

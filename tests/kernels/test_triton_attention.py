@@ -196,35 +196,37 @@ def test_zigzag_shards(mask: str) -> None:
 
 
 class Coming(Arrival):
-    """Rows that are there when a kernel looks, or only when they are waited for."""
+    """Rows that a kernel finds when it looks, or that come later, or that it cannot look for."""
 
-    def __init__(self, source: tuple[Tensor, Tensor], early: bool) -> None:
-        self.rows, self.there = source, [x.clone() for x in source]
-        self.counter = torch.tensor([2 + early], dtype=torch.int32, device=DEVICE)
-        if not early:
-            for x in source:
+    def __init__(self, rows: tuple[Tensor, Tensor], when: str) -> None:
+        self.rows, self.there, self.when = rows, [x.clone() for x in rows], when
+        self.counter = torch.tensor([2 + (when == "early")], dtype=torch.int32, device=DEVICE)
+        if when != "early":
+            for x in rows:
                 x.fill_(torch.nan)
 
     def wait(self) -> None:
         for x, there in zip(self.rows, self.there, strict=True):
             x.copy_(there)
 
-    def signal(self) -> tuple[Tensor, int]:
-        return self.counter, 3
+    def signal(self) -> tuple[Tensor, int] | None:
+        return None if self.when == "waited for" else (self.counter, 3)
 
 
-@pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize(
-    ("mask", "mine"),
-    [("semi-local", lambda at: at // 16 % 2 == 0), ("contextual", lambda at: at < 40)],
+    ("mask", "mine", "dims"),
+    [
+        ("semi-local", lambda at: at // 16 % 2 == 0, (32, 32)),
+        ("contextual", lambda at: at < 40, (24, 40)),  # padded: kernels cannot look for them
+    ],
 )
-def test_two_sources(mask: str, mine: Callable[[Tensor], Tensor], early: bool) -> None:
+def test_two_sources(mask: str, mine: Callable[[Tensor], Tensor], dims: tuple[int, int]) -> None:
     """As a rank of a ring has them: its own rows, and those that another sends."""
     whole, _, _ = tokens()
-    case = problem(whole, whole, masks()[mask], heads=2)
+    case = problem(whole, whole, masks()[mask], heads=2, dims=dims)
     q, k, v, dout = case.tensors
-    want = blockwise_forward(q.double(), k.double(), v.double(), Weighting(**case.mask))
-    grads = blockwise_backward(*(x.double() for x in (dout, q, k, v)), Weighting(**case.mask))
+    want = [blockwise_forward(q.double(), k.double(), v.double(), Weighting(**case.mask))]
+    want += blockwise_backward(*(x.double() for x in (dout, q, k, v)), Weighting(**case.mask))
     keep = mine(whole.positions)
     parts = [(x, rows_where(whole, x)) for x in (keep, ~keep)]
     own = parts[0][0]
@@ -233,24 +235,30 @@ def test_two_sources(mask: str, mine: Callable[[Tensor], Tensor], early: bool) -
         (rows, queries), (_, keys) = parts[asking], parts[asked]
         return Weighting(queries, keys, case.mask["intervals"][rows], 0.3, 0.1)
 
-    def sources(x: Tensor, y: Tensor, *weightings: Weighting) -> list[Source]:
-        here, coming = ((x[rows], y[rows]) for rows, _ in parts)
-        arrival = Coming(coming, early)
-        return [Source(here, weightings[0]), Source(coming, weightings[1], arrival)]
+    of_keys, of_queries = ([weighting(0, 0), x] for x in (weighting(0, 1), weighting(1, 0)))
 
-    for add in (None, torch.full_like(q[own], 0.5)):
-        keys = sources(k, v, weighting(0, 0), weighting(0, 1))
-        out = launch.forward(q[own], *keys, add=add, out=torch.empty_like(q[own]))
-        close(out - (0 if add is None else add), want[own], 1e-4)
-    keys = sources(k, v, weighting(0, 0), weighting(0, 1))
-    dq = launch.query_gradient(dout[own], q[own], *keys, out=torch.empty_like(q[own]))
-    close(dq, grads[0][own], 1e-5)
-    asking = sources(q, dout, weighting(0, 0), weighting(1, 0))
-    room = torch.empty_like(k[own]), torch.empty_like(v[own])
-    for got, expected in zip(
-        launch.key_value_gradients(k[own], v[own], *asking, out=room), grads[1:], strict=True
-    ):
-        close(got, expected[own], 1e-5)
+    def attend(when: str, shift: float) -> list[Tensor]:
+        def sources(x: Tensor, y: Tensor, weightings: list[Weighting]) -> list[Source]:
+            here, coming = ((x[rows], y[rows]) for rows, _ in parts)
+            arrival = Coming(coming, when)
+            return [Source(here, weightings[0]), Source(coming, weightings[1], arrival)]
+
+        room = [torch.empty_like(x[own]) for x in (dout, q, k, v)]
+        add = [torch.full_like(x, shift) if shift else None for x in room]
+        keys = sources(k, v, of_keys)
+        launch.forward(q[own], *keys, add=add[0], out=room[0])
+        keys = sources(k, v, of_keys)
+        launch.query_gradient(dout[own], q[own], *keys, add=add[1], out=room[1])
+        queries = sources(q, dout, of_queries)
+        launch.key_value_gradients(k[own], v[own], *queries, out=(room[2], room[3]))
+        return [room[0] - shift, room[1] - shift, *room[2:]]
+
+    for shift in (0, 0.5) if dims == (32, 32) else (0,):
+        results = [attend(when, shift) for when in ("early", "late", "waited for")]
+        for expected, *got in zip(want, *results, strict=True):
+            close(got[0], expected[own], 1e-4)
+            assert torch.equal(got[0], got[1])
+            assert torch.equal(got[0], got[2])
 
 
 def test_parts_of_several_blocks_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,7 +239,13 @@ class Copies(torch.overrides.TorchFunctionMode):
 
 
 def run_rank(
-    device: Device, size: int, layout: str, batches: list[list[int]], node: int, nodes: int
+    device: Device,
+    size: int,
+    layout: str,
+    batches: list[list[int]],
+    node: int,
+    nodes: int,
+    copies: bool,
 ) -> list[Any]:
     """Two layers forward and backward, batch after batch. Returns all memory, to be kept."""
 
@@ -273,6 +279,7 @@ def run_rank(
         patch.object(transport, "write_value", device.write_value),
         patch.object(transport, "wait_value", device.wait_value),
         patch.object(transport, "copy_rows", device.copy_rows),
+        patch.object(transport, "reorders_writes", lambda _: False),
         patch.object(transport.symmetric_memory, "empty", lambda n, **kw: torch.empty(n, **kw)),
         patch.object(transport.symmetric_memory, "rendezvous", device.meet),
         patch.object(dist, "get_global_rank", lambda _, rank: rank),
@@ -282,7 +289,7 @@ def run_rank(
         Copies(device),
     ):
         watchdog = Watchdog(rank, timedelta(hours=1), CPU)
-        link = CopyEngines(group, CPU, watchdog)
+        link = CopyEngines(group, CPU, watchdog) if copies else Network(device, group, watchdog)
         link.stream, link._mark = device.side, Event()  # type: ignore[assignment]
         links = Links(link, Network(device, everybody, watchdog) if nodes > 1 else None)
         kept.append(links)
@@ -305,15 +312,15 @@ def run_rank(
     return kept
 
 
-def take_down(size: int, layout: str, nodes: int = 1) -> Graph:
-    """size: ranks of a node."""
+def take_down(size: int, layout: str, nodes: int = 1, copies: bool = True) -> Graph:
+    """size: ranks of a node. copies: by copy engines; else all of it is sent and received."""
     graph, kept = Graph(), []
     for node in range(nodes):
         buffers: list[list[Tensor]] = []
         for place in range(size):
             device = Device(graph, place, buffers)
             batches = [[90, 7, 0], [60, 40], [3, 1]]
-            kept.append(run_rank(device, size, layout, batches, node, nodes))
+            kept.append(run_rank(device, size, layout, batches, node, nodes, copies))
     assert kept
     return graph
 
@@ -326,6 +333,13 @@ def test_all_uses_of_memory_are_ordered(size: int, layout: str, message_bytes: i
         graph = take_down(size, layout)
     assert graph.heard
     assert not graph.races()
+
+
+@pytest.mark.parametrize("message_bytes", [1 << 20, 512])
+@pytest.mark.parametrize("size", [2, 3])
+def test_so_they_are_without_copy_engines(size: int, message_bytes: int) -> None:
+    with patch.object(ring, "MESSAGE_BYTES", message_bytes):
+        assert not take_down(size, "zigzag", copies=False).races()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -366,7 +380,7 @@ def too_soon(arrival: Any) -> tuple[Tensor, int] | None:
     ("owner", "name", "instead"),
     [
         (transport._Copy, "wait", no_wait),  # attention would read what has not arrived
-        (transport._Copy, "signal", too_soon),  # also where the kernel itself waits
+        (transport._Copy, "signal", too_soon),  # also where a kernel looks itself
         (CopyEngines, "join", no_wait),  # keys would be freed before they are copied
         (Stream, "wait_event", no_wait),  # and messages written before they are computed
         (RingPass, "arrive", no_wait),  # or those of the node before passed on too early

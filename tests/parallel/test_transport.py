@@ -117,7 +117,7 @@ for step in range(2):
 """
 
 
-HANG_IN_KERNEL = """
+HANG_IN_RING = """
 import time
 import torch
 from kernels.masks import hstu_intervals
@@ -145,7 +145,7 @@ for step in range(2):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize(("code", "name"), [(HANG, "keys"), (HANG_IN_KERNEL, "keys and values")])
+@pytest.mark.parametrize(("code", "name"), [(HANG, "keys"), (HANG_IN_RING, "keys and values")])
 def test_a_hanging_rank_ends_the_job_and_is_named(tmp_path: Path, code: str, name: str) -> None:
     script = tmp_path / "hang.py"
     script.write_text(code)
