@@ -83,6 +83,7 @@ def workspace(model: Model, pieces: int = 1) -> dict[str, int]:
         "gradient of the residual stream": model.stream,
         "gradient of attention's output": model.row,
         "gradients of U, V, Q, K": 4 * model.row,
+        "gradients of Q, K, V": 3 * model.row,
         "float32 sums of a head over the ring": sums * 4 * model.dim,
     }
 

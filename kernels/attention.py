@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.activation import Activation
 from kernels.backend import TRITON_DTYPES, accumulator, runs_triton
 from kernels.blockwise import (
     blockwise_backward,
@@ -27,7 +26,6 @@ from kernels.blockwise import (
 from kernels.columns import empty_gradients
 from kernels.jagged import Jagged
 from kernels.naive import naive_attention
-from kernels.projection import GradientBuffer
 from kernels.source import Source
 from kernels.weighting import Weighting
 
@@ -45,7 +43,6 @@ def hstu_attention(
     intervals: Tensor,
     alpha: float,
     scale: float,
-    gradient: GradientBuffer | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """out_i = scale * sum_j silu(alpha * q_i . k_j) v_j over the keys j that query i sees.
@@ -53,8 +50,6 @@ def hstu_attention(
     q: [Tq, H, Dqk]; k: [Tk, H, Dqk]; v: [Tk, H, Dv]; one floating dtype, one device.
     queries, keys: the rows of q, and of k and v; the same B sequences.
     intervals: int32 [Tq, 4], see `kernels.masks`.
-    gradient: of the `silu_linear` that made q, k and v, if nothing else uses them: the backward
-    then goes through its silu as well.
     backend: one of BACKENDS; "auto" takes the fastest that can do it.
     Returns [Tq, H, Dv] in q's dtype; sums are float32 inside (float64 for float64).
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit. Values
@@ -64,18 +59,13 @@ def hstu_attention(
     if q.device.type == "cpu":
         _check_values(queries, keys, intervals)
     weighting = Weighting(queries, keys, intervals, alpha, scale)
-    if gradient and (backend == "naive" or not goes_through(q, v)):
-        gradient.inputs()  # not needed
-        gradient = None
     if backend == "naive":
         return naive_attention(q, k, v, weighting)
     if backend == "triton" or (backend == "auto" and _takes_triton(q, v)):
         _load_triton(q.device)
-        if gradient and backend == "auto":
-            return _TritonThrough.apply(q, k, v, weighting, gradient)
         mask = (queries.offsets, queries.positions, keys.offsets, keys.positions, intervals)
         return torch.ops.gr_kernels.attention(q, k, v, *mask, alpha, scale)
-    return _Blockwise.apply(q, k, v, weighting, gradient)
+    return _Blockwise.apply(q, k, v, weighting)
 
 
 def attention_forward(
@@ -86,7 +76,7 @@ def attention_forward(
     sources: keys and values; of weightings with the same queries, alpha and scale.
     add: float32 [Tq, H, Dv], what other blocks gave, if the scale is not 0; out: where to write, of
     any floating dtype, `add` itself if you like. Of both, each row must be contiguous. With two
-    sources, `add` may be overwritten.
+    sources, `add` may be overwritten (also below, where alpha must not be 0 either).
     Returns out; a new float32 tensor if None.
     """
     v = sources[0].rows[1]
@@ -97,8 +87,7 @@ def attention_forward(
 
         return launch.forward(q, *sources, add=add, out=out)
     for k, v, weighting in _here(sources):
-        partial = blockwise_forward(q, k, v, weighting)
-        add = partial if add is None else partial.add_(add)
+        add = _plus(blockwise_forward(q, k, v, weighting), add)
     assert add is not None
     return out.copy_(add)
 
@@ -109,23 +98,18 @@ def query_gradient(
     *sources: Source,
     add: Tensor | None = None,
     out: Tensor | None = None,
-    through: Activation | None = None,
 ) -> Tensor:
-    """dq [Tq, H, Dqk] of blocks of keys, from dout [Tq, H, Dv]. sources, add, out: as forward.
-
-    through: what made q, if the sum is then to go through it.
-    """
+    """dq [Tq, H, Dqk] of blocks of keys, from dout [Tq, H, Dv]. sources, add, out: as forward."""
     if out is None:
         out = torch.empty(q.shape, dtype=accumulator(q.dtype), device=q.device)
     if _takes_triton(q, dout):
         from kernels.triton import launch
 
-        return launch.query_gradient(dout, q, *sources, add=add, out=out, through=through)
+        return launch.query_gradient(dout, q, *sources, add=add, out=out)
     for k, v, weighting in _here(sources):
-        dq = blockwise_query_gradient(dout, q, k, v, weighting)
-        add = dq if add is None else dq.add_(add)
+        add = _plus(blockwise_query_gradient(dout, q, k, v, weighting), add)
     assert add is not None
-    return out.copy_(through.backward(add) if through else add)
+    return out.copy_(add)
 
 
 def key_value_gradients(
@@ -134,12 +118,10 @@ def key_value_gradients(
     *sources: Source,
     add: tuple[Tensor, Tensor] | None = None,
     out: tuple[Tensor, Tensor] | None = None,
-    through: tuple[Activation, Activation] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dk [Tk, H, Dqk] and dv [Tk, H, Dv] of one block of keys. add, out: as forward, of each.
 
-    sources: one or two blocks of queries and of their outputs' gradients. through: what made k and
-    v, if the sums are then to go through it.
+    sources: one or two blocks of queries and of their outputs' gradients.
     """
     if out is None:
         dtype = accumulator(k.dtype)
@@ -150,14 +132,13 @@ def key_value_gradients(
     if _takes_triton(k, v):
         from kernels.triton import launch
 
-        return launch.key_value_gradients(k, v, *sources, add=add, out=out, through=through)
+        return launch.key_value_gradients(k, v, *sources, add=add, out=out)
     for q, dout, weighting in _here(sources):
-        sums = blockwise_key_value_gradients(dout, q, k, v, weighting)
-        add = sums if add is None else (sums[0].add_(add[0]), sums[1].add_(add[1]))
+        dk, dv = blockwise_key_value_gradients(dout, q, k, v, weighting)
+        add_k, add_v = add or (None, None)
+        add = _plus(dk, add_k), _plus(dv, add_v)
     assert add is not None
-    for i in range(2):
-        out[i].copy_(through[i].backward(add[i]) if through else add[i])
-    return out
+    return out[0].copy_(add[0]), out[1].copy_(add[1])
 
 
 def _here(sources: Sequence[Source]) -> Iterator[tuple[Tensor, Tensor, Weighting]]:
@@ -168,61 +149,25 @@ def _here(sources: Sequence[Source]) -> Iterator[tuple[Tensor, Tensor, Weighting
         yield *source.rows, source.weighting
 
 
+def _plus(partial: Tensor, add: Tensor | None) -> Tensor:
+    return partial if add is None else partial.add_(add)
+
+
 class _Blockwise(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        weighting: Weighting,
-        gradient: GradientBuffer | None,
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, *(gradient.inputs() if gradient else ()))
-        ctx.weighting, ctx.gradient = weighting, gradient
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.weighting = weighting
         return blockwise_forward(q, k, v, weighting).to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, *inputs = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
+        grads = empty_gradients(q, k, v)
         sums = blockwise_backward(dout, q, k, v, ctx.weighting)
-        if ctx.gradient:
-            made, grads = ctx.gradient.go_through((q, k, v), *inputs)
-            sums = tuple(x.backward(total) for x, total in zip(made, sums, strict=True))
-        else:
-            grads = empty_gradients(q, k, v)
         for grad, total in zip(grads, sums, strict=True):
             grad.copy_(total)
-        return *grads, None, None
-
-
-class _TritonThrough(torch.autograd.Function):
-    """Triton's operator has no buffer among its arguments."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, weighting: Weighting, gradient: GradientBuffer
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, *gradient.inputs())
-        ctx.weighting, ctx.gradient = weighting, gradient
-        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-        return attention_forward(q, Source((k, v), weighting), out=out)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, *inputs = ctx.saved_tensors
-        (of_q, *of_kv), (dq, *dkv) = ctx.gradient.go_through((q, k, v), *inputs)
-        queries, keys = (Source(x, ctx.weighting) for x in ((q, dout), (k, v)))
-        key_value_gradients(k, v, queries, out=tuple(dkv), through=tuple(of_kv))
-        query_gradient(dout, q, keys, out=dq, through=of_q)
-        return dq, *dkv, None, None
-
-
-def goes_through(q: Tensor, v: Tensor) -> bool:
-    """Whether the backward for these can go through what made them: not where heads are padded."""
-    if not _takes_triton(q, v):
-        return True
-    return all(dim >= 32 and dim & (dim - 1) == 0 for dim in (q.shape[2], v.shape[2]))
+        return *grads, None
 
 
 def _takes_triton(q: Tensor, v: Tensor) -> bool:

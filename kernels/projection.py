@@ -14,62 +14,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.activation import Activation
 from kernels.backend import compute_dtype, takes_triton
 from kernels.columns import side_by_side
 from kernels.differentiate import vector_jacobian
 
 
 class GradientBuffer:
-    """One gradient for all parts of a `silu_linear`, in which those who use the parts write theirs.
+    """One gradient for all parts of a `silu_linear`, in which another backward writes the first's.
 
-    The product that follows wants the gradients of all parts side by side. Whose backward comes
-    first allocates them all; each writes its own columns, instead of having them copied. For parts
-    that went through silu, it may write what comes out on its other side: see `go_through`.
+    The product that follows wants the gradients of all parts side by side. What computes the first
+    part's allocates them all and writes its own columns, instead of having them copied.
     """
 
     def __init__(self) -> None:
-        self.product: Tensor | None = None  # of the forward, with all columns
-        self.bias: Tensor | None = None
         self.whole: Tensor | None = None
-        self.dbias: Tensor | None = None  # once the gradients lie on silu's other side
 
     def columns(self, part: Tensor) -> Tensor:
-        """Uninitialized: for the gradient of some columns of the product, laid out as they are."""
-        if self.whole is None:
-            self.whole = part.new_empty(part.shape[0], part.stride(0))
-        start = int(part.storage_offset())
-        return self.whole[:, start : start + part.shape[1]]
+        """Uninitialized: for the gradient of the first part, laid out as that is."""
+        self.whole = part.new_empty(part.shape[0], part.stride(0))
+        return self.whole[:, : part.shape[1]]
 
-    def take(self) -> tuple[Tensor | None, Tensor | None]:
-        """The whole, if anyone has written there; the bias's gradient, if someone went through."""
-        found = self.whole, self.dbias
-        self.whole = self.dbias = None
-        return found
-
-    def inputs(self) -> tuple[Tensor, Tensor]:
-        """The product and the bias, for who wants to `go_through`: to be saved in its forward."""
-        product, bias, self.product = self.product, self.bias, None
-        assert product is not None
-        assert bias is not None
-        return product, bias
-
-    def go_through(
-        self, parts: Sequence[Tensor], product: Tensor, bias: Tensor
-    ) -> tuple[list[Activation], list[Tensor]]:
-        """What made these parts, all but the first, each viewed as [rows, H, D]; and where what
-        comes out is to be written, which then stands for the parts' gradients."""
-        first = product.shape[1] - bias.numel()
-        self.dbias = torch.zeros_like(bias, dtype=torch.float32)
-        made, into = [], []
-        for x in parts:
-            start, shape = int(x.storage_offset()), x.shape[1:]
-            of_bias = slice(start, start + shape.numel())
-            before = product[:, first:][:, of_bias]
-            vectors = (y[of_bias].view(shape) for y in (bias, self.dbias))
-            made.append(Activation(before.unflatten(1, shape), *vectors))
-            into.append(self.columns(before).unflatten(1, shape))
-        return made, into
+    def take(self, dpart: Tensor) -> Tensor | None:
+        """The whole, if the first part's gradient lies there: it does not if it is a sum of two."""
+        whole, self.whole = self.whole, None
+        return whole if whole is not None and whole.data_ptr() == dpart.data_ptr() else None
 
 
 def naive_silu_linear(
@@ -93,8 +61,8 @@ def silu_linear(
 
     x: [rows, in]; weight: [sum(splits), in] in any dtype, cast to x's; bias: [sum(splits[1:])].
     The parts are columns of wider buffers: their rows are strided. Kept for the backward: x and
-    the product. gradient: a new one for each call, handed to the users of the parts as well; the
-    others' gradients are best laid out as the parts are (`kernels.columns`).
+    the product. gradient: a new one for each call, handed to the user of the first part as well;
+    the others' gradients are best laid out as the parts are (`kernels.columns`).
     backend: of the elementwise part, see `kernels.backend`.
     Raises ValueError for shapes that do not fit.
     """
@@ -139,7 +107,6 @@ class _SiluLinear(torch.autograd.Function):
         x = x.to(compute_dtype(x))
         hidden = F.linear(x, weight.to(x.dtype))
         ctx.save_for_backward(x, weight, bias, hidden)
-        gradient.product, gradient.bias = hidden, bias
         first, others = hidden.split_with_sizes([splits[0], bias.numel()], 1)
         if triton:
             from kernels.triton import pointwise
@@ -153,18 +120,12 @@ class _SiluLinear(torch.autograd.Function):
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, hidden = ctx.saved_tensors
         first = ctx.splits[0]
-        dhidden, dbias = ctx.gradient.take()
+        dhidden = ctx.gradient.take(douts[0])
         if dhidden is None:
             dhidden = torch.empty_like(hidden)
-        if dhidden.data_ptr() != douts[0].data_ptr():  # not there, or a sum of two
             dhidden[:, :first] = douts[0]
         dout, before, dbefore = side_by_side(douts[1:]), hidden[:, first:], dhidden[:, first:]
-        if dbias is not None:
-            if dout.data_ptr() != dbefore.data_ptr():
-                raise RuntimeError(
-                    "silu_linear: who went through silu must be the only user of all its parts"
-                )
-        elif ctx.triton:
+        if ctx.triton:
             from kernels.triton import pointwise
 
             dbias = pointwise.backward(dout, before, bias, dbefore)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kernels.attention import hstu_attention
-from kernels.projection import GradientBuffer
 from parallel.exchange.all_gather import all_gather_attention
 from parallel.exchange.halo import halo_attention
 from parallel.exchange.ring import ring_attention
@@ -44,13 +43,12 @@ def context_parallel_attention(
     alpha: float,
     scale: float,
     exchange: str = "ring",
-    gradient: GradientBuffer | None = None,
 ) -> Tensor:
     """`kernels.attention.hstu_attention` as if the cp group were one device.
 
     q, k: [rows of this rank, H, Dqk]; v: [rows, H, Dv], in the order of seen.shard.rows.
-    scale: not 0. exchange: one of EXCHANGES; results do not depend on it but for the order of sums.
-    gradient: as there.
+    alpha, scale: not 0. exchange: one of EXCHANGES; results do not depend on it but for the order
+    of sums.
     Returns [rows, H, Dv] in q's dtype. Differentiable: gradients of k and v are sums over the
     group. Every rank of the group must call it, with however few rows.
     """
@@ -60,10 +58,6 @@ def context_parallel_attention(
         for name, x in (("k", k), ("v", v)):
             if x.dtype != q.dtype:
                 raise ValueError(f"{name}: dtype {x.dtype} is not q's {q.dtype}")
-        if exchange == "ring":
-            return ring_attention(q, k, v, seen=seen, alpha=alpha, scale=scale, gradient=gradient)
-        if gradient:
-            gradient.inputs()  # not needed: what comes out is not yet the sum over the group
         return EXCHANGES[exchange].attention(q, k, v, seen=seen, alpha=alpha, scale=scale)
     return hstu_attention(
         q,
@@ -74,5 +68,4 @@ def context_parallel_attention(
         intervals=seen.intervals,
         alpha=alpha,
         scale=scale,
-        gradient=gradient,
     )

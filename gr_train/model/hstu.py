@@ -60,8 +60,8 @@ class HSTULayer(nn.Module):
 
     def _forward(self, x: Tensor, seen: Visibility, seed: Tensor | None) -> tuple[Tensor, ...]:
         """The result, attention's, and one tensor of each buffer that is cheap to compute again."""
-        gradient = GradientBuffer()
-        normed, x, u, v, q, k = self._project(x, gradient)
+        du = GradientBuffer()
+        normed, x, u, v, q, k = self._project(x, du)
         attended = context_parallel_attention(
             q.view(-1, self.heads, self.qk_dim),
             k.view(-1, self.heads, self.qk_dim),
@@ -70,25 +70,19 @@ class HSTULayer(nn.Module):
             alpha=self.alpha,
             scale=self.scale,
             exchange=self.exchange,
-            gradient=gradient,
         ).flatten(1)
-        gated = self._gate(attended, u, seed, gradient)
+        gated = self._gate(attended, u, seed, du)
         out = residual_linear(x, gated, self.output.weight)
         return out, attended, normed, u, v, gated
 
-    def _project(self, x: Tensor, gradient: GradientBuffer | None = None) -> tuple[Tensor, ...]:
+    def _project(self, x: Tensor, du: GradientBuffer | None = None) -> tuple[Tensor, ...]:
         """norm(x), x, U before its bias and SiLU, V, Q, K."""
         norm, weight = self.input_norm, self.uvqk.weight
         normed, x = branch_norm(x, norm.weight, norm.bias, eps=norm.eps)
-        parts = silu_linear(normed, weight, self.vqk_bias, self.splits, gradient=gradient)
-        return normed, x, *parts
+        return normed, x, *silu_linear(normed, weight, self.vqk_bias, self.splits, gradient=du)
 
     def _gate(
-        self,
-        attended: Tensor,
-        u: Tensor,
-        seed: Tensor | None,
-        gradient: GradientBuffer | None = None,
+        self, attended: Tensor, u: Tensor, seed: Tensor | None, du: GradientBuffer | None = None
     ) -> Tensor:
         """dropout(norm(A V) * silu(U))."""
         norm = self.output_norm
@@ -101,5 +95,5 @@ class HSTULayer(nn.Module):
             eps=norm.eps,
             dropout=0.0 if seed is None else self.dropout,
             seed=seed,
-            u_gradient=gradient,
+            u_gradient=du,
         )

@@ -30,55 +30,19 @@ from kernels.triton.runs import (
 from kernels.triton.silu import UNSEEN, silu_and_twice_slope
 
 
-@triton.jit
-def store_gradient(out, made, x, rows, inside, head, HEADS: tl.constexpr, FAST: tl.constexpr):
-    """x [ROWS, DIM] to the rows of one head, perhaps plus another matrix and through an activation.
-
-    out: of `store_rows`: matrix and stride, the matrix to add and its stride. made: the rows that
-    silu(before + bias) was taken of (None: none was), their stride, the bias [HEADS * DIM], and
-    float32 [programs / HEADS, HEADS * DIM], into whose row of this program goes the sum over rows.
-    """
-    ptr, stride, add_ptr, add_stride = out
-    before_ptr, before_stride, bias_ptr, dbias_ptr = made
-    DIM: tl.constexpr = x.shape[1]
-    at = head * DIM
-    if before_ptr is not None:
-        if add_ptr is not None:
-            x += load_rows(add_ptr, rows, inside, add_stride, at, DIM)
-        columns = at + tl.arange(0, DIM)
-        before = load_rows(before_ptr, rows, inside, before_stride, at, DIM).to(tl.float32)
-        before += tl.load(bias_ptr + columns).to(tl.float32)[None, :]
-        _, twice_slope = silu_and_twice_slope(before * 0.5, FAST)
-        x *= twice_slope * 0.5
-        row = (tl.program_id(0) // HEADS).to(tl.int64)
-        total = tl.sum(tl.where(inside[:, None], x, 0), 0)
-        tl.store(dbias_ptr + row * (HEADS * DIM) + columns, total)
-        store_rows(ptr, stride, None, 0, x, rows, inside, at)
-    else:
-        store_rows(ptr, stride, add_ptr, add_stride, x, rows, inside, at)
-
-
 @remembered
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def key_value_kernel(
     k_desc,
     v_desc,
-    dk_ptr,
-    dk_stride,
     add_k_ptr,
     add_k_stride,
-    dv_ptr,
-    dv_stride,
     add_v_ptr,
     add_v_stride,
-    before_k_ptr,
-    before_k_stride,
-    bias_k_ptr,
-    dbias_k_ptr,
-    before_v_ptr,
-    before_v_stride,
-    bias_v_ptr,
-    dbias_v_ptr,
+    dk_ptr,
+    dk_stride,
+    dv_ptr,
+    dv_stride,
     sums_k_ptr,
     sums_v_ptr,
     done_ptr,
@@ -158,17 +122,14 @@ def key_value_kernel(
     inside = rows < tl.load(record + 1)
     dk *= scale * half_alpha
     dv *= scale
-    out_k = dk_ptr, dk_stride, add_k_ptr, add_k_stride
-    out_v = dv_ptr, dv_stride, add_v_ptr, add_v_stride
-    made_k = before_k_ptr, before_k_stride, bias_k_ptr, dbias_k_ptr
-    made_v = before_v_ptr, before_v_stride, bias_v_ptr, dbias_v_ptr
+    k_at, v_at = head * QK_DIM, head * V_DIM
     segment, segments, slot = load_segment(record)
     # Both branches store: joined before that, they would hold dk and dv beside the new sums.
     if segments == 1:
         if KEY:
-            store_gradient(out_k, made_k, dk, rows, inside, head, HEADS, FAST)
+            store_rows(dk_ptr, dk_stride, add_k_ptr, add_k_stride, dk, rows, inside, k_at)
         if VALUE:
-            store_gradient(out_v, made_v, dv, rows, inside, head, HEADS, FAST)
+            store_rows(dv_ptr, dv_stride, add_v_ptr, add_v_stride, dv, rows, inside, v_at)
     else:
         sums = slot * TILE + part * BLOCK_N + tl.arange(0, BLOCK_N)
         if KEY:
@@ -182,10 +143,10 @@ def key_value_kernel(
             tl.store(done_at, 0)  # as the next launch wants it
             if KEY:
                 dk = _add_sums(sums_k_ptr, sums, segments, TILE, head, HEADS, BLOCK_N, QK_DIM)
-                store_gradient(out_k, made_k, dk, rows, inside, head, HEADS, FAST)
+                store_rows(dk_ptr, dk_stride, add_k_ptr, add_k_stride, dk, rows, inside, k_at)
             if VALUE:
                 dv = _add_sums(sums_v_ptr, sums, segments, TILE, head, HEADS, BLOCK_N, V_DIM)
-                store_gradient(out_v, made_v, dv, rows, inside, head, HEADS, FAST)
+                store_rows(dv_ptr, dv_stride, add_v_ptr, add_v_stride, dv, rows, inside, v_at)
 
 
 @triton.jit
@@ -219,14 +180,10 @@ def query_kernel(
     q_ptr,
     dout_stride,
     q_stride,
-    dq_ptr,
-    dq_stride,
     add_ptr,
     add_stride,
-    before_ptr,
-    before_stride,
-    bias_ptr,
-    dbias_ptr,
+    dq_ptr,
+    dq_stride,
     tiles_ptr,
     half_alpha,
     scale,
@@ -291,9 +248,7 @@ def query_kernel(
 
     queries, inside, _ = query_rows(record, part, BLOCK_M)  # again: registers are dear
     dq *= scale * half_alpha
-    out = dq_ptr, dq_stride, None, 0
-    made = before_ptr, before_stride, bias_ptr, dbias_ptr
-    store_gradient(out, made, dq, queries, inside, head, HEADS, FAST)
+    store_rows(dq_ptr, dq_stride, None, 0, dq, queries, inside, head * QK_DIM)
 
 
 @triton.jit

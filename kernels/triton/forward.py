@@ -67,10 +67,10 @@ UNSPECIALIZED = ["half_alpha", "scale", "num_rows", "next_num_rows", "count"]
 def forward_kernel(
     q_ptr,
     q_stride,
-    out_ptr,
-    out_stride,
     add_ptr,
     add_stride,
+    out_ptr,
+    out_stride,
     tiles_ptr,
     half_alpha,
     scale,

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.activation import Activation
 from kernels.source import Source
 from kernels.triton.backward import key_value_kernel, query_kernel
 from kernels.triton.configs import Blocks, Config, config_for
@@ -39,6 +38,7 @@ def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor)
         forward_kernel[(programs,)](
             q,
             q.stride(0),
+            *target.add,
             *target.out,
             tiles,
             *walk.factors,
@@ -51,29 +51,24 @@ def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor)
 
 
 def query_gradient(
-    dout: Tensor,
-    q: Tensor,
-    *sources: Source,
-    add: Tensor | None = None,
-    out: Tensor,
-    through: Activation | None = None,
+    dout: Tensor, q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor
 ) -> Tensor:
-    """`out` [Tq, H, Dqk], written with dq, plus `add` if given; the sum may go `through`."""
+    """`out` [Tq, H, Dqk], written with dq, plus `add` if given."""
     walk = _Walk(q, sources)
     if walk.is_empty:
         return _nothing(add, out)
     config, dout, q = walk.config, _ready(dout, q.dtype), _ready(q)
     blocks, tiles = config.query, walk.plan.query_parts(*walk.more)
+    target = _Target(out, add, walk.qk_dim)
     programs = len(tiles) * (config.part // blocks.m) * q.shape[1]
-    target = _Target(out, add, walk.qk_dim, through, programs)
     for first, left in walk.launches(programs, target):
         query_kernel[(programs,)](
             dout,
             q,
             dout.stride(0),
             q.stride(0),
+            *target.add,
             *target.out,
-            *target.made,
             tiles,
             *walk.factors,
             *left,
@@ -90,34 +85,29 @@ def key_value_gradients(
     *sources: Source,
     add: tuple[Tensor, Tensor] | None = None,
     out: tuple[Tensor, Tensor],
-    through: tuple[Activation, Activation] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`out` [Tk, H, Dqk] and [Tk, H, Dv], written with dk and dv, plus `add` if given; the sums may
-    go `through`."""
+    """`out` [Tk, H, Dqk] and [Tk, H, Dv], written with dk and dv, plus `add` if given."""
     add_k, add_v = add or (None, None)
-    of_k, of_v = through or (None, None)
     walk = _Walk(k, sources)
     if walk.is_empty:
         return _nothing(add_k, out[0]), _nothing(add_v, out[1])
     walk.wait()
     config, k, v = walk.config, _ready(k), _ready(v)
     tiles = walk.plan.key_parts(*walk.more)
+    key, value = _Target(out[0], add_k, walk.qk_dim), _Target(out[1], add_v, walk.v_dim)
     launches = [(config.key, True, config.value is None)]
     if config.value is not None:
         launches.append((config.value, False, True))
-    programs = [len(tiles) * (config.part // x[0].n) * k.shape[1] for x in launches]
-    key = _Target(out[0], add_k, walk.qk_dim, of_k, programs[0])
-    value = _Target(out[1], add_v, walk.v_dim, of_v, programs[-1])
     rows = walk.plan.most_segments(*walk.more) * config.part
     sums = [x.new_empty(rows, *x.shape[1:], dtype=torch.float32) for x in (k, v)]
-    for count, (blocks, with_key, with_value) in zip(programs, launches, strict=True):
-        key_value_kernel[(count,)](
+    for blocks, with_key, with_value in launches:
+        key_value_kernel[(len(tiles) * (config.part // blocks.n) * k.shape[1],)](
             Rows(k, blocks.n),
             Rows(v, blocks.n),
+            *key.add,
+            *value.add,
             *key.out,
             *value.out,
-            *key.made,
-            *value.made,
             *sums,
             walk.plan.counters(rows // blocks.n * k.shape[1]),
             tiles,
@@ -216,41 +206,24 @@ class _Walk:
 class _Target:
     """Where a kernel writes: `wanted` itself, or what it takes a copy from if heads are padded."""
 
-    def __init__(
-        self,
-        wanted: Tensor,
-        add: Tensor | None,
-        padded_dim: int,
-        through: Activation | None = None,
-        programs: int = 0,
-    ) -> None:
-        """through, of so many programs: what the kernel goes through before it writes."""
+    def __init__(self, wanted: Tensor, add: Tensor | None, padded_dim: int) -> None:
         self.wanted, self.dim = wanted, wanted.shape[2]
         padded = padded_dim != self.dim
         self.written = wanted.new_empty(*wanted.shape[:2], padded_dim) if padded else wanted
-        more = (None, 0) if add is None else _rows(_padded(add) if padded else add)
-        self.out = (*_rows(self.written), *more)
-        self.through = through
-        self.made: tuple[object, ...] = (None, 0, None, None)
-        if through:
-            assert not padded
-            heads, dim = through.bias.shape
-            self.sums = through.dbias.new_zeros(programs // heads, heads, dim)
-            self.made = (*_rows(through.before), through.bias, self.sums)
+        self.out = _rows(self.written)
+        self.add = (None, 0) if add is None else _rows(_padded(add) if padded else add)
 
     def sums_of_left(self) -> Tensor:
         """Float32 [T, H, padded dim], contiguous: what is added, which a tile has read by then, or
         where it will write, if that will do."""
-        for x in self.out[2], self.written:
-            if isinstance(x, Tensor) and x.dtype == torch.float32 and x.is_contiguous():
+        for x in self.add[0], self.written:
+            if x is not None and x.dtype == torch.float32 and x.is_contiguous():
                 return x
         return torch.empty(self.written.shape, dtype=torch.float32, device=self.written.device)
 
     def finish(self) -> Tensor:
         if self.written is not self.wanted:
             self.wanted.copy_(self.written[..., : self.dim])
-        if self.through:
-            torch.sum(self.sums, 0, out=self.through.dbias)
         return self.wanted
 
 

@@ -15,7 +15,7 @@ node while the ring inside the node goes round. Rows cross the network once a no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
@@ -24,15 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.activation import Activation
-from kernels.attention import (
-    attention_forward,
-    goes_through,
-    key_value_gradients,
-    query_gradient,
-)
+from kernels.attention import attention_forward, key_value_gradients, query_gradient
 from kernels.columns import empty_gradients
-from kernels.projection import GradientBuffer
 from kernels.source import Source
 from parallel.exchange.ring_pass import Block, RingPass
 from parallel.visibility import Visibility
@@ -41,73 +34,49 @@ MESSAGE_BYTES = 144 << 20  # more launches are more tails; and little beside a G
 
 
 def ring_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    seen: Visibility,
-    alpha: float,
-    scale: float,
-    gradient: GradientBuffer | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, seen: Visibility, alpha: float, scale: float
 ) -> Tensor:
     """See `parallel.attention.context_parallel_attention`."""
-    if gradient and not goes_through(q, v):
-        gradient.inputs()  # not needed
-        gradient = None
-    return _RingAttention.apply(q, k, v, seen, alpha, scale, gradient)
+    return _RingAttention.apply(q, k, v, seen, alpha, scale)
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        seen: Visibility,
-        alpha: float,
-        scale: float,
-        gradient: GradientBuffer | None,
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: Visibility, alpha: float, scale: float
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, *(gradient.inputs() if gradient else ()))
-        ctx.seen, ctx.factors, ctx.gradient = seen, (alpha, scale), gradient
+        ctx.save_for_backward(q, k, v)
+        ctx.seen, ctx.factors = seen, (alpha, scale)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-        chunks, pieces = _chunks(k, v, seen)
+        heads, pieces = _chunks(k, v, seen)
         rounds: list[_Round] = []
-        for heads in chunks:
-            sums = _Sums([_of(heads, out)], pieces * sum(seen.meets[seen.shard.rank]))
+        for q_, k_, v_, out_ in _by_heads(heads, q, k, v, out):
+            sums = _Sums((out_,), pieces * sum(seen.meets[seen.shard.rank]))
             for piece in range(pieces):
                 part = len(rounds) if pieces == 1 else 0, piece, pieces
-                tensors = (_of(heads, x) for x in (q, k, v))
-                rounds.append(_forward(seen, ctx.factors, part, sums, *tensors))
+                rounds.append(_forward(seen, ctx.factors, part, sums, q_, k_, v_))
         _go(rounds, pieces)
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, *inputs = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
         seen, rank = ctx.seen, ctx.seen.shard.rank
-        made: list[Activation] = []
-        if ctx.gradient:
-            made, grads = ctx.gradient.go_through((q, k, v), *inputs)
-        else:
-            grads = empty_gradients(q, k, v)
-        chunks, pieces = _chunks(k, v, seen)
+        dq, dk, dv = empty_gradients(q, k, v)
+        heads, pieces = _chunks(k, v, seen)
         rounds: list[_Round] = []
-        for heads in chunks:
-            into, through = [_of(heads, x) for x in grads], [x.heads(heads) for x in made]
-            of_q = _Sums(into[:1], pieces * sum(seen.meets[rank]), through[:1])
-            of_k = _Sums(into[1:], pieces * sum(seen.met_by[rank]), through[1:])
+        for q_, k_, v_, dout_, *grads in _by_heads(heads, q, k, v, dout, dq, dk, dv):
+            of_q = _Sums((grads[0],), pieces * sum(seen.meets[rank]))
+            of_k = _Sums((grads[1], grads[2]), pieces * sum(seen.met_by[rank]))
             for piece in range(pieces):
                 part = len(rounds) if pieces == 1 else 0, piece, pieces
-                tensors = (_of(heads, x) for x in (q, k, v, dout))
-                rounds.append(_backward(seen, ctx.factors, part, of_q, of_k, *tensors))
+                rounds.append(_backward(seen, ctx.factors, part, of_q, of_k, q_, k_, v_, dout_))
         _go(rounds, pieces)
-        return *grads, None, None, None, None
+        return dq, dk, dv, None, None, None
 
 
-def _chunks(k: Tensor, v: Tensor, seen: Visibility) -> tuple[list[slice], int]:
-    """Which heads go round together, and in how many pieces each rank's rows of them do.
+def _chunks(k: Tensor, v: Tensor, seen: Visibility) -> tuple[int, int]:
+    """How many heads go round together, and in how many pieces each rank's rows of them do.
 
     All and one, unless long sequences would make the messages too large. Buffers then stay small
     beside what the layers keep, and the longest sequence grows with cp.
@@ -116,12 +85,17 @@ def _chunks(k: Tensor, v: Tensor, seen: Visibility) -> tuple[list[slice], int]:
     head = max(1, seen.most_rows * (k.shape[2] + v.shape[2]) * k.itemsize)
     groups = ceil(heads / max(1, MESSAGE_BYTES // head))
     each = ceil(heads / groups)
-    chunks = [slice(start, min(start + each, heads)) for start in range(0, heads, each)]
-    return chunks, ceil(each * head / MESSAGE_BYTES)
+    return each, ceil(each * head / MESSAGE_BYTES)
 
 
-def _of(heads: slice, x: Tensor) -> Tensor:
-    return x if heads == slice(0, x.shape[1]) else x[:, heads]
+def _by_heads(each: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors [rows, H, ...], so many heads at a time."""
+    heads = tensors[0].shape[1]
+    if each == heads:
+        yield tensors
+        return
+    for start in range(0, heads, each):
+        yield tuple(x[:, start : start + each] for x in tensors)
 
 
 @dataclass(frozen=True)
@@ -223,11 +197,8 @@ def _move(rings: list[RingPass], turn: int, step: int) -> None:
 class _Sums:
     """Adds up what so many blocks give: in float32, but for the last, which goes to `out`."""
 
-    def __init__(
-        self, out: Sequence[Tensor], blocks: int, through: Sequence[Activation] = ()
-    ) -> None:
-        """through: what made the rows that these are the gradients of, if they are to go there."""
-        self.out, self.through, self.left = _alone(out), _alone(through), blocks
+    def __init__(self, out: tuple[Tensor, ...], blocks: int) -> None:
+        self.out, self.left = out, blocks
         self.total: Any = None
         if not blocks:
             for x in out:
@@ -238,11 +209,5 @@ class _Sums:
         if not found:
             return
         self.left -= len(found)
-        last = {} if self.left or not self.through else {"through": self.through}
-        out = self.total if self.left else self.out
-        self.total = kernel(*found, add=self.total, out=out, **last)
-
-
-def _alone(x: Sequence[Any]) -> Any:
-    """What one kernel takes by itself, and another as a pair."""
-    return x[0] if len(x) == 1 else tuple(x)
+        out = self.out if len(self.out) > 1 else self.out[0]
+        self.total = kernel(*found, add=self.total, out=self.total if self.left else out)

@@ -13,7 +13,7 @@ from kernels.attention import hstu_attention
 from kernels.columns import empty_gradients, side_by_side
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals
-from kernels.projection import GradientBuffer, silu_linear
+from kernels.projection import silu_linear
 
 
 @given(
@@ -49,45 +49,6 @@ def test_what_overlaps_is_kept_apart() -> None:
         second.fill_(2)
         assert (first == 1).all()
     assert torch.equal(side_by_side([x, x]), torch.cat([x, x], 1))
-
-
-@pytest.mark.parametrize("used_twice", [False, True])
-def test_attention_goes_through_the_silu_of_a_projection(used_twice: bool) -> None:
-    """Its gradients then lie in the projection's, on silu's other side; so no other may be added.
-
-    A projection whose first part is used by nobody else, or by one who does not know the buffer.
-    """
-    lengths = torch.tensor([5, 0, 40])
-    rows = Jagged.whole(lengths)
-    x, weight, bias = (torch.randn(*n).requires_grad_() for n in ((45, 8), (64, 8), (48,)))
-
-    def attend(buffer: GradientBuffer | None) -> torch.Tensor:
-        u, *vqk = silu_linear(x, weight, bias, [16] * 4, gradient=buffer)
-        v, q, k = (part.unflatten(1, (2, 8)) for part in vqk)
-        out = hstu_attention(
-            q,
-            k,
-            v,
-            queries=rows,
-            keys=rows,
-            intervals=hstu_intervals(rows, lengths, torch.zeros_like(lengths)),
-            alpha=0.3,
-            scale=0.1,
-            gradient=buffer,
-        )
-        return (out * v if used_twice else out).flatten(1) * u
-
-    dout, inputs = torch.randn(45, 16), [x, weight, bias]
-    want = torch.autograd.grad(attend(None), inputs, dout)
-    out = attend(GradientBuffer())
-    for retain_graph in (True, False):
-        if used_twice:
-            with pytest.raises(RuntimeError, match="only user"):
-                torch.autograd.grad(out, inputs, dout, retain_graph=retain_graph)
-            continue
-        got = torch.autograd.grad(out, inputs, dout, retain_graph=retain_graph)
-        for one, other in zip(got, want, strict=True):
-            torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("backend", ["blockwise", "triton"])

@@ -18,7 +18,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 pytest.importorskip("triton")
 
-from kernels.activation import Activation
 from kernels.attention import hstu_attention
 from kernels.blockwise import blockwise_backward, blockwise_forward
 from kernels.jagged import Jagged
@@ -76,43 +75,6 @@ class Problem:
         half[2:] = dk, dv
         for got, expected in zip(half, (want, *grads), strict=True):
             close(got - 0.5, expected, max(rtol, 1e-4))
-
-
-@pytest.mark.parametrize("mask", ["contextual", "semi-local"])
-def test_gradients_go_through_what_made_the_rows(mask: str) -> None:
-    """Also where key tiles are walked in segments; onto what is there first."""
-    whole, _, _ = tokens()
-    case = problem(whole, whole, masks()[mask], heads=2, dims=(32, 64))
-    q, k, v, dout = case.tensors
-    weighting = Weighting(**case.mask)
-    made, room = [], []
-    for x in (q, k, v):
-        wide = torch.randn(len(x), 3, *x.shape[1:], device=DEVICE)
-        bias, dbias = torch.randn(x.shape[1:], device=DEVICE), torch.zeros(x.shape[1:])
-        made.append(Activation(wide[:, 1], bias, dbias.to(DEVICE)))
-        room.append(torch.full_like(wide, 7.0)[:, 1])
-    launch.query_gradient(
-        dout,
-        q,
-        Source((k, v), weighting),
-        add=torch.full_like(q, 0.5),
-        out=room[0],
-        through=made[0],
-    )
-    launch.key_value_gradients(
-        k,
-        v,
-        Source((q, dout), weighting),
-        add=(torch.full_like(k, 0.5), torch.full_like(v, 0.5)),
-        out=(room[1], room[2]),
-        through=(made[1], made[2]),
-    )
-    grads = blockwise_backward(*(x.double() for x in (dout, q, k, v)), weighting)
-    for got, through, grad in zip(room, made, grads, strict=True):
-        before, bias = (x.double().requires_grad_() for x in (through.before, through.bias))
-        want, want_bias = torch.autograd.grad(F.silu(before + bias), (before, bias), grad + 0.5)
-        close(got, want, 1e-5)
-        close(through.dbias, want_bias, 1e-5)
 
 
 def test_rows_that_are_one_are_laid_apart() -> None:
