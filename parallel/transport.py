@@ -89,7 +89,7 @@ class Transport(ABC):
     def beside(self, messages: Callable[[], None] | None, work: Callable[[], None] | None) -> None:
         """Enqueue both, so that neither waits for the other, but for what is enqueued already.
 
-        On a GPU the work comes first, and so is not kept waiting by what the host does for
+        On a GPU the work, if any, comes first, and so is not kept waiting by what the host does for
         messages. They read and write the memory of others: `join` before it is used again.
         """
         if messages is None or self.stream is None or self._mark is None:

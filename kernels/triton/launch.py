@@ -172,7 +172,8 @@ class _Walk:
 
     def launches(self, programs: int, target: _Target) -> Iterator[tuple[int, tuple[object, ...]]]:
         """FIRST of each launch, and its arguments about tiles that are left from one to the next:
-        there are two if the second source is one that a kernel can look for."""
+        there are two if the second source is one that a kernel can look for. Who asks for the first
+        must ask for the second, which leaves the plan's counters as they were."""
         coming = self.sources[1] if self.more else None
         signal = coming and coming.arrival and coming.arrival.signal()
         if coming and signal and all(_ready(x, self.dtype) is x for x in coming.rows):

@@ -3,7 +3,6 @@ there, the messages are here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -114,17 +113,14 @@ class RingPass:
             (self.place - step) % self.places if self._wants(turn, step) else None,
         )
 
-    def blocks(self, turn: int, step: int) -> Iterator[Block]:
+    def blocks(self, turn: int, step: int) -> list[Block]:
         """The rows of a step, if they are wanted."""
         owner = self.owner(turn, step)
-        if not self.wanted[self.rank][owner]:
-            return
+        if not self._wants(turn, step):
+            return []
         if step:
-            yield Block(owner, self._split(self.rows), self.coming)
-        elif owner == self.rank:
-            yield Block(owner, self.own)
-        else:
-            yield Block(owner, self._split(self.held[turn][0]))
+            return [Block(owner, self._split(self.rows), self.coming)]
+        return [Block(owner, self._split(self.held[turn][0]) if turn else self.own)]
 
     def _wants(self, turn: int, step: int) -> bool:
         return self.wanted[self.rank][self.owner(turn, step)]

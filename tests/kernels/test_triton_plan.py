@@ -75,11 +75,11 @@ def visited(plan: Plan, records: Tensor, tile: int, by_keys: bool) -> Tensor:
     return count
 
 
-def check_segments(plan: Plan) -> int:
+def check_segments(plan: Plan, *more: Plan) -> int:
     """Segments of a tile are numbered, and their sums have places of their own; how many are not
     alone."""
     by_tile: dict[int, list[list[int]]] = {}
-    for record in plan.key_parts()[:, 0].tolist():
+    for record in plan.key_parts(*more)[:, 0].tolist():
         if record[0] < record[1]:
             by_tile.setdefault(record[0], []).append(record[SEGMENT_AT.value :][:3])
     slots = []
@@ -90,7 +90,7 @@ def check_segments(plan: Plan) -> int:
         assert len(set(slot)) == 1
         slots += range(slot[0], slot[0] + len(segments)) if len(segments) > 1 else ()
     assert sorted(slots) == list(range(len(slots)))
-    assert len(slots) <= plan.most_segments()
+    assert len(slots) <= plan.most_segments(*more)
     return len(slots)
 
 
@@ -157,6 +157,32 @@ def test_a_prefix_that_all_see_is_walked_in_segments() -> None:
         whole, lengths, torch.zeros_like(lengths), local=8, prefix=2 * PART
     )
     assert check_segments(check(whole, whole, intervals)) >= 2 * 8
+
+
+def test_sources_are_walked_together() -> None:
+    """In one order: keys of two ranks by the queries of one, and the other way round."""
+    lengths = torch.tensor([640, 50], dtype=torch.int32)
+    whole = Jagged.whole(lengths)
+    mine = whole.positions // (2 * PART) % 2 == 0
+    parts = [part_of(whole, keep) for keep in (mine, ~mine)]
+    intervals = [
+        semi_local_intervals(part, lengths, torch.zeros_like(lengths), local=8, prefix=2 * PART)
+        for part in parts
+    ]
+    own, theirs, asked = (
+        check(parts[asking], parts[keys], intervals[asking])
+        for asking, keys in ((0, 0), (0, 1), (1, 0))
+    )
+    for plans, records, size, by_keys in (
+        ((own, theirs), own.query_tiles(theirs), TILE, False),
+        ((own, theirs), own.query_parts(theirs), PART, False),
+        ((own, asked), own.key_parts(asked), PART, True),
+    ):
+        assert records.shape[1] == 2
+        for source, plan in enumerate(plans):
+            want = visited(plan, plan.query_tiles()[:, 0], TILE, by_keys=False)
+            assert torch.equal(visited(plan, records[:, source], size, by_keys), want)
+    assert check_segments(own, asked) > 0
 
 
 def test_stripes_are_masked_at_the_diagonal_alone() -> None:
