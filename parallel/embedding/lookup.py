@@ -62,7 +62,7 @@ class _Wanted:
 
     features: list[str]
     counts: list[int]  # ids of each
-    rows: Tensor  # int64: for each of them, which of the rows that come
+    rows: Tensor  # int32, to be sorted sooner: for each of them, which of the rows that come
 
 
 def route(
@@ -137,7 +137,7 @@ def _route_sharded(
             SequenceShardingContext(input_splits=send.splits, output_splits=come.sum(1).tolist())
         )
     wanted = tuple(
-        _Wanted(of_part, [ids[name].numel() for name in of_part], where)
+        _Wanted(of_part, [ids[name].numel() for name in of_part], where.int())
         for of_part, where in zip(features, rows, strict=True)
     )
     return KJTList(bags), context, wanted

@@ -153,33 +153,32 @@ def _backward(
 def _go(rounds: list[_Round], pieces: int) -> None:
     """The work of each round, step by step, while the next rows come.
 
-    Inside a node, also those of the next round, in buffers of their own: not of pieces, since the
-    work on one of them takes so long that the first rows need not be there at once.
-
     Where kernels can see that rows have come, the first two steps are one: what comes early needs
-    no sums in between.
+    no sums in between. And inside a node, the first rows of a round come during the last work of
+    the round before, in buffers of their own: not where rows are cut in pieces, since the work on
+    one takes so long that nothing is gained, and long sequences want the memory.
     """
     one = rounds[0].rings[0]
-    link, last, joins = one.within, one.places - 1, one.nodes == pieces == 1
+    link, last = one.within, one.places - 1
+    ahead = one.nodes == 1 and pieces == 1
     link.begin()
     for index, round in enumerate(rounds):
-        rings, moved = round.rings, joins and index > 0
-        ahead = rounds[index + 1].rings if joins and index + 1 < len(rounds) else []
+        begun = ahead and index > 0
+        following = rounds[index + 1].rings if ahead and index + 1 < len(rounds) else []
         for turn in range(one.nodes):
-            for ring in rings:
+            for ring in round.rings:
                 ring.arrive(turn)
-            brought: list[list[Block]] = [[] for _ in rings]
+            brought: list[list[Block]] = [[] for _ in round.rings]
             for step in range(one.places):
-                for ring, blocks in zip(rings, brought, strict=True):
+                for ring, blocks in zip(round.rings, brought, strict=True):
                     blocks += ring.blocks(turn, step)
-                if step == last > 0:
-                    messages = partial(_move, ahead, 0, 0) if ahead else None
-                else:
-                    messages = partial(_move, rings, turn, step) if step or not moved else None
-                if step == 0 < last and link.signals:
-                    work: Callable[[], None] | None = None
-                else:
-                    work, brought = partial(round.work, *brought), [[] for _ in rings]
+                messages = work = None
+                if step == last > 0:  # this turn has no more
+                    messages = partial(_move, following, 0, 0) if following else None
+                elif step > 0 or not begun:
+                    messages = partial(_move, round.rings, turn, step)
+                if step > 0 or last == 0 or not link.signals:
+                    work, brought = partial(round.work, *brought), [[] for _ in round.rings]
                 link.beside(messages, work)
     link.join()
 
