@@ -45,7 +45,7 @@ class Model:
 
     @property
     def fixed(self) -> int:
-        """Bytes, however long the sequences, if they are long.
+        """Bytes, however long the sequences, if no ring's message has two heads.
 
         Weights, their gradients and AdamW's two moments, all float32; the ring's buffers: up to two
         inboxes of keys, and of queries. And attention's float32 sums of dk and dv in segments: at
@@ -75,7 +75,7 @@ def workspace(model: Model, pieces: int = 1) -> dict[str, int]:
     """Bytes a token, beside what is kept, while a layer's attention runs backward.
 
     That is its fullest moment: the gated output and attention's are gone by then, all else is still
-    there, and the gradients are too. pieces: of a ring's rows of one head.
+    there, and the gradients are too. pieces: of a ring's rows of one head, by copy engines.
     """
     sums = 3 if model.cp > 2 or pieces > 1 else model.cp - 1
     return {
@@ -98,7 +98,7 @@ def peak(model: Model, policy: str, pieces: int = 1) -> dict[str, int]:
 
 
 def needed(model: Model, policy: str, rows: int) -> int:
-    """Bytes of one rank that holds so many rows, more than a ring's message has."""
+    """Bytes of one rank that holds so many rows, about as many as a ring's message or more."""
     pieces = -(-rows * 4 * model.dim // MESSAGE_BYTES) if model.cp > 1 else 1
     # Of 16 bytes a row: intervals of every rank, and bounds of queries for each piece of keys, and
     # of every piece of queries, which of this rank's own are the same if there is but one.

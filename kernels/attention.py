@@ -76,7 +76,7 @@ def attention_forward(
     sources: keys and values; of weightings with the same queries, alpha and scale.
     add: float32 [Tq, H, Dv], what other blocks gave, if the scale is not 0; out: where to write, of
     any floating dtype, `add` itself if you like. Of both, each row must be contiguous. With two
-    sources, `add` may be overwritten (also below, where alpha must not be 0 either).
+    sources, `add` may be overwritten.
     Returns out; a new float32 tensor if None.
     """
     v = sources[0].rows[1]
@@ -99,7 +99,8 @@ def query_gradient(
     add: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """dq [Tq, H, Dqk] of blocks of keys, from dout [Tq, H, Dv]. sources, add, out: as forward."""
+    """dq [Tq, H, Dqk] of blocks of keys, from dout [Tq, H, Dv]. sources, add, out: as forward; with
+    `add`, alpha must not be 0 either."""
     if out is None:
         out = torch.empty(q.shape, dtype=accumulator(q.dtype), device=q.device)
     if _takes_triton(q, dout):

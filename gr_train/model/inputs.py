@@ -123,7 +123,8 @@ def time_buckets(gap: Tensor, buckets: int) -> Tensor:
 class InputEncoder(nn.Module):
     """Sums what each token has: item, action, contextual feature, position, time gap.
 
-    Indices are int32: an embedding's backward sorts them, in half as many passes as int64.
+    Positions and time buckets are int32: an embedding's backward sorts its indices, in half as
+    many passes as int64.
     """
 
     def __init__(self, width: int, max_length: int, buckets: int, dropout: float) -> None:

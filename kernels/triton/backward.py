@@ -210,7 +210,9 @@ def query_kernel(
     SOURCES: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    """dq. Grid: query tiles x (TILE / BLOCK_M) x HEADS. Tiles are left as in the forward."""
+    """dq = scale * alpha (add / (scale * alpha) + sum silu'(s) dp k), s and dp as above.
+
+    Grid: query tiles x (TILE / BLOCK_M) x HEADS. Tiles are left as in the forward."""
     PARTS: tl.constexpr = TILE // BLOCK_M
     head = tl.program_id(0) % HEADS
     part = tl.program_id(0) // HEADS % PARTS

@@ -6,6 +6,7 @@ Out, dq, dk and dv are written into tensors of any floating dtype, each plus ano
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -162,13 +163,16 @@ class _Walk:
                 source.arrival.wait()
 
     def arguments(self, block: int) -> list[object]:
-        """The last ones of the kernel, which takes so many rows of a source at a time. Rows are
-        read here, if they must be padded: wait first."""
+        """The last ones of the kernel, which takes so many rows of a source at a time."""
         found: list[object] = []
-        for source, plan in zip(self.sources, (self.plan, *self.more), strict=True):
-            rows = (Rows(_ready(x, self.dtype), block) for x in source.rows)
-            found += [*rows, plan.bounds, plan.queries.num_rows]
+        for rows, plan in zip(self._rows, (self.plan, *self.more), strict=True):
+            found += [*(Rows(x, block) for x in rows), plan.bounds, plan.queries.num_rows]
         return found if self.more else [*found, None, None, None, 0]
+
+    @cached_property
+    def _rows(self) -> list[list[Tensor]]:
+        """Read, if they must be padded: only once they are there."""
+        return [[_ready(x, self.dtype) for x in source.rows] for source in self.sources]
 
     def launches(self, programs: int, target: _Target) -> Iterator[tuple[int, tuple[object, ...]]]:
         """FIRST of each launch, and its arguments about tiles that are left from one to the next:
@@ -176,7 +180,7 @@ class _Walk:
         must ask for the second, which leaves the plan's counters as they were."""
         coming = self.sources[1] if self.more else None
         signal = coming and coming.arrival and coming.arrival.signal()
-        if coming and signal and all(_ready(x, self.dtype) is x for x in coming.rows):
+        if coming and signal and all(_is_ready(x, self.dtype) for x in coming.rows):
             before = self.sources[0].arrival
             if before:
                 before.wait()
@@ -243,12 +247,19 @@ def _nothing(add: Tensor | None, out: Tensor) -> Tensor:
 
 def _ready(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """x [T, H, D] with rows as descriptors want them: contiguous, apart, aligned; heads padded."""
-    x = _padded(x if dtype is None or x.dtype == dtype else x.to(dtype))
+    dtype = dtype or x.dtype
+    if _is_ready(x, dtype):
+        return x
+    x = _padded(x.to(dtype))
+    return x if _is_ready(x, dtype) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _is_ready(x: Tensor, dtype: torch.dtype) -> bool:
     _, heads, dim = x.shape
     row, head, one = x.stride()
     packed = one == 1 and (heads == 1 or head == dim) and row >= heads * dim
     aligned = row * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
-    return x if packed and aligned else x.clone(memory_format=torch.contiguous_format)
+    return packed and aligned and x.dtype == dtype and dim == _padded_dim(dim)
 
 
 def _padded(x: Tensor) -> Tensor:

@@ -53,9 +53,9 @@ class _RingAttention(torch.autograd.Function):
         for q_, k_, v_, out_ in _by_heads(heads, q, k, v, out):
             sums = _Sums((out_,), pieces * sum(seen.meets[seen.shard.rank]))
             for piece in range(pieces):
-                part = len(rounds) if pieces == 1 else 0, piece, pieces
+                part = len(rounds) if heads > 1 else 0, piece, pieces
                 rounds.append(_forward(seen, ctx.factors, part, sums, q_, k_, v_))
-        _go(rounds, pieces)
+        _go(rounds, ahead=heads > 1)
         return out
 
     @staticmethod
@@ -69,9 +69,9 @@ class _RingAttention(torch.autograd.Function):
             of_q = _Sums((grads[0],), pieces * sum(seen.meets[rank]))
             of_k = _Sums((grads[1], grads[2]), pieces * sum(seen.met_by[rank]))
             for piece in range(pieces):
-                part = len(rounds) if pieces == 1 else 0, piece, pieces
+                part = len(rounds) if heads > 1 else 0, piece, pieces
                 rounds.append(_backward(seen, ctx.factors, part, of_q, of_k, q_, k_, v_, dout_))
-        _go(rounds, pieces)
+        _go(rounds, ahead=heads > 1)
         return dq, dk, dv, None, None, None
 
 
@@ -150,17 +150,17 @@ def _backward(
     return _Round(rings, differentiate)
 
 
-def _go(rounds: list[_Round], pieces: int) -> None:
+def _go(rounds: list[_Round], ahead: bool) -> None:
     """The work of each round, step by step, while the next rows come.
 
     Where kernels can see that rows have come, the first two steps are one: what comes early needs
-    no sums in between. And inside a node, the first rows of a round come during the last work of
-    the round before, in buffers of their own: not where rows are cut in pieces, since the work on
-    one takes so long that nothing is gained, and long sequences want the memory.
+    no sums in between. ahead: the first rows of a round come during the last work of the round
+    before, inside a node, in buffers of their own. Not where a message is a single head's: the work
+    on it takes so long that little is gained, and long sequences want the memory.
     """
     one = rounds[0].rings[0]
     link, last = one.within, one.places - 1
-    ahead = one.nodes == 1 and pieces == 1
+    ahead = ahead and one.nodes == 1
     link.begin()
     for index, round in enumerate(rounds):
         begun = ahead and index > 0

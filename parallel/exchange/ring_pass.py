@@ -45,7 +45,7 @@ class RingPass:
         pieces: int,
     ) -> None:
         """name: of the messages. rows: this rank's own. wanted: [rank][owner], of whose rows.
-        round: of this piece; those before may not be done yet."""
+        round: how many come before, perhaps not done yet."""
         links = seen.shard.links
         assert links is not None
         self.names = (name, f"next {name}")  # in turn: one fills while the other is read

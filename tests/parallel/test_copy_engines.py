@@ -246,6 +246,7 @@ def run_rank(
     node: int,
     nodes: int,
     copies: bool,
+    heads: int,
 ) -> list[Any]:
     """Two layers forward and backward, batch after batch. Returns all memory, to be kept."""
 
@@ -299,7 +300,7 @@ def run_rank(
             none = torch.zeros_like(lengths)
             shard = Shard(lengths, none, parts, {}, everybody, rank, CPU, links)
             seen = Visibility(shard, lambda *a: hstu_intervals(*a, window=30))
-            shape = (shard.rows.num_rows, 1, 8)
+            shape = (shard.rows.num_rows, heads, 8)
             qkv = [torch.zeros(shape).requires_grad_() for _ in range(3)]
             for _ in range(2):
                 out = ring.ring_attention(*qkv, seen=seen, alpha=1.0, scale=1.0)
@@ -312,7 +313,7 @@ def run_rank(
     return kept
 
 
-def take_down(size: int, layout: str, nodes: int = 1, copies: bool = True) -> Graph:
+def take_down(size: int, layout: str, nodes: int = 1, copies: bool = True, heads: int = 1) -> Graph:
     """size: ranks of a node. copies: by copy engines; else all of it is sent and received."""
     graph, kept = Graph(), []
     for node in range(nodes):
@@ -320,7 +321,7 @@ def take_down(size: int, layout: str, nodes: int = 1, copies: bool = True) -> Gr
         for place in range(size):
             device = Device(graph, place, buffers)
             batches = [[90, 7, 0], [60, 40], [3, 1]]
-            kept.append(run_rank(device, size, layout, batches, node, nodes, copies))
+            kept.append(run_rank(device, size, layout, batches, node, nodes, copies, heads))
     assert kept
     return graph
 
@@ -340,6 +341,13 @@ def test_all_uses_of_memory_are_ordered(size: int, layout: str, message_bytes: i
 def test_so_they_are_without_copy_engines(size: int, message_bytes: int) -> None:
     with patch.object(ring, "MESSAGE_BYTES", message_bytes):
         assert not take_down(size, "zigzag", copies=False).races()
+
+
+@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize("size", [2, 3])
+def test_so_they_are_where_messages_come_ahead(size: int, copies: bool) -> None:
+    with patch.object(ring, "MESSAGE_BYTES", 7 << 10):  # two heads' rows
+        assert not take_down(size, "zigzag", copies=copies, heads=4).races()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
