@@ -89,6 +89,7 @@ class Trainer:
             dense,
             self.mesh.world,
             precision,
+            config.train.fp32_residual,
             self.sharding.exchange,
         )
         self.optimizer = build_optimizer(dense, config.optim)

@@ -16,17 +16,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kernels.row_sums import Sum, Term, sum_rows
 from kernels.transfer import copy_together
 from parallel.shard import Shard
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one forward pass looks up and where it goes: int64, on the device but for ids."""
+    """What one forward pass looks up and where it goes: on the device but for ids; int64."""
 
     ids: dict[str, Tensor]  # embedding feature -> ids, on the host
     rows: dict[str, Tensor]  # the same features -> rows of this rank they are added to
-    gaps: Tensor  # [rows]: seconds since the token before
+    positions: Tensor  # int32 [rows]: all candidates share one, the end of the history
+    buckets: Tensor  # int32 [rows]: of the time since the token before
     label_rows: Tensor  # rows that predict something
     labels: Tensor  # what they predict: the next item (retrieval), a bitmask of tasks (ranking)
     label_ids: Tensor  # the same, on the host
@@ -39,11 +41,13 @@ def make_inputs(
     contextual: Sequence[str],
     task: str,
     style: str,
+    time_buckets: int,
     last_only: bool,
 ) -> Inputs:
     """Index lists of this rank's rows.
 
     contextual: names of the contextual features, one token each, in order.
+    time_buckets: how many there are.
     last_only: retrieval predicts from the last history token alone (evaluation).
     """
     rows = shard.rows
@@ -73,8 +77,12 @@ def make_inputs(
     ids = {name: source.get(name, shard.tokens["id"])[index] for name, index in at.items()}
     label_rows = where(predicts)
     label_ids = shard.tokens["label"][label_rows]
-    gaps, label_rows, labels, *indices = copy_together(
-        [shard.tokens["gap"], label_rows, label_ids, *at.values()], shard.device
+    label_rows, labels, *indices = copy_together(
+        [label_rows, label_ids, *at.values()], shard.device
+    )
+    positions, buckets = copy_together(
+        [torch.minimum(position, history), bucket_of(shard.tokens["gap"], time_buckets)],
+        shard.device,
     )
     lengths, num_targets = shard.of_all or (shard.lengths, shard.num_targets)
     num_labels = count_labels(
@@ -85,9 +93,8 @@ def make_inputs(
         style=style,
         last_only=last_only,
     )
-    return Inputs(
-        ids, dict(zip(at, indices, strict=True)), gaps, label_rows, labels, label_ids, num_labels
-    )
+    rows_of = dict(zip(at, indices, strict=True))
+    return Inputs(ids, rows_of, positions, buckets, label_rows, labels, label_ids, num_labels)
 
 
 def count_labels(
@@ -109,23 +116,13 @@ def count_labels(
     return int((event_tokens // per_event).sum())
 
 
-def position_ids(shard: Shard) -> Tensor:
-    """int32 [rows]: positions; all candidates of a sequence share one, the end of its history."""
-    history = (shard.device_lengths - shard.device_num_targets)[shard.device_rows.sequence_ids()]
-    return torch.minimum(shard.device_rows.positions, history)
-
-
-def time_buckets(gap: Tensor, buckets: int) -> Tensor:
+def bucket_of(gap: Tensor, buckets: int) -> Tensor:
     """HSTU's floor(log(max(gap, 1)) / 0.301) (arXiv 2402.17152): seconds -> bucket ids, int32."""
-    return (gap.clamp(min=1).double().log() / 0.301).floor().int().clamp(max=buckets - 1)
+    return (gap.clamp(min=1).double().log() / 0.301).floor().int().clamp(max=max(buckets - 1, 0))
 
 
 class InputEncoder(nn.Module):
-    """Sums what each token has: item, action, contextual feature, position, time gap.
-
-    Positions and time buckets are int32: an embedding's backward sorts its indices, in half as
-    many passes as int64.
-    """
+    """Adds to what the tables say of each token its position and the time since the one before."""
 
     def __init__(self, width: int, max_length: int, buckets: int, dropout: float) -> None:
         super().__init__()
@@ -135,13 +132,13 @@ class InputEncoder(nn.Module):
         for module in filter(None, (self.position, self.time)):
             nn.init.normal_(module.weight, std=0.02)
 
-    def forward(self, embedded: dict[str, Tensor], inputs: Inputs, shard: Shard) -> Tensor:
-        """[rows, width] from feature -> [n, width]."""
-        x = self.position(position_ids(shard))
+    def forward(self, embedded: Tensor, inputs: Inputs) -> Tensor:
+        """[rows, width], from and to the same dtype."""
+        tables, terms = [self.position.weight], [Term(0, inputs.positions)]
         if self.time is not None:
-            x = x + self.time(time_buckets(inputs.gaps, self.time.num_embeddings))
-        for name, rows in inputs.rows.items():
-            x = x.index_add_(0, rows, embedded[name])
+            tables.append(self.time.weight)
+            terms.append(Term(1, inputs.buckets))
+        (x,) = sum_rows(tables, [Sum(len(embedded), embedded.dtype, terms, embedded)])
         return self.dropout(x)
 
 

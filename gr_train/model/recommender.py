@@ -23,7 +23,7 @@ from gr_train.model.hstu import HSTULayer
 from gr_train.model.inputs import InputEncoder, Inputs, init_linear, make_inputs
 from gr_train.model.mask import choose_sharding, mask_intervals
 from gr_train.model.sasrec import SASRecLayer
-from kernels.backend import compute_dtype
+from kernels.row_sums import Sum, sum_rows, take_rows
 from kernels.sampled_softmax import sampled_softmax_loss
 from kernels.transfer import copy_to
 from parallel.attention import make_ready
@@ -48,12 +48,11 @@ def tables(config: ModelConfig, info: DatasetInfo) -> list[Table]:
 
 
 class DenseModel(nn.Module):
-    """Embedded tokens in, what the label rows say out."""
+    """Embedded tokens in, what the label rows say out. The residual stream keeps their dtype."""
 
     def __init__(self, config: Config, info: DatasetInfo) -> None:
         super().__init__()
         model, max_length = config.model, config.data.max_length
-        self.fp32_residual = config.train.fp32_residual
         self.encoder = InputEncoder(model.width, max_length, model.time_buckets, model.dropout)
         self.sharding = choose_sharding(config)
         count = model.num_layers
@@ -72,14 +71,13 @@ class DenseModel(nn.Module):
             else nn.Identity()
         )
 
-    def forward(self, embedded: dict[str, Tensor], inputs: Inputs, seen: Visibility) -> Tensor:
-        """[label rows, width] for retrieval, logits [label rows, tasks] for ranking."""
-        x = self.encoder(embedded, inputs, seen.shard)
-        if not self.fp32_residual:
-            x = x.to(compute_dtype(x))
+    def forward(self, embedded: Tensor, inputs: Inputs, seen: Visibility) -> Tensor:
+        """[rows, width] -> [label rows, width] for retrieval, logits [label rows, tasks] for
+        ranking."""
+        x = self.encoder(embedded, inputs)
         for layer in self.layers:
             x = layer(x, seen)
-        return self.head(self.norm(x.index_select(0, inputs.label_rows)))
+        return self.head(self.norm(take_rows(x, inputs.label_rows)))
 
 
 @dataclass(frozen=True)
@@ -107,15 +105,18 @@ class Recommender:
         dense: nn.Module,
         world: dist.ProcessGroup | None,
         precision: torch.dtype | None = None,
+        fp32_residual: bool = False,
         exchange: str = "ring",
     ) -> None:
         """precision: of the dense model's matrix products; None leaves them in float32.
 
+        fp32_residual: its residual stream is in float32 even so.
         exchange: the dense model's, to be prepared for.
         """
         self.config, self.info = config, info
         self.embeddings, self.dense, self.world = embeddings, dense, world
         self.precision, self.exchange = precision, exchange
+        self.residual = torch.float32 if fp32_residual or precision is None else precision
         self.mask = partial(mask_intervals, config.mask, len(info.contextual))
         self.features = [name for table in tables(config, info) for name in table.features]
 
@@ -131,6 +132,7 @@ class Recommender:
             contextual=list(self.info.contextual),
             task=self.config.task,
             style=self.config.input_style,
+            time_buckets=self.config.time_buckets,
             last_only=last_only,
         )
         ids = dict(inputs.ids)
@@ -151,17 +153,13 @@ class Recommender:
         Each rank returns world size * its sum / global count: the mean over ranks, of the value and
         of every gradient, is then the global mean. TorchRec averages gradients over ranks as well.
         """
-        out, found = self._forward(batch)
+        out, embedded = self._forward(batch)
         labels = batch.inputs.labels
         if self.config.task == "retrieval":
             assert batch.negatives is not None
+            own, others = embedded
             total = sampled_softmax_loss(
-                out,
-                labels,
-                found["label"],
-                batch.negatives,
-                found["negative"],
-                self.config.temperature,
+                out, labels, own, batch.negatives, others, self.config.temperature
             )
         else:
             total = binary_tasks_loss(out, labels)
@@ -169,22 +167,27 @@ class Recommender:
 
     def predict(self, batch: Prepared) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the label rows say, their labels, and the labels' embeddings (retrieval)."""
-        out, found = self._forward(batch)
-        labelled = self.config.task == "retrieval"
-        return out, batch.inputs.labels, found["label"] if labelled else None
+        out, embedded = self._forward(batch)
+        return out, batch.inputs.labels, embedded[0] if embedded else None
 
     def item_embeddings(self, items: Tensor, device: torch.device) -> Tensor:
         """[n, width] of item ids [n] on the host; every rank may ask for other items."""
-        return self._route({"item": items}, device).look_up()["item"]
+        return self._route({"item": items}, device).look_up().values("item")
 
-    def _forward(self, batch: Prepared) -> tuple[Tensor, dict[str, Tensor]]:
-        found = batch.routed.look_up()
+    def _forward(self, batch: Prepared) -> tuple[Tensor, list[Tensor]]:
+        """What the dense model says, and for retrieval the embeddings of labels and negatives."""
+        found, inputs, seen = batch.routed.look_up(), batch.inputs, batch.seen
+        tokens = [found.term(name, rows) for name, rows in inputs.rows.items()]
+        sums = [Sum(seen.shard.rows.num_rows, self.residual, tokens)]
+        if self.config.task == "retrieval":
+            sums += [found.alone("label"), found.alone("negative")]
+        embedded, *others = sum_rows(found.rows, sums)
         # Losses and ranks stay outside: they compare items whose scores half precision would tie.
         autocast = torch.autocast(
-            batch.seen.shard.device.type, self.precision, enabled=self.precision is not None
+            seen.shard.device.type, self.precision, enabled=self.precision is not None
         )
         with autocast:
-            return self.dense(found, batch.inputs, batch.seen), found
+            return self.dense(embedded, inputs, seen), others
 
     def _route(self, ids: dict[str, Tensor], device: torch.device) -> Routed:
         """Sharded tables want every feature in every call: those not asked for get no ids."""

@@ -80,6 +80,8 @@ def specialization(x: Any) -> object:
         return kind
     if isinstance(x, TensorDescriptor):
         return x.base.dtype, tuple(x.block_shape)
+    if kind is tuple:
+        return tuple(map(specialization, x))
     return x
 
 

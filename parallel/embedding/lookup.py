@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEmbeddingCollection
 from torchrec.distributed.embedding_sharding import BaseSparseFeaturesDist
@@ -25,6 +24,7 @@ from torchrec.distributed.sharding.sequence_sharding import SequenceShardingCont
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from kernels.row_sums import Sum, Term, sum_rows
 from kernels.transfer import copy_together
 from parallel.trade import trade_rows
 
@@ -43,17 +43,44 @@ class Routed:
     context: EmbeddingCollectionContext | None = None  # if the tables are sharded: the way back
     wanted: tuple[_Wanted, ...] = ()  # and of each kind of sharding, where to find what was asked
 
-    def look_up(self) -> dict[str, Tensor]:
-        """Feature -> [n, dim]. Collective if the tables are sharded."""
-        if not isinstance(self.tables, ShardedEmbeddingCollection):
+    def look_up(self) -> Found:
+        """Collective if the tables are sharded."""
+        rows: list[Tensor] = []
+        where: dict[str, tuple[int, Tensor]] = {}
+        if isinstance(self.tables, ShardedEmbeddingCollection):
+            coming: Any = self.tables.compute_and_output_dist(self.context, self.ids)
+            for wanted, arriving in zip(self.wanted, coming._awaitables_per_sharding, strict=True):
+                found = wanted.rows.split(wanted.counts)
+                where |= {
+                    name: (len(rows), x) for name, x in zip(wanted.features, found, strict=True)
+                }
+                rows.append(arriving.wait())
+        else:
             plain = self.tables(self.ids)
-            return {feature: plain[feature].values() for feature in self.features}
-        coming: Any = self.tables.compute_and_output_dist(self.context, self.ids)
-        found: dict[str, Tensor] = {}
-        for wanted, arriving in zip(self.wanted, coming._awaitables_per_sharding, strict=True):
-            values = F.embedding(wanted.rows, arriving.wait())
-            found |= dict(zip(wanted.features, values.split(wanted.counts), strict=True))
-        return {feature: found[feature] for feature in self.features}
+            for name in self.features:
+                x = plain[name].values()
+                where[name] = len(rows), torch.arange(len(x), dtype=torch.int32, device=x.device)
+                rows.append(x)
+        return Found(rows, {name: where[name] for name in self.features})
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rows of tables, each there once, and which of them the ids of each feature mean."""
+
+    rows: Sequence[Tensor]  # [., dim] each
+    where: dict[str, tuple[int, Tensor]]  # feature -> which of these tensors, int32 [n] in it
+
+    def term(self, feature: str, places: Tensor | None = None) -> Term:
+        """What a feature's ids bring to a sum; see `kernels.row_sums`."""
+        return Term(*self.where[feature], places)
+
+    def alone(self, feature: str) -> Sum:
+        """[n, dim]: of each id of a feature its row, in float32."""
+        return Sum(len(self.where[feature][1]), torch.float32, [self.term(feature)])
+
+    def values(self, feature: str) -> Tensor:
+        return sum_rows(self.rows, [self.alone(feature)])[0]
 
 
 @dataclass(frozen=True)

@@ -149,14 +149,23 @@ def single_step(task: str, style: str, kind: str, before: dict[str, torch.Tensor
     batch = make_batch(global_samples(task, style), config)
     shard = shard_batch(batch, ZigzagLayout(1), None)
     inputs = make_inputs(
-        shard, contextual=list(info.contextual), task=task, style=style, last_only=False
+        shard,
+        contextual=list(info.contextual),
+        task=task,
+        style=style,
+        time_buckets=config.model.time_buckets,
+        last_only=False,
     )
     labels, ids = inputs.labels, dict(inputs.ids)
     if task == "retrieval":
         ids |= {"label": labels, "negative": NEGATIVES}
-    found = route(embeddings, ids, CPU).look_up()
+    looked_up = route(embeddings, ids, CPU).look_up()
+    found = {name: looked_up.values(name) for name in ids}
+    embedded = torch.zeros(shard.rows.num_rows, config.model.width)
+    for name, rows in inputs.rows.items():
+        embedded = embedded.index_add(0, rows, found[name])
     mask = partial(mask_intervals, config.model.mask, len(info.contextual))
-    out = dense(found, inputs, Visibility(shard, mask))
+    out = dense(embedded, inputs, Visibility(shard, mask))
     if task == "retrieval":
         unit = {name: F.normalize(found[name], dim=-1) for name in ("label", "negative")}
         out = F.normalize(out, dim=-1)

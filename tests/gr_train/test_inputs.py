@@ -28,6 +28,7 @@ def test_counted_labels_are_those_found(task: str, style: str, last_only: bool) 
         contextual=CONTEXTUAL,
         task=task,
         style=style,
+        time_buckets=8,
         last_only=last_only,
     )
     assert inputs.num_labels == inputs.label_rows.numel() > 0

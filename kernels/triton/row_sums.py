@@ -1,0 +1,189 @@
+"""Sums of rows of tables, and the sums of gradients that each of those rows gets.
+
+The second are of sorted keys: programs take an even share of the entries each, whatever their keys,
+and add up those of equal ones. A sum that begins or ends in another program's share is written to a
+list, and the list, sorted as it is, goes the same way.
+"""
+
+# ruff: noqa: N803, N806 (Triton's constants are written in capitals)
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.triton.integers import cdiv
+from kernels.triton.launcher import remembered
+from kernels.triton.rows import block_at, block_shape, load_block, store_block
+
+ENTRIES = 64  # of a program; each list is at most 2 / 64 as long as the one before
+COLUMNS = 128
+
+Taken = tuple[Tensor, Tensor | None]  # int32 [n] rows of a table; int64 [n] places in the sum
+
+
+def forward(
+    tables: Sequence[Tensor],
+    taken: Sequence[Taken],
+    add: Tensor | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """[rows, width]: `add` plus what is taken from each of the tables, summed in float32."""
+    num_rows, width = shape
+    out = torch.empty(shape, dtype=dtype, device=tables[0].device)
+    rows, places = taken[0]
+    if len(taken) > 1 or places is not None:
+        columns = rows.new_full((len(taken), num_rows), -1)
+        for column, (rows, places) in zip(columns, taken, strict=True):
+            if places is None:
+                column.copy_(rows)
+            else:
+                column[places] = rows
+    else:
+        columns = rows
+    if num_rows:
+        block_rows, block, warps = block_shape(width)
+        sum_rows_kernel[(cdiv(num_rows, block_rows),)](
+            tuple(x.contiguous() for x in tables),
+            columns,
+            add,
+            out,
+            num_rows,
+            WIDTH=width,
+            ROWS=block_rows,
+            COLUMNS=block,
+            num_warps=warps,
+        )
+    return out
+
+
+def add_gradients(grad: Tensor, taken: Sequence[Taken], dout: Tensor) -> None:
+    """To each row of grad, float32 [R, width], the sum of those of dout [rows, width] that took
+    it."""
+    dout = dout.contiguous()
+    keys = torch.cat([rows for rows, _ in taken])
+    if not len(keys):
+        return
+    keys, order = keys.sort(stable=True)
+    if len(taken) == 1 and taken[0][1] is None:
+        rows = order
+    else:
+        every = torch.arange(len(dout), device=dout.device)
+        rows = torch.cat([every if places is None else places for _, places in taken])[order]
+    _add_segments(grad, keys, rows, dout)
+
+
+def _add_segments(grad: Tensor, keys: Tensor, rows: Tensor | None, x: Tensor) -> None:
+    """keys: int32 [n], sorted, of x's rows, or of x itself if None."""
+    n, width = len(keys), grad.shape[1]
+    chunks, strips = cdiv(n, ENTRIES), cdiv(width, COLUMNS)
+    parts, part_keys = None, None
+    if chunks > 1:
+        parts, part_keys = grad.new_empty(2 * chunks, width), keys.new_empty(2 * chunks)
+    segment_sums_kernel[(chunks * strips,)](
+        keys,
+        rows,
+        x,
+        grad,
+        part_keys,
+        parts,
+        n,
+        WIDTH=width,
+        STRIPS=strips,
+        ENTRIES=ENTRIES,
+        COLUMNS=COLUMNS,
+        num_warps=4,
+    )
+    if parts is not None and part_keys is not None:
+        _add_segments(grad, part_keys, None, parts)
+
+
+@remembered
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["columns_ptr"])
+def sum_rows_kernel(
+    tables,
+    columns_ptr,
+    add_ptr,
+    out_ptr,
+    num_rows,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    rows, columns, inside = block_at(tl.program_id(0), 0, num_rows, WIDTH, ROWS, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    if add_ptr is not None:
+        total += load_block(add_ptr, WIDTH, rows, columns, inside).to(tl.float32)
+    for i in tl.static_range(len(tables)):
+        at = columns_ptr + num_rows.to(tl.int64) * i + rows
+        taken = tl.load(at, mask=rows < num_rows, other=-1).to(tl.int64)
+        takes = inside & (taken >= 0)[:, None]
+        total += load_block(tables[i], WIDTH, taken, columns, takes).to(tl.float32)
+    store_block(out_ptr, WIDTH, total, rows, columns, inside)
+
+
+@remembered
+@triton.jit(do_not_specialize=["num_entries"], do_not_specialize_on_alignment=["keys_ptr"])
+def segment_sums_kernel(
+    keys_ptr,
+    rows_ptr,
+    x_ptr,
+    sums_ptr,
+    part_keys_ptr,
+    parts_ptr,
+    num_entries,
+    WIDTH: tl.constexpr,
+    STRIPS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Adds to sums [., WIDTH] those of equal keys. Of a program's first and last sum, if others
+    have a part in it, what is found here goes to parts [2 x programs, WIDTH] instead."""
+    chunk = tl.program_id(0) // STRIPS
+    first = chunk * ENTRIES
+    last = tl.minimum(first + ENTRIES, num_entries) - 1
+    lane = tl.arange(0, ENTRIES)
+    entries = first + lane
+    inside = entries <= last
+    keys = tl.load(keys_ptr + entries, mask=inside, other=-1)
+    before = tl.load(keys_ptr + entries - 1, mask=inside & (lane > 0), other=-1)
+    segments = tl.cumsum((inside & (lane > 0) & (keys != before)).to(tl.int32), 0)
+    last_segment = tl.max(segments, 0)
+    first_key = tl.load(keys_ptr + first)
+    last_key = tl.load(keys_ptr + last)
+    left_key = tl.load(keys_ptr + first - 1, mask=first > 0, other=-1)
+    right_key = tl.load(keys_ptr + last + 1, mask=last + 1 < num_entries, other=-1)
+
+    rows = entries.to(tl.int64)
+    if rows_ptr is not None:
+        rows = tl.load(rows_ptr + entries, mask=inside, other=0)
+    columns = tl.program_id(0) % STRIPS * COLUMNS + tl.arange(0, COLUMNS)
+    within = (columns < WIDTH)[None, :]
+    x = load_block(x_ptr, WIDTH, rows, columns, inside[:, None] & within).to(tl.float32)
+    belongs = (lane[:, None] == segments[None, :]) & inside[None, :]  # [segments, entries]
+    # One tf32 product is exact for numbers of 16 bits, as three are for all but 2 of float32's 24.
+    PRECISION: tl.constexpr = "tf32x3" if x_ptr.dtype.element_ty == tl.float32 else "tf32"
+    sums = tl.dot(belongs.to(tl.float32), x, input_precision=PRECISION)
+
+    begun = (lane == 0) & (first_key == left_key)
+    unfinished = (lane == last_segment) & (last_key == right_key)
+    here = (lane <= last_segment) & ~begun & ~unfinished
+    to = tl.max(tl.where(belongs, keys[None, :], 0), 1).to(tl.int64)
+    mask = here[:, None] & within
+    store_block(
+        sums_ptr, WIDTH, sums + load_block(sums_ptr, WIDTH, to, columns, mask), to, columns, mask
+    )
+    if parts_ptr is not None:
+        part = tl.sum(tl.where(begun[:, None], sums, 0), 0)
+        at = parts_ptr + chunk.to(tl.int64) * (2 * WIDTH) + columns
+        tl.store(at, part, mask=columns < WIDTH)
+        part = tl.sum(tl.where((unfinished & ~begun)[:, None], sums, 0), 0)
+        tl.store(at + WIDTH, part, mask=columns < WIDTH)
+        if tl.program_id(0) % STRIPS == 0:
+            tl.store(part_keys_ptr + 2 * chunk, first_key)
+            tl.store(part_keys_ptr + 2 * chunk + 1, last_key)
