@@ -114,11 +114,12 @@ class _SumRows(torch.autograd.Function):
                 grads.append(None)
                 continue
             shape, dtype = ctx.like[table]
-            grad = torch.zeros(shape, dtype=torch.float32, device=douts[0].device)
+            grad, fresh = torch.zeros(shape, dtype=torch.float32, device=douts[0].device), True
             for x, dout in zip(ctx.sums, douts, strict=True):
                 taken = [(term.rows, term.places) for term in x.terms if term.table == table]
                 if taken:
-                    row_sums.add_gradients(grad, taken, dout)
+                    row_sums.add_gradients(grad, taken, dout, fresh)
+                    fresh = False
             grads.append(grad.to(dtype))
         for like, dout in zip(ctx.like[num_tables:], douts, strict=True):
             grads.append(None if like is None else dout.to(like[1]))

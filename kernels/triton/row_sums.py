@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.integers import cdiv
+from kernels.triton.integers import cdiv, next_power_of_2
 from kernels.triton.launcher import remembered
 from kernels.triton.rows import block_at, block_shape, load_block, store_block
 
 ENTRIES = 64  # of a program; each list is at most 2 / 64 as long as the one before
-COLUMNS = 128
+AT_ONCE = 8  # rows that a program asks for before it adds them up
+COLUMNS = 512
 
 Taken = tuple[Tensor, Tensor | None]  # int32 [n] rows of a table; int64 [n] places in the sum
 
@@ -62,9 +63,11 @@ def forward(
     return out
 
 
-def add_gradients(grad: Tensor, taken: Sequence[Taken], dout: Tensor) -> None:
-    """To each row of grad, float32 [R, width], the sum of those of dout [rows, width] that took
-    it."""
+def add_gradients(grad: Tensor, taken: Sequence[Taken], dout: Tensor, fresh: bool) -> None:
+    """To each row of grad, float32 [R, width], the sum of those of dout [rows, width] that took it.
+
+    fresh: grad is all zeros.
+    """
     dout = dout.contiguous()
     keys = torch.cat([rows for rows, _ in taken])
     if not len(keys):
@@ -75,13 +78,14 @@ def add_gradients(grad: Tensor, taken: Sequence[Taken], dout: Tensor) -> None:
     else:
         every = torch.arange(len(dout), device=dout.device)
         rows = torch.cat([every if places is None else places for _, places in taken])[order]
-    _add_segments(grad, keys, rows, dout)
+    _add_segments(grad, keys, rows, dout, fresh)
 
 
-def _add_segments(grad: Tensor, keys: Tensor, rows: Tensor | None, x: Tensor) -> None:
+def _add_segments(grad: Tensor, keys: Tensor, rows: Tensor | None, x: Tensor, fresh: bool) -> None:
     """keys: int32 [n], sorted, of x's rows, or of x itself if None."""
     n, width = len(keys), grad.shape[1]
-    chunks, strips = cdiv(n, ENTRIES), cdiv(width, COLUMNS)
+    columns = min(COLUMNS, next_power_of_2(width))
+    chunks, strips = cdiv(n, ENTRIES), cdiv(width, columns)
     parts, part_keys = None, None
     if chunks > 1:
         parts, part_keys = grad.new_empty(2 * chunks, width), keys.new_empty(2 * chunks)
@@ -96,11 +100,13 @@ def _add_segments(grad: Tensor, keys: Tensor, rows: Tensor | None, x: Tensor) ->
         WIDTH=width,
         STRIPS=strips,
         ENTRIES=ENTRIES,
-        COLUMNS=COLUMNS,
+        AT_ONCE=AT_ONCE,
+        COLUMNS=columns,
+        ADD=not fresh,
         num_warps=4,
     )
     if parts is not None and part_keys is not None:
-        _add_segments(grad, part_keys, None, parts)
+        _add_segments(grad, part_keys, None, parts, fresh=False)
 
 
 @remembered
@@ -140,50 +146,64 @@ def segment_sums_kernel(
     WIDTH: tl.constexpr,
     STRIPS: tl.constexpr,
     ENTRIES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ADD: tl.constexpr,
 ):
-    """Adds to sums [., WIDTH] those of equal keys. Of a program's first and last sum, if others
-    have a part in it, what is found here goes to parts [2 x programs, WIDTH] instead."""
+    """Adds to sums [., WIDTH], zeros unless ADD, those of equal keys.
+
+    Of a program's first and last sum, if others have a part in it, what is found here goes to parts
+    [2 x programs, WIDTH] instead.
+    """
     chunk = tl.program_id(0) // STRIPS
+    strip = tl.program_id(0) % STRIPS
+    columns = strip * COLUMNS + tl.arange(0, COLUMNS)
+    within = columns < WIDTH
     first = chunk * ENTRIES
     last = tl.minimum(first + ENTRIES, num_entries) - 1
-    lane = tl.arange(0, ENTRIES)
-    entries = first + lane
-    inside = entries <= last
-    keys = tl.load(keys_ptr + entries, mask=inside, other=-1)
-    before = tl.load(keys_ptr + entries - 1, mask=inside & (lane > 0), other=-1)
-    segments = tl.cumsum((inside & (lane > 0) & (keys != before)).to(tl.int32), 0)
-    last_segment = tl.max(segments, 0)
     first_key = tl.load(keys_ptr + first)
     last_key = tl.load(keys_ptr + last)
-    left_key = tl.load(keys_ptr + first - 1, mask=first > 0, other=-1)
-    right_key = tl.load(keys_ptr + last + 1, mask=last + 1 < num_entries, other=-1)
-
-    rows = entries.to(tl.int64)
-    if rows_ptr is not None:
-        rows = tl.load(rows_ptr + entries, mask=inside, other=0)
-    columns = tl.program_id(0) % STRIPS * COLUMNS + tl.arange(0, COLUMNS)
-    within = (columns < WIDTH)[None, :]
-    x = load_block(x_ptr, WIDTH, rows, columns, inside[:, None] & within).to(tl.float32)
-    belongs = (lane[:, None] == segments[None, :]) & inside[None, :]  # [segments, entries]
-    # One tf32 product is exact for numbers of 16 bits, as three are for all but 2 of float32's 24.
-    PRECISION: tl.constexpr = "tf32x3" if x_ptr.dtype.element_ty == tl.float32 else "tf32"
-    sums = tl.dot(belongs.to(tl.float32), x, input_precision=PRECISION)
-
-    begun = (lane == 0) & (first_key == left_key)
-    unfinished = (lane == last_segment) & (last_key == right_key)
-    here = (lane <= last_segment) & ~begun & ~unfinished
-    to = tl.max(tl.where(belongs, keys[None, :], 0), 1).to(tl.int64)
-    mask = here[:, None] & within
-    store_block(
-        sums_ptr, WIDTH, sums + load_block(sums_ptr, WIDTH, to, columns, mask), to, columns, mask
-    )
+    begun = (first > 0) & (tl.load(keys_ptr + first - 1, mask=first > 0, other=-1) == first_key)
+    more = last + 1 < num_entries
+    unfinished = more & (tl.load(keys_ptr + last + 1, mask=more, other=-1) == last_key)
+    parts = parts_ptr
     if parts_ptr is not None:
-        part = tl.sum(tl.where(begun[:, None], sums, 0), 0)
-        at = parts_ptr + chunk.to(tl.int64) * (2 * WIDTH) + columns
-        tl.store(at, part, mask=columns < WIDTH)
-        part = tl.sum(tl.where((unfinished & ~begun)[:, None], sums, 0), 0)
-        tl.store(at + WIDTH, part, mask=columns < WIDTH)
-        if tl.program_id(0) % STRIPS == 0:
+        parts += chunk.to(tl.int64) * (2 * WIDTH) + columns
+        # Those of whole sums stay zeros: the next list is sorted as it is.
+        tl.store(parts, tl.zeros([COLUMNS], tl.float32), mask=within & ~begun)
+        alone = begun & (first_key == last_key)
+        zeros = within & (alone | ~unfinished)
+        tl.store(parts + WIDTH, tl.zeros([COLUMNS], tl.float32), mask=zeros)
+        if strip == 0:
             tl.store(part_keys_ptr + 2 * chunk, first_key)
             tl.store(part_keys_ptr + 2 * chunk + 1, last_key)
+
+    total = tl.zeros([COLUMNS], tl.float32)
+    for group in range(first, last + 1, AT_ONCE):
+        found = ()
+        for i in tl.static_range(AT_ONCE):  # nothing here waits for anything but keys and rows
+            entry = group + i
+            inside = entry <= last
+            key = tl.load(keys_ptr + entry, mask=inside, other=-1)
+            row = entry.to(tl.int64)
+            if rows_ptr is not None:
+                row = tl.load(rows_ptr + entry, mask=inside, other=0)
+            x = tl.load(x_ptr + row * WIDTH + columns, mask=within & inside, other=0)
+            following = tl.load(keys_ptr + entry + 1, mask=entry < last, other=-1)
+            ends = inside & (key != following)
+            shared = (begun & (key == first_key)) | (unfinished & (key == last_key))
+            whole = within & ends & ~shared
+            before = 0.0
+            if ADD:
+                before = tl.load(sums_ptr + key.to(tl.int64) * WIDTH + columns, mask=whole)
+            found = found + ((x, before, key, ends, shared),)  # type: ignore[assignment] # noqa: RUF005
+        for i in tl.static_range(AT_ONCE):
+            x, before, key, ends, shared = found[i]
+            total += x.to(tl.float32)
+            to = sums_ptr + key.to(tl.int64) * WIDTH + columns
+            tl.store(to, before + total, mask=within & ends & ~shared)
+            if parts_ptr is not None:
+                is_first = begun & (key == first_key)
+                to = parts + tl.where(is_first, 0, WIDTH)
+                tl.store(to, total, mask=within & ends & shared)
+            total = tl.where(ends, 0.0, total)

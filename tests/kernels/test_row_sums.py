@@ -76,7 +76,7 @@ def test_equals_float64(backend: str, width: int, dtype: torch.dtype) -> None:
 
 
 @given(st.integers(0, 40), st.lists(st.integers(1, 9), min_size=3, max_size=3), st.integers(0, 99))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_any_number_of_rows(n: int, sizes: list[int], seed: int) -> None:
     before, fused.ENTRIES = fused.ENTRIES, 16
     case = Case(n, sizes, 5, torch.float32, seed)
@@ -85,7 +85,7 @@ def test_any_number_of_rows(n: int, sizes: list[int], seed: int) -> None:
 
 
 @given(st.lists(st.integers(0, 70), max_size=12), st.integers(0, 99))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_runs_of_equal_keys(runs: list[int], seed: int) -> None:
     """However they lie to the programs' shares: within, across one border, across many."""
     before, fused.ENTRIES = fused.ENTRIES, 16
@@ -93,15 +93,16 @@ def test_runs_of_equal_keys(runs: list[int], seed: int) -> None:
     keys = torch.repeat_interleave(torch.tensor(runs, dtype=torch.int64)).int()
     keys = keys[torch.randperm(len(keys))].to(DEVICE)
     dout = torch.randn(len(keys), 3, device=DEVICE)
-    grad = torch.ones(len(runs) + 1, 3, device=DEVICE)
-    want = grad.double().index_add_(0, keys.long(), dout.double())
-    fused.add_gradients(grad, [(keys, None)], dout)
+    for grad in (torch.zeros(len(runs) + 1, 3), torch.ones(len(runs) + 1, 3)):
+        grad = grad.to(DEVICE)
+        want = grad.double().index_add_(0, keys.long(), dout.double())
+        fused.add_gradients(grad, [(keys, None)], dout, fresh=not grad.any())
+        check([grad], [want])
     fused.ENTRIES = before
-    check([grad], [want])
 
 
 def test_same_bits_in_every_run() -> None:
-    case = Case(2000, [50, 3, 1], 20, torch.bfloat16, seed=0)
+    case = Case(1000, [50, 3, 1], 20, torch.bfloat16, seed=0)
     for x, y in zip(case.run("triton"), case.run("triton"), strict=True):
         assert torch.equal(x, y)
 
