@@ -5,7 +5,7 @@ and add up those of equal ones. A sum that begins or ends in another program's s
 list, and the list, sorted as it is, goes the same way.
 """
 
-# ruff: noqa: N803, N806 (Triton's constants are written in capitals)
+# ruff: noqa: N803 (Triton's constants are written in capitals)
 # mypy: disallow-untyped-defs=False
 from __future__ import annotations
 
