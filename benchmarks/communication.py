@@ -19,6 +19,7 @@ from benchmarks.attention import milliseconds
 from parallel.transport import Message, Transport
 
 BEGIN = "spin_kernel"
+REST = 400_000_000  # cycles, some 0.2 s
 COMMUNICATION = re.compile("nccl|Memcpy", re.IGNORECASE)
 
 
@@ -79,12 +80,13 @@ def _leaving(name: str, given: dict[str, Any], group: Any) -> int:
 def idle_share(call: Callable[[], object], calls: int, trace: str | None) -> float:
     """Of the time that so many calls take, how much the GPU does not compute in.
 
-    It may copy, run NCCL's kernels, wait for another rank or for the host. Two calls come before
-    them: when profilers have started, ranks are not in step, and their hosts not ahead.
+    It may copy, run NCCL's kernels, wait for another rank or for the host. A rest and two calls
+    come before them: when profilers have started, ranks are not in step, and their hosts not ahead.
     trace: file to keep what the profiler saw in.
     """
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
+        torch.cuda._sleep(REST)
         call()
         call()
         torch.cuda._sleep(1)  # a kernel that is told from the others: here it begins
@@ -96,7 +98,7 @@ def idle_share(call: Callable[[], object], calls: int, trace: str | None) -> flo
     events = [
         event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA
     ]
-    first = next(event.time_range.end for event in events if BEGIN in event.name)
+    first = max(event.time_range.end for event in events if BEGIN in event.name)
     events = [event for event in events if event.time_range.start >= first]
     last = max(event.time_range.end for event in events)
     computing, until = 0.0, first

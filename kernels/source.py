@@ -18,8 +18,8 @@ class Arrival(ABC):
         """What is enqueued from now on finds the rows; on a CPU, the host waits."""
 
     def signal(self) -> tuple[Tensor, int] | None:
-        """An int32 in this device's memory, and the least it says once the rows are there: a
-        kernel can look. None: there is no such number.
+        """An int32 in this device's memory, and the least it says once the rows are there, after
+        `wait` at the latest: a kernel can look. None: there is no such number.
         """
         return None
 

@@ -21,11 +21,13 @@ from kernels.triton.runs import (
     MASKED_RUNS,
     RECORD,
     find_block,
-    leave_unless_here,
+    is_here,
+    leave,
     load_runs,
     load_segment,
     query_rows,
     take_over,
+    turn_of,
 )
 from kernels.triton.silu import UNSEEN, silu_and_twice_slope
 
@@ -190,6 +192,8 @@ def query_kernel(
     counter_ptr,
     count,
     left_ptr,
+    again_from,
+    agains,
     sums_ptr,
     k_desc,
     v_desc,
@@ -208,45 +212,52 @@ def query_kernel(
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
     SOURCES: tl.constexpr,
-    FIRST: tl.constexpr,
 ):
     """dq = scale * alpha (add / (scale * alpha) + sum silu'(s) dp k), s and dp as above.
 
-    Grid: query tiles x (TILE / BLOCK_M) x HEADS. Tiles are left as in the forward."""
+    Grid: query tiles x (TILE / BLOCK_M) x HEADS, and `agains`. Tiles are left as in the forward."""
     PARTS: tl.constexpr = TILE // BLOCK_M
-    head = tl.program_id(0) % HEADS
-    part = tl.program_id(0) // HEADS % PARTS
-    record = tiles_ptr + (tl.program_id(0) // (HEADS * PARTS)).to(tl.int64) * (SOURCES * RECORD)
+    place, again = tl.program_id(0), False
+    if left_ptr is not None:
+        place, again = turn_of(again_from, agains)
+    head = place % HEADS
+    part = place // HEADS % PARTS
+    record = tiles_ptr + (place // (HEADS * PARTS)).to(tl.int64) * (SOURCES * RECORD)
     queries, inside, some = query_rows(record, part, BLOCK_M)
-    if FIRST == 1:
-        some = some & take_over(left_ptr)
+    if left_ptr is not None:  # noqa: SIM102 (known to the compiler)
+        if again:
+            some = some & take_over(counter_ptr, count, left_ptr, place)
     if not some:
         return
 
     q = load_rows(q_ptr, queries, inside, q_stride, head * QK_DIM, QK_DIM)
     dout = load_rows(dout_ptr, queries, inside, dout_stride, head * V_DIM, V_DIM)
-    if FIRST == 1:
-        dq = load_rows(sums_ptr, queries, inside, HEADS * QK_DIM, head * QK_DIM, QK_DIM)
-    elif add_ptr is None:
+    if add_ptr is None:
         dq = tl.zeros([BLOCK_M, QK_DIM], dtype=tl.float32)
     else:
         dq = load_rows(add_ptr, queries, inside, add_stride, head * QK_DIM, QK_DIM)
         dq /= scale * half_alpha
+    if left_ptr is not None:  # noqa: SIM102 (known to the compiler)
+        if again:
+            dq = load_rows(sums_ptr, queries, inside, HEADS * QK_DIM, head * QK_DIM, QK_DIM)
     of_q = q, dout
     blocks: tl.constexpr = (BLOCK_N, FAST, PRECISION)
-    if FIRST == 0:
-        mask = queries, inside, bounds_ptr, num_rows
-        dq = _differentiate(dq, of_q, k_desc, v_desc, record, mask, head, half_alpha, blocks)
+    mask = queries, inside, bounds_ptr, num_rows
+    dq = _differentiate(dq, of_q, k_desc, v_desc, record, mask, head, half_alpha, again, blocks)
     if SOURCES == 2:
-        if counter_ptr is not None and FIRST == 0:  # noqa: SIM102 (known to the compiler)
-            if leave_unless_here(counter_ptr, count, left_ptr):
+        if left_ptr is not None:
+            here = again
+            if not again:
+                here = is_here(counter_ptr, count)
+            if not here:
                 rows, real, _ = query_rows(record, part, BLOCK_M)
                 store_rows(sums_ptr, HEADS * QK_DIM, None, 0, dq, rows, real, head * QK_DIM)
+                leave(left_ptr, place)
                 return
         mask = queries, inside, next_bounds_ptr, next_num_rows
         keys = next_k_desc, next_v_desc
         record += RECORD
-        dq = _differentiate(dq, of_q, *keys, record, mask, head, half_alpha, blocks)
+        dq = _differentiate(dq, of_q, *keys, record, mask, head, half_alpha, False, blocks)
 
     queries, inside, _ = query_rows(record, part, BLOCK_M)  # again: registers are dear
     dq *= scale * half_alpha
@@ -254,8 +265,10 @@ def query_kernel(
 
 
 @triton.jit
-def _differentiate(dq, of_q, k_desc, v_desc, record, mask, head, half_alpha, BLOCKS: tl.constexpr):
-    """dq plus the sum over one source."""
+def _differentiate(
+    dq, of_q, k_desc, v_desc, record, mask, head, half_alpha, done, BLOCKS: tl.constexpr
+):
+    """dq plus the sum over one source, unless it has been done already."""
     q, dout = of_q
     queries, inside, bounds_ptr, num_rows = mask
     BLOCK_N: tl.constexpr = BLOCKS[0]
@@ -263,6 +276,7 @@ def _differentiate(dq, of_q, k_desc, v_desc, record, mask, head, half_alpha, BLO
     PRECISION: tl.constexpr = BLOCKS[2]
     for kind in tl.static_range(KINDS):
         blocks, runs = load_runs(record, kind, 2, BLOCK_N)
+        blocks = tl.where(done, 0, blocks)
         if kind > 0:
             low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, inside, 1)
         for block in tl.range(blocks):

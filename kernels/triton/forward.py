@@ -2,7 +2,8 @@
 
 Keys may be those of two sources, the second perhaps still on its way when the kernel begins. What
 finds it there when it has done with the first goes on with it; what does not leaves its sums to a
-launch that comes later. Nothing waits, and results are the same, bit by bit.
+program that comes later: in the same launch, if that finds it, or in the next. Nothing waits, and
+results are the same, bit by bit.
 """
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
@@ -17,10 +18,12 @@ from kernels.triton.runs import (
     KINDS,
     RECORD,
     find_block,
-    leave_unless_here,
+    is_here,
+    leave,
     load_runs,
     query_rows,
     take_over,
+    turn_of,
 )
 from kernels.triton.silu import UNSEEN, silu
 
@@ -59,7 +62,10 @@ def store_rows(ptr, stride, add_ptr, add_stride, x, rows, inside, column0):
 
 
 # Sources come last among the arguments of every kernel, the second of them None for none.
-UNSPECIALIZED = ["half_alpha", "scale", "num_rows", "next_num_rows", "count"]
+UNSPECIALIZED = [
+    *("half_alpha", "scale", "num_rows", "next_num_rows"),
+    *("count", "again_from", "agains"),
+]
 
 
 @remembered
@@ -77,6 +83,8 @@ def forward_kernel(
     counter_ptr,
     count,
     left_ptr,
+    again_from,
+    agains,
     sums_ptr,
     k_desc,
     v_desc,
@@ -95,43 +103,51 @@ def forward_kernel(
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
     SOURCES: tl.constexpr,
-    FIRST: tl.constexpr,
 ):
     """out = scale * (add / scale + sum silu(alpha q . k) v).
 
-    Grid: query tiles x (TILE / BLOCK_M) x HEADS. With a counter, tiles whose second source has not
-    come are left, with float32 sums [Tq, HEADS, V_DIM], to a launch with FIRST = 1.
+    Grid: query tiles x (TILE / BLOCK_M) x HEADS, and `agains`. With a counter, tiles whose second
+    source has not come are left, with float32 sums [Tq, HEADS, V_DIM].
     """
     PARTS: tl.constexpr = TILE // BLOCK_M
-    head = tl.program_id(0) % HEADS
-    part = tl.program_id(0) // HEADS % PARTS
-    record = tiles_ptr + (tl.program_id(0) // (HEADS * PARTS)).to(tl.int64) * (SOURCES * RECORD)
+    place, again = tl.program_id(0), False
+    if left_ptr is not None:
+        place, again = turn_of(again_from, agains)
+    head = place % HEADS
+    part = place // HEADS % PARTS
+    record = tiles_ptr + (place // (HEADS * PARTS)).to(tl.int64) * (SOURCES * RECORD)
     queries, inside, some = query_rows(record, part, BLOCK_M)
-    if FIRST == 1:
-        some = some & take_over(left_ptr)
+    if left_ptr is not None:  # noqa: SIM102 (known to the compiler)
+        if again:
+            some = some & take_over(counter_ptr, count, left_ptr, place)
     if not some:
         return
 
     q = load_rows(q_ptr, queries, inside, q_stride, head * QK_DIM, QK_DIM)
-    if FIRST == 1:
-        acc = load_rows(sums_ptr, queries, inside, HEADS * V_DIM, head * V_DIM, V_DIM)
-    elif add_ptr is None:
+    if add_ptr is None:
         acc = tl.zeros([BLOCK_M, V_DIM], dtype=tl.float32)
     else:  # now, not at the end: there is no room for it beside the sums then
         acc = load_rows(add_ptr, queries, inside, add_stride, head * V_DIM, V_DIM) / scale
+    if left_ptr is not None:  # noqa: SIM102 (known to the compiler)
+        if again:
+            acc = load_rows(sums_ptr, queries, inside, HEADS * V_DIM, head * V_DIM, V_DIM)
     blocks: tl.constexpr = (BLOCK_N, FAST, PRECISION)
-    if FIRST == 0:
-        mask = queries, inside, bounds_ptr, num_rows
-        acc = _attend(acc, q, k_desc, v_desc, record, mask, head, half_alpha, blocks)
+    mask = queries, inside, bounds_ptr, num_rows
+    acc = _attend(acc, q, k_desc, v_desc, record, mask, head, half_alpha, again, blocks)
     if SOURCES == 2:
-        if counter_ptr is not None and FIRST == 0:  # noqa: SIM102 (known to the compiler)
-            if leave_unless_here(counter_ptr, count, left_ptr):
+        if left_ptr is not None:
+            here = again
+            if not again:
+                here = is_here(counter_ptr, count)
+            if not here:
                 rows, real, _ = query_rows(record, part, BLOCK_M)
                 store_rows(sums_ptr, HEADS * V_DIM, None, 0, acc, rows, real, head * V_DIM)
+                leave(left_ptr, place)
                 return
         mask = queries, inside, next_bounds_ptr, next_num_rows
         record += RECORD
-        acc = _attend(acc, q, next_k_desc, next_v_desc, record, mask, head, half_alpha, blocks)
+        keys = next_k_desc, next_v_desc
+        acc = _attend(acc, q, *keys, record, mask, head, half_alpha, False, blocks)
 
     queries, inside, _ = query_rows(record, part, BLOCK_M)  # again: registers are dear
     out = acc * scale
@@ -139,14 +155,15 @@ def forward_kernel(
 
 
 @triton.jit
-def _attend(acc, q, k_desc, v_desc, record, mask, head, half_alpha, BLOCKS: tl.constexpr):
-    """acc plus the sum over one source."""
+def _attend(acc, q, k_desc, v_desc, record, mask, head, half_alpha, done, BLOCKS: tl.constexpr):
+    """acc plus the sum over one source, unless it has been done already."""
     queries, inside, bounds_ptr, num_rows = mask
     BLOCK_N: tl.constexpr = BLOCKS[0]
     FAST: tl.constexpr = BLOCKS[1]
     PRECISION: tl.constexpr = BLOCKS[2]
     for kind in tl.static_range(KINDS):  # a loop each: the full blocks' never looks at the mask
         blocks, runs = load_runs(record, kind, 2, BLOCK_N)
+        blocks = tl.where(done, 0, blocks)
         if kind > 0:
             low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, inside, 1)
         for block in tl.range(blocks):

@@ -21,6 +21,9 @@ from kernels.triton.launcher import Rows
 from kernels.triton.plan import Plan, plan_for
 
 MOST_SOURCES = 2  # of a launch
+# What is left are the first tiles, and heavy ones: tried again too late, they would make a tail;
+# too early, and nothing has come yet.
+AGAIN_FROM, AGAINS = 0.7, 0.5  # shares of all tiles: after which, and how many of the first
 
 
 def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor) -> Tensor:
@@ -34,8 +37,7 @@ def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor)
     config, q = walk.config, _ready(q)
     blocks, tiles = config.forward, walk.plan.query_tiles(*walk.more)
     target = _Target(out, add, walk.v_dim)
-    programs = len(tiles) * (config.tile // blocks.m) * q.shape[1]
-    for first, left in walk.launches(programs, target):
+    for programs, left in walk.launches(len(tiles) * (config.tile // blocks.m), target):
         forward_kernel[(programs,)](
             q,
             q.stride(0),
@@ -45,7 +47,6 @@ def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor)
             *walk.factors,
             *left,
             *walk.arguments(blocks.n),
-            FIRST=first,
             **walk.constants(config.tile, blocks),
         )
     return target.finish()
@@ -61,8 +62,7 @@ def query_gradient(
     config, dout, q = walk.config, _ready(dout, q.dtype), _ready(q)
     blocks, tiles = config.query, walk.plan.query_parts(*walk.more)
     target = _Target(out, add, walk.qk_dim)
-    programs = len(tiles) * (config.part // blocks.m) * q.shape[1]
-    for first, left in walk.launches(programs, target):
+    for programs, left in walk.launches(len(tiles) * (config.part // blocks.m), target):
         query_kernel[(programs,)](
             dout,
             q,
@@ -74,7 +74,6 @@ def query_gradient(
             *walk.factors,
             *left,
             *walk.arguments(blocks.n),
-            FIRST=first,
             **walk.constants(config.part, blocks),
         )
     return target.finish()
@@ -174,23 +173,27 @@ class _Walk:
         """Read, if they must be padded: only once they are there."""
         return [[_ready(x, self.dtype) for x in source.rows] for source in self.sources]
 
-    def launches(self, programs: int, target: _Target) -> Iterator[tuple[int, tuple[object, ...]]]:
-        """FIRST of each launch, and its arguments about tiles that are left from one to the next:
-        there are two if the second source is one that a kernel can look for. Who asks for the first
-        must ask for the second, which leaves the plan's counters as they were."""
+    def launches(self, tiles: int, target: _Target) -> Iterator[tuple[int, tuple[object, ...]]]:
+        """Programs of each launch, and its arguments about tiles that are left for later ones.
+
+        There are two if the second source is one that a kernel can look for. Who asks for the first
+        must ask for the second, which leaves the plan's counters as they were.
+        """
+        places = tiles * self.heads
         coming = self.sources[1] if self.more else None
         signal = coming and coming.arrival and coming.arrival.signal()
         if coming and signal and all(_is_ready(x, self.dtype) for x in coming.rows):
             before = self.sources[0].arrival
             if before:
                 before.wait()
-            left = (*signal, self.plan.counters(programs), target.sums_of_left())
-            yield 0, left
+            left, sums = self.plan.counters(places), target.sums_of_left()
+            again_from, agains = int(AGAIN_FROM * places), int(AGAINS * places)
+            yield places + agains, (*signal, left, again_from, agains, sums)
             self.wait()
-            yield 1, left
+            yield places, (*signal, left, 0, places, sums)
         else:
             self.wait()
-            yield 0, (None, 0, None, None)
+            yield places, (None, 0, None, 0, 0, None)
 
     def constants(self, tile: int, blocks: Blocks) -> dict[str, object]:
         return dict(

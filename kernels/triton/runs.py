@@ -51,21 +51,36 @@ def query_rows(record, part, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def leave_unless_here(counter_ptr, count, left_ptr):
-    """Whether a program has to leave its tile to a later launch, since rows have not come.
-
-    They have, and can be read, once another device has counted that far. left_ptr: int32, one for
-    each program, zeros.
-    """
-    here = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="sys") - count >= 0
-    tl.store(left_ptr + tl.program_id(0), 1, mask=not here)
-    return not here
+def turn_of(again_from, agains):
+    """The place among all tiles that a program works at, and whether it is there again: for what
+    was left. So are `agains` programs from a certain one on, at as many places from the first."""
+    program = tl.program_id(0)
+    again = (program >= again_from) & (program < again_from + agains)
+    return program - tl.where(program < again_from, 0, tl.where(again, again_from, agains)), again
 
 
 @triton.jit
-def take_over(left_ptr):
-    """Whether an earlier launch has left this program's tile."""
-    return tl.atomic_xchg(left_ptr + tl.program_id(0), 0) > 0  # one load, for all its warps
+def is_here(counter_ptr, count):
+    """Whether rows have come, and can be read: once another device has counted that far."""
+    return tl.atomic_add(counter_ptr, 0, sem="acquire", scope="sys") - count >= 0
+
+
+@triton.jit
+def leave(left_ptr, place):
+    """Have another program take this one's tile over, whose sums are stored."""
+    tl.debug_barrier()  # by all threads
+    tl.atomic_xchg(left_ptr + place, 1)
+
+
+@triton.jit
+def take_over(counter_ptr, count, left_ptr, place):
+    """Whether a tile was left, and what it was left for is here now."""
+    left = tl.atomic_xchg(left_ptr + place, 0)  # one access, for all warps: they must agree
+    if left > 0:  # noqa: SIM102 (both would be asked for)
+        if not is_here(counter_ptr, count):
+            tl.atomic_xchg(left_ptr + place, 1)
+            left = 0
+    return left > 0
 
 
 @triton.jit
