@@ -8,15 +8,16 @@
     python -m benchmarks.context_parallel step --cp 1 --dp 2 --zipf 1.2 --config ... model...=...
     python -m benchmarks.context_parallel longest --cp 1 2 --memory 24 --config ...
 
-One process a GPU, started anew for every cp; one table. `efficiency` is time at cp = 1 over cp
-times the time here. `idle` is the share of the time in which the GPU computes nothing, from a
-profiler's trace: it copies, waits for another GPU or, also at cp = 1, for the host; `sent` is what
-a rank sends, the messages' own bytes; `host` the time until a call has been enqueued. Times are
-medians of the slowest rank; FLOPs count as in `benchmarks.attention` (backward 2.5 times forward),
-of matrix products 6 a weight and token; MFU is their share of 989 TFLOP/s, the dense bf16 peak of
-H100 and H200. `longest` is the length at which data.batch_size equal sequences use 96 % of
---memory GiB a GPU: tried, with no more memory than that, along the line through the peaks of
-shorter ones.
+One process a GPU, started anew for every cp; one table. At cp = 1 each of the GPUs works alone, all
+side by side, and the mean counts: no two GPUs are equally fast, and a group goes with the slowest.
+`efficiency` is time at cp = 1 over cp times the time here. `idle` is the share of the time in which
+the GPU computes nothing, from a profiler's trace: it copies, waits for another GPU or, also at
+cp = 1, for the host; `sent` is what a rank sends, the messages' own bytes; `host` the time until a
+call has been enqueued. Times are medians of the slowest rank; FLOPs count as in
+`benchmarks.attention` (backward 2.5 times forward), of matrix products 6 a weight and token; MFU is
+their share of 989 TFLOP/s, the dense bf16 peak of H100 and H200. `longest` is the length at which
+data.batch_size equal sequences use 96 % of --memory GiB a GPU: tried, with no more memory than
+that, along the line through the peaks of shorter ones.
 
 --simulate 4 8 adds rank 0 of groups of that size, alone on one GPU, whose messages go nowhere: what
 it computes. `link ms` is what a ring's messages take one after another on an idle link, by the
@@ -28,15 +29,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,6 +84,7 @@ COLUMNS = {  # of the table: title and format
     "peak GiB": ".2f",
 }
 PEAK_TFLOPS = 989  # of H100 and H200, SXM: dense bf16
+TIMES = "ms", "host ms", "idle %"
 WARMUP = {"attention": 300}  # two seconds: a GPU that is still cool runs faster than in training
 
 
@@ -315,18 +320,62 @@ def work_as_rank(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
+@dataclass
+class Run:
+    """The processes of one cp, and the file that rank 0 writes its rows to."""
+
+    process: subprocess.Popen[bytes]
+    file: Path
+
+    @staticmethod
+    def start(
+        args: argparse.Namespace, cp: int, file: Path, *, simulated: bool, gpu: int | None
+    ) -> Run:
+        """gpu: the only one they see."""
+        count = f"--nproc-per-node={cp * args.dp}"
+        torchrun = ["-m", "torch.distributed.run", "--standalone", count]
+        command = [sys.executable, *([] if simulated else torchrun)]
+        command += ["-m", "benchmarks.context_parallel", *sys.argv[1:]]
+        command += ["--worker", str(cp), "--out", str(file), *(["--simulated"] * simulated)]
+        environment = dict(os.environ)
+        if gpu is not None:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+        if gpu:
+            command += ["--trace", ""]
+        return Run(subprocess.Popen(command, env=environment), file)
+
+    def rows(self) -> list[dict]:
+        if self.process.wait():
+            raise SystemExit(f"{self.process.args} failed")
+        found: list[dict] = json.loads(self.file.read_text())
+        return found
+
+
+def measured(args: argparse.Namespace, cp: int, simulated: bool) -> list[dict]:
+    """The rows of one cp; of cp = 1 on each GPU, all side by side, and the mean of their times."""
+    several = cp * args.dp == 1 and not simulated and args.what != "longest"
+    gpus = range(max(args.cp)) if several else [None]
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [
+            Run.start(args, cp, Path(folder) / f"{gpu}.json", simulated=simulated, gpu=gpu)
+            for gpu in gpus
+        ]
+        of_gpus = [run.rows() for run in runs]
+    rows = []
+    for each in zip(*of_gpus, strict=True):
+        times = {x: statistics.mean(row[x] for row in each) for x in TIMES if x in each[0]}
+        rows.append(each[0] | times | {"cp": cp, "each ms": [row["ms"] for row in each]})
+    return rows
+
+
 def launch(args: argparse.Namespace) -> list[dict]:
     """The rows of all cp, each from processes of its own."""
     rows: list[dict] = []
-    for cp, simulated in [*((cp, False) for cp in args.cp), *((cp, True) for cp in args.simulate)]:
-        with tempfile.NamedTemporaryFile() as file:
-            count = f"--nproc-per-node={cp * args.dp}"
-            torchrun = ["-m", "torch.distributed.run", "--standalone", count]
-            command = [sys.executable, *([] if simulated else torchrun)]
-            command += ["-m", "benchmarks.context_parallel", *sys.argv[1:]]
-            command += ["--worker", str(cp), "--out", file.name]
-            subprocess.run([*command, *(["--simulated"] * simulated)], check=True)
-            rows += [{"cp": cp} | row for row in json.load(file)]
+    for cp in args.cp:
+        rows += measured(args, cp, False)
+    for cp in args.simulate:
+        rows += measured(args, cp, True)
     curve = next((row["link"] for row in rows if "link" in row), None)
     for row in rows:
         seconds = row["ms"] / 1e3
