@@ -107,15 +107,16 @@ class Recommender:
         precision: torch.dtype | None = None,
         fp32_residual: bool = False,
         exchange: str = "ring",
+        row_messages: torch.dtype | None = None,
     ) -> None:
         """precision: of the dense model's matrix products; None leaves them in float32.
 
         fp32_residual: its residual stream is in float32 even so.
-        exchange: the dense model's, to be prepared for.
+        exchange: the dense model's, to be prepared for. row_messages: see `route`.
         """
         self.config, self.info = config, info
         self.embeddings, self.dense, self.world = embeddings, dense, world
-        self.precision, self.exchange = precision, exchange
+        self.precision, self.exchange, self.row_messages = precision, exchange, row_messages
         self.residual = torch.float32 if fp32_residual or precision is None else precision
         self.mask = partial(mask_intervals, config.mask, len(info.contextual))
         self.features = [name for table in tables(config, info) for name in table.features]
@@ -151,7 +152,7 @@ class Recommender:
         """The mean loss over the labels of *all* ranks, as a number whose gradient DDP can average.
 
         Each rank returns world size * its sum / global count: the mean over ranks, of the value and
-        of every gradient, is then the global mean. TorchRec averages gradients over ranks as well.
+        of every gradient, is then the global mean. Those of tables are averaged over ranks as well.
         """
         out, embedded = self._forward(batch)
         labels = batch.inputs.labels
@@ -193,4 +194,4 @@ class Recommender:
         """Sharded tables want every feature in every call: those not asked for get no ids."""
         none = torch.zeros(0, dtype=torch.int64)
         every = {name: ids.get(name, none) for name in self.features}
-        return route(self.embeddings, every, device)
+        return route(self.embeddings, every, device, self.row_messages)

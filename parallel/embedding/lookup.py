@@ -11,21 +11,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchrec.distributed.embedding import EmbeddingCollectionContext, ShardedEmbeddingCollection
+from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embedding_sharding import BaseSparseFeaturesDist
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.sharding.rw_sharding import RwSparseFeaturesDist
-from torchrec.distributed.sharding.sequence_sharding import SequenceShardingContext
 from torchrec.modules.embedding_modules import EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from kernels.row_sums import Sum, Term, sum_rows
 from kernels.transfer import copy_together
+from parallel.embedding.fetch import Way, fetch
 from parallel.trade import trade_rows
 
 # TorchRec's input is a batch of bags, and its kernels give each bag one thread. Ids of tokens have
@@ -40,21 +39,20 @@ class Routed:
     tables: EmbeddingCollection | ShardedEmbeddingCollection
     features: tuple[str, ...]
     ids: KeyedJaggedTensor | KJTList
-    context: EmbeddingCollectionContext | None = None  # if the tables are sharded: the way back
-    wanted: tuple[_Wanted, ...] = ()  # and of each kind of sharding, where to find what was asked
+    parts: tuple[_Part, ...] = ()  # if the tables are sharded: of each kind of sharding
 
     def look_up(self) -> Found:
         """Collective if the tables are sharded."""
         rows: list[Tensor] = []
         where: dict[str, tuple[int, Tensor]] = {}
         if isinstance(self.tables, ShardedEmbeddingCollection):
-            coming: Any = self.tables.compute_and_output_dist(self.context, self.ids)
-            for wanted, arriving in zip(self.wanted, coming._awaitables_per_sharding, strict=True):
-                found = wanted.rows.split(wanted.counts)
+            dim = self.tables._embedding_configs[0].embedding_dim
+            for lookup, ids, part in zip(self.tables._lookups, self.ids, self.parts, strict=True):
+                found = part.rows.split(part.counts)
                 where |= {
-                    name: (len(rows), x) for name, x in zip(wanted.features, found, strict=True)
+                    name: (len(rows), x) for name, x in zip(part.features, found, strict=True)
                 }
-                rows.append(arriving.wait())
+                rows.append(fetch(lookup(ids).view(-1, dim), part.way))
         else:
             plain = self.tables(self.ids)
             for name in self.features:
@@ -84,34 +82,40 @@ class Found:
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _Part:
     """What was asked for of the tables of one kind of sharding."""
 
     features: list[str]
     counts: list[int]  # ids of each
-    rows: Tensor  # int32, to be sorted sooner: for each of them, which of the rows that come
+    rows: Tensor  # int32: for each of them, which of the rows that come
+    way: Way
 
 
 def route(
     tables: EmbeddingCollection | ShardedEmbeddingCollection,
     ids: dict[str, Tensor],
     device: torch.device,
+    message_dtype: torch.dtype | None = None,
 ) -> Routed:
     """Feature -> int64 [n] on the host, to the processes that hold the rows. Collective if sharded.
 
     n may differ between features and between ranks. Sharded tables want all their features.
+    message_dtype: that their rows, and the gradients of these, travel in; None for the tables'.
     """
     features = tuple(ids)
     if isinstance(tables, ShardedEmbeddingCollection):
-        return Routed(tables, features, *_route_sharded(tables, ids, device))
+        return Routed(tables, features, *_route_sharded(tables, ids, device, message_dtype))
     per_key = [x.numel() for x in ids.values()]
     values, counts = copy_together([torch.cat(list(ids.values())), torch.tensor(per_key)], device)
     return Routed(tables, features, _bags(list(ids), values, counts[:, None], per_key))
 
 
 def _route_sharded(
-    tables: ShardedEmbeddingCollection, ids: dict[str, Tensor], device: torch.device
-) -> tuple[KJTList, EmbeddingCollectionContext, tuple[_Wanted, ...]]:
+    tables: ShardedEmbeddingCollection,
+    ids: dict[str, Tensor],
+    device: torch.device,
+    message_dtype: torch.dtype | None,
+) -> tuple[KJTList, tuple[_Part, ...]]:
     """What `tables.input_dist` does, for any number of kinds of sharding in two messages, which go
     to and from the host: first how many ids of each feature come, then the ids."""
     names = list(ids)
@@ -150,24 +154,21 @@ def _route_sharded(
         device,
     )
 
-    bags, context = [], tables.create_context()
+    bags, parts = [], []
     host_counts = counts.split(held, 1)
-    for send, come, device_come, here in zip(
+    for of_part, send, come, device_come, here, where in zip(
+        features,
         sends,
         host_counts,
         device_counts.view(-1, len(ranks)).split(held),
         values.split([int(x.sum()) for x in host_counts]),
+        rows,
         strict=True,
     ):
         bags.append(_bags(send.keys[rank], here, device_come, come.sum(0).tolist()))
-        context.sharding_contexts.append(
-            SequenceShardingContext(input_splits=send.splits, output_splits=come.sum(1).tolist())
-        )
-    wanted = tuple(
-        _Wanted(of_part, [ids[name].numel() for name in of_part], where.int())
-        for of_part, where in zip(features, rows, strict=True)
-    )
-    return KJTList(bags), context, wanted
+        way = Way(come.T.tolist(), send.splits, group, message_dtype)
+        parts.append(_Part(of_part, [ids[name].numel() for name in of_part], where.int(), way))
+    return KJTList(bags), tuple(parts)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,6 @@ import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import Tensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder, ShardedEmbeddingCollection
-from torchrec.distributed.fbgemm_qcomm_codec import (
-    CommType,
-    QCommsConfig,
-    get_qcomm_codecs_registry,
-)
 from torchrec.distributed.types import ShardingEnv
 from torchrec.modules.embedding_configs import EmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingCollection
@@ -67,24 +62,15 @@ def shard_tables(
     lr: float,
     eps: float,
     seed: int,
-    bf16_messages: bool = False,
 ) -> ShardedEmbeddingCollection:
     """Tables over all processes of the mesh, with the optimizer fused into their backward pass.
 
     tokens_per_rank: ids a process looks up in a step, for the planner's estimates.
-    bf16_messages: on several nodes, rows and their gradients travel in half the bytes; tables and
-    sums stay float32. Inside a node the conversion would take longer than what it saves.
-    Gradients arrive averaged over processes, TorchRec's rule, which is DDP's too.
     """
     fused: dict[str, object] = {"optimizer": OPTIMIZERS[optimizer], "learning_rate": lr}
     if optimizer != "sgd":
         fused["eps"] = eps
-    codecs = None
-    if bf16_messages and mesh.num_nodes > 1:
-        codecs = get_qcomm_codecs_registry(
-            QCommsConfig(CommType.BF16, CommType.BF16), device=mesh.device
-        )
-    sharder = EmbeddingCollectionSharder(fused_params=fused, qcomm_codecs_registry=codecs)
+    sharder = EmbeddingCollectionSharder(fused_params=fused)
     module = embedding_collection(tables, "meta")
     sharded = sharder.shard(
         module,

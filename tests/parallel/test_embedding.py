@@ -29,9 +29,9 @@ def ids_of(rank: int) -> dict[str, torch.Tensor]:
     return {"item": draw(9000, count), "label": draw(9, count + 2), "action": draw(5, count)}
 
 
-def look_up(tables, rank: int) -> dict[str, torch.Tensor]:
+def look_up(tables, rank: int, message_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """Each feature, in the order of its ids."""
-    found = route(tables, ids_of(rank), CPU).look_up()
+    found = route(tables, ids_of(rank), CPU, message_dtype).look_up()
     sums = [found.alone(name) for name in found.where]
     return dict(zip(found.where, sum_rows(found.rows, sums), strict=True))
 
@@ -58,7 +58,7 @@ def train_with(kinds: list[str], size: int, optimizer: str):
         return train_once(size, optimizer)
 
 
-def train_once(size: int, optimizer: str = "sgd"):
+def train_once(size: int, optimizer: str = "sgd", message_dtype: torch.dtype | None = None):
     mesh = build_mesh(dp=size, cp=1, device=CPU)
     sharded = shard_tables(
         TABLES,
@@ -70,7 +70,7 @@ def train_once(size: int, optimizer: str = "sgd"):
         seed=3,
     )
     before = full_tables(sharded)
-    found = look_up(sharded, mesh.rank)
+    found = look_up(sharded, mesh.rank, message_dtype)
     sum((i + 1) * (x**2).sum() for i, x in enumerate(found.values())).backward()
     return before, {k: x.detach() for k, x in found.items()}, full_tables(sharded)
 
@@ -99,6 +99,17 @@ def test_equals_plain_tables(run_in_world, size: int, optimizer: str, kinds: str
             step = step / (step.square().mean(1, keepdim=True).sqrt() + EPS)
         want = parameter.detach() - 0.5 * step
         torch.testing.assert_close(after[name], want, rtol=1e-5, atol=1e-7)
+
+
+def test_messages_in_half_the_bytes(run_in_world) -> None:
+    (_, found, exact), (_, rounded, after) = (
+        run_in_world(2, train_once, 2, "sgd", dtype)[0] for dtype in (None, torch.bfloat16)
+    )
+    for name, x in found.items():
+        assert torch.equal(rounded[name], x.bfloat16().float())
+    for name, x in exact.items():
+        torch.testing.assert_close(after[name], x, rtol=1e-2, atol=1e-3)
+        assert not torch.equal(after[name], x)
 
 
 @given(st.lists(st.lists(st.integers(0, 5), max_size=8), min_size=4, max_size=4))

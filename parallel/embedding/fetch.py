@@ -1,0 +1,69 @@
+"""Rows of sharded tables on their way: from the processes that hold them to those that asked for
+them, and their gradients back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from parallel.trade import trade_rows
+
+
+@dataclass(frozen=True)
+class Way:
+    """How many rows go where: of each feature held here to each rank, and from each rank here.
+
+    dtype: that they travel in, None for their own.
+    """
+
+    asked: list[list[int]]  # [features][ranks]
+    coming: list[int]  # [ranks]
+    group: dist.ProcessGroup
+    dtype: torch.dtype | None = None
+
+    @property
+    def leaving(self) -> list[int]:
+        """To each rank."""
+        return [sum(x[rank] for x in self.asked) for rank in range(self.group.size())]
+
+    def go(self, x: Tensor, leaving: list[int], coming: list[int]) -> Tensor:
+        return trade_rows(x.to(self.dtype or x.dtype), leaving, coming, self.group).to(x.dtype)
+
+
+def fetch(held: Tensor, way: Way) -> Tensor:
+    """held: [., dim], feature after feature, each for rank after rank. Returns what this rank asked
+    for, from rank after rank, each with feature after feature. Collective.
+
+    Gradients are averaged over processes, as DDP's are.
+    """
+    return held if way.group.size() == 1 else _Fetch.apply(held, way)
+
+
+class _Fetch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, held: Tensor, way: Way) -> Tensor:
+        ctx.way = way
+        return way.go(_turn(held, way.asked), way.leaving, way.coming)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dfound: Tensor) -> tuple[Tensor, None]:
+        way: Way = ctx.way
+        dheld = way.go(dfound.contiguous(), way.coming, way.leaving)
+        by_rank = [list(x) for x in zip(*way.asked, strict=True)]
+        return _turn(dheld, by_rank).div_(way.group.size()), None
+
+
+def _turn(x: Tensor, counts: list[list[int]]) -> Tensor:
+    """Rows of (i, j), i after i and j after j in each, as many as counts[i][j]: to j after j."""
+    if sum(any(of_i) for of_i in counts) < 2 or sum(map(any, zip(*counts, strict=True))) < 2:
+        return x
+    pieces = x.split(list(chain.from_iterable(counts)))
+    columns = len(counts[0])
+    return torch.cat([piece for j in range(columns) for piece in pieces[j::columns]])
