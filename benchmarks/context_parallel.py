@@ -341,7 +341,7 @@ class Run:
         if gpu is not None:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
-        if gpu:
+        if gpu:  # the first one's trace will do
             command += ["--trace", ""]
         return Run(subprocess.Popen(command, env=environment), file)
 
@@ -361,7 +361,12 @@ def measured(args: argparse.Namespace, cp: int, simulated: bool) -> list[dict]:
             Run.start(args, cp, Path(folder) / f"{gpu}.json", simulated=simulated, gpu=gpu)
             for gpu in gpus
         ]
-        of_gpus = [run.rows() for run in runs]
+        try:
+            of_gpus = [run.rows() for run in runs]
+        finally:
+            for run in runs:
+                run.process.terminate()
+                run.process.wait()
     rows = []
     for each in zip(*of_gpus, strict=True):
         times = {x: statistics.mean(row[x] for row in each) for x in TIMES if x in each[0]}

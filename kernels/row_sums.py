@@ -145,6 +145,8 @@ class _TakeRows(torch.autograd.Function):
 
 
 def _check(tables: Sequence[Tensor], sums: Sequence[Sum]) -> None:
+    if not tables:
+        raise ValueError("tables: want at least one")
     for x in tables:
         if x.dim() != 2 or not x.is_floating_point() or x.shape[1] != tables[0].shape[1]:
             raise ValueError(
@@ -160,6 +162,8 @@ def _check(tables: Sequence[Tensor], sums: Sequence[Sum]) -> None:
                 f"add: want contiguous {shape}, got {tuple(total.add.shape)}, strides "
                 f"{total.add.stride()}"
             )
+        if not total.terms:
+            raise ValueError("terms: want at least one in each sum")
         for term in total.terms:
             if not 0 <= term.table < len(tables):
                 raise ValueError(f"table: there is no number {term.table} among {len(tables)}")

@@ -117,8 +117,13 @@ def count_labels(
 
 
 def bucket_of(gap: Tensor, buckets: int) -> Tensor:
-    """HSTU's floor(log(max(gap, 1)) / 0.301) (arXiv 2402.17152): seconds -> bucket ids, int32."""
-    return (gap.clamp(min=1).double().log() / 0.301).floor().int().clamp(max=max(buckets - 1, 0))
+    """HSTU's floor(log(max(gap, 1)) / 0.301) (arXiv 2402.17152): seconds -> bucket ids, int32.
+
+    Zeros if there are no buckets.
+    """
+    if not buckets:
+        return torch.zeros_like(gap, dtype=torch.int32)
+    return (gap.clamp(min=1).double().log() / 0.301).floor().int().clamp(max=buckets - 1)
 
 
 class InputEncoder(nn.Module):

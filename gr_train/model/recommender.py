@@ -117,6 +117,7 @@ class Recommender:
         self.config, self.info = config, info
         self.embeddings, self.dense, self.world = embeddings, dense, world
         self.precision, self.exchange, self.row_messages = precision, exchange, row_messages
+        # What tables give is summed in float32 and rounded to this, and so is the encoder's sum.
         self.residual = torch.float32 if fp32_residual or precision is None else precision
         self.mask = partial(mask_intervals, config.mask, len(info.contextual))
         self.features = [name for table in tables(config, info) for name in table.features]

@@ -1,7 +1,7 @@
 """The fast twins of floor 1, in Triton. Nothing outside `kernels` imports from here.
 
 plan.py       which blocks of keys and queries meet, once per batch: by tiles.py, query_tiles.py and
-              key_tiles.py; runs.py reads that in a kernel
+              key_tiles.py; runs.py reads that in a kernel, and knows of tiles that were left
 forward.py    attention forward, one program per query tile and head
 backward.py   attention backward: dk and dv per key tile, dq per query tile; no atomic sums
 silu.py       SiLU and its slope through tanh, for both
@@ -12,5 +12,6 @@ operator.py   all of it as one operator that autograd and torch.compile know
 
 layer_norm.py, gated_norm.py, pointwise.py   what lies between a layer's matrix products
 sampled_softmax.py                           and between those of a loss
+row_sums.py                                  rows of tables added up, and their gradients
 rows.py                                      what those share
 """

@@ -5,7 +5,7 @@ Hopper's rows were measured; the others keep within 99 KiB of shared memory and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -51,7 +51,8 @@ HOPPER = {
 # Sequences of a few hundred tokens are a few blocks each: latency and memory rule, not products.
 # And of few rows there are hardly more tiles of 128 than the 264 that run at a time: the GPU would
 # wait for the heaviest (counted, not measured: it would take 1.4 to 1.9 times as long).
-HOPPER_SMALL = Config(64, 64, Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
+HOPPER_FEW = Config(64, 64, Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
+HOPPER_SHORT = replace(HOPPER_FEW, query=Blocks(64, 32, 4, 2))
 SHORT = 512  # tokens of the mean sequence
 FEW = 48 * 1024  # rows of all heads
 CONSERVATIVE = {
@@ -71,8 +72,9 @@ def config_for(
         return SINGLE
     if not _is_hopper(device):
         return CONSERVATIVE[max(64, dim)]
-    small = mean_length < SHORT or rows < FEW
-    return HOPPER_SMALL if small and dim <= 128 else HOPPER[max(64, dim)]
+    if dim <= 128 and mean_length < SHORT:
+        return HOPPER_SHORT
+    return HOPPER_FEW if dim <= 128 and rows < FEW else HOPPER[max(64, dim)]
 
 
 @cache

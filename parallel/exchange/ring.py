@@ -155,9 +155,9 @@ def _go(rounds: list[_Round], ahead: bool) -> None:
 
     Where kernels can see that rows have come, the first two steps are one: what comes early needs
     no sums in between. ahead: the first rows of a round come during the last work of the round
-    before, inside a node, in buffers of their own: its kernels need not look for them. Not where a
-    message is a single head's: the work on it takes so long that little is gained, and long
-    sequences want the memory.
+    before, inside a node, in buffers of their own. They have come, unless a peer is late: all waits
+    for them then, so that kernels need not look. Not where a message is a single head's: the work
+    on it takes so long that little is gained, and long sequences want the memory.
     """
     one = rounds[0].rings[0]
     link, last = one.within, one.places - 1
@@ -172,7 +172,7 @@ def _go(rounds: list[_Round], ahead: bool) -> None:
             brought: list[list[Block]] = [[] for _ in round.rings]
             for step in range(one.places):
                 for ring, blocks in zip(round.rings, brought, strict=True):
-                    blocks += ring.blocks(turn, step, wait=begun and step == 1)
+                    blocks += ring.blocks(turn, step, wait=begun and step == 1 and link.signals)
                 messages = work = None
                 if step == last > 0:  # this turn has no more
                     messages = partial(_move, following, 0, 0) if following else None

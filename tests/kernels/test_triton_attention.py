@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -204,8 +204,6 @@ def test_two_sources(
     """As a rank of a ring has them: its own rows, and those that another sends."""
     when = ["early", "late", "waited for"]
     if DEVICE.type == "cpu":  # one program after the other, by kernels that are not compiled
-        for module in (forward, backward, runs):
-            monkeypatch.setattr(module, "is_here", count_looks)
         when.append("between")
     whole, _, _ = tokens()
     case = problem(whole, whole, masks()[mask], heads=2, dims=dims)
@@ -223,6 +221,26 @@ def test_two_sources(
     of_keys, of_queries = ([weighting(0, 0), x] for x in (weighting(0, 1), weighting(1, 0)))
 
     def attend(when: str, shift: float) -> list[Tensor]:
+        """And checks how many tiles were left after the first launch, and after the second."""
+        left: list[int] = []
+        launches = launch._Walk.launches
+
+        def watched(*args: Any) -> Iterator[Any]:
+            for programs, about in launches(*args):
+                yield programs, about
+                if about[2] is not None:
+                    left.append(int(about[2].sum()))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(launch._Walk, "launches", watched)
+            for module in (forward, backward, runs) if when == "between" else ():
+                patch.setattr(module, "is_here", count_looks)
+            results = attend_as_patched(when, shift)
+        looked = dims == (32, 32) and when != "waited for"
+        assert [x > 0 for x in left] == [when == "late", False] * 2 * looked
+        return results
+
+    def attend_as_patched(when: str, shift: float) -> list[Tensor]:
         def sources(x: Tensor, y: Tensor, weightings: list[Weighting]) -> list[Source]:
             here, coming = ((x[rows], y[rows]) for rows, _ in parts)
             arrival = Coming(coming, when)
