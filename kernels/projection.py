@@ -60,9 +60,10 @@ def silu_linear(
     """[rows, splits[i]] each: columns of x W^T, all but the first part plus b and through silu.
 
     x: [rows, in]; weight: [sum(splits), in] in any dtype, cast to x's; bias: [sum(splits[1:])].
-    The parts are columns of wider buffers: their rows are strided. Kept for the backward: x and
-    the product. gradient: a new one for each call, handed to the user of the first part as well;
-    the others' gradients are best laid out as the parts are (`kernels.columns`).
+    The parts are columns of wider buffers: their rows are strided. Kept for the backward: x, the
+    product and the weight as cast. gradient: a new one for each call, handed to the user of the
+    first part as well; the others' gradients are best laid out as the parts are
+    (`kernels.columns`).
     backend: of the elementwise part, see `kernels.backend`.
     Raises ValueError for shapes that do not fit.
     """
@@ -81,7 +82,7 @@ def residual_linear(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 
     x: [rows, out]; y: [rows, in]; weight: [out, in] in any dtype, cast to y's. Where x is of y's
     dtype, the sum is part of the product. There is no bias: its gradient would be one more pass
-    over the rows. Kept for the backward: y.
+    over the rows. Kept for the backward: y and the weight as cast.
     Raises ValueError for shapes that do not fit.
     """
     if weight.shape != (x.shape[-1], y.shape[-1]) or x.dim() != 2:
@@ -104,8 +105,9 @@ class _SiluLinear(torch.autograd.Function):
         triton: bool,
     ) -> tuple[Tensor, ...]:
         ctx.splits, ctx.gradient, ctx.triton = splits, gradient, triton
-        x = x.to(compute_dtype(x))
-        hidden = F.linear(x, weight.to(x.dtype))
+        x, ctx.weight_dtype = x.to(compute_dtype(x)), weight.dtype
+        weight = weight.to(x.dtype)
+        hidden = F.linear(x, weight)
         ctx.save_for_backward(x, weight, bias, hidden)
         first, others = hidden.split_with_sizes([splits[0], bias.numel()], 1)
         if triton:
@@ -132,24 +134,24 @@ class _SiluLinear(torch.autograd.Function):
         else:
             into, dbias = vector_jacobian(_naive_silu, [before, bias], dout)
             dbefore.copy_(into)
-        dweight = _weight_gradient(dhidden, x, weight.dtype)
-        return dhidden @ weight.to(x.dtype), dweight, dbias.to(bias.dtype), None, None, None
+        dweight = _weight_gradient(dhidden, x, ctx.weight_dtype)
+        return dhidden @ weight, dweight, dbias.to(bias.dtype), None, None, None
 
 
 class _ResidualLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(y, weight)
         ctx.mark_dirty(x)
-        weight = weight.to(y.dtype)
+        weight, ctx.weight_dtype = weight.to(y.dtype), weight.dtype
+        ctx.save_for_backward(y, weight)
         return x.addmm_(y, weight.t()) if x.dtype == y.dtype else x.add_(F.linear(y, weight))
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         y, weight = ctx.saved_tensors
         dproduct = dout.to(y.dtype)
-        dweight = _weight_gradient(dproduct, y, weight.dtype)
-        return dout, dproduct @ weight.to(y.dtype), dweight
+        dweight = _weight_gradient(dproduct, y, ctx.weight_dtype)
+        return dout, dproduct @ weight, dweight
 
 
 def _weight_gradient(dout: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -69,16 +69,15 @@ def add_gradients(grad: Tensor, taken: Sequence[Taken], dout: Tensor, fresh: boo
     fresh: grad is all zeros.
     """
     dout = dout.contiguous()
-    keys = torch.cat([rows for rows, _ in taken])
-    if not len(keys):
-        return
-    keys, order = keys.sort(stable=True)
-    if len(taken) == 1 and taken[0][1] is None:
-        rows = order
-    else:
+    keys, places = taken[0]
+    if len(taken) > 1:
         every = torch.arange(len(dout), device=dout.device)
-        rows = torch.cat([every if places is None else places for _, places in taken])[order]
-    _add_segments(grad, keys, rows, dout, fresh)
+        keys = torch.cat([rows for rows, _ in taken])
+        places = torch.cat([every if places is None else places for _, places in taken])
+    if len(keys):
+        keys, order = keys.sort(stable=True)
+        rows = order if places is None else places[order]
+        _add_segments(grad, keys, rows, dout, fresh)
 
 
 def _add_segments(grad: Tensor, keys: Tensor, rows: Tensor | None, x: Tensor, fresh: bool) -> None:
