@@ -357,11 +357,11 @@ def measured(args: argparse.Namespace, cp: int, simulated: bool) -> list[dict]:
     several = cp * args.dp == 1 and not simulated and args.what != "longest"
     gpus = range(max(args.cp)) if several else [None]
     with tempfile.TemporaryDirectory() as folder:
-        runs = [
-            Run.start(args, cp, Path(folder) / f"{gpu}.json", simulated=simulated, gpu=gpu)
-            for gpu in gpus
-        ]
+        runs: list[Run] = []
         try:
+            for gpu in gpus:
+                file = Path(folder) / f"{gpu}.json"
+                runs.append(Run.start(args, cp, file, simulated=simulated, gpu=gpu))
             of_gpus = [run.rows() for run in runs]
         finally:
             for run in runs:

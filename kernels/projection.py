@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.backend import compute_dtype, takes_triton
 from kernels.columns import side_by_side
@@ -119,6 +120,7 @@ class _SiluLinear(torch.autograd.Function):
         return first, *others.split_with_sizes(splits[1:], 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, hidden = ctx.saved_tensors
         first = ctx.splits[0]
@@ -147,6 +149,7 @@ class _ResidualLinear(torch.autograd.Function):
         return x.addmm_(y, weight.t()) if x.dtype == y.dtype else x.add_(F.linear(y, weight))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         y, weight = ctx.saved_tensors
         dproduct = dout.to(y.dtype)

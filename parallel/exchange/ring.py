@@ -155,8 +155,8 @@ def _go(rounds: list[_Round], ahead: bool) -> None:
 
     Where kernels can see that rows have come, the first two steps are one: what comes early needs
     no sums in between. ahead: the first rows of a round come during the last work of the round
-    before, inside a node, in buffers of their own. They have come, unless a peer is late: all waits
-    for them then, so that kernels need not look. Not where a message is a single head's: the work
+    before, inside a node, in buffers of their own. They have come, unless a peer is late: where
+    kernels could look for them, all waits instead. Not where a message is a single head's: the work
     on it takes so long that little is gained, and long sequences want the memory.
     """
     one = rounds[0].rings[0]

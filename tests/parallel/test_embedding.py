@@ -92,7 +92,7 @@ def test_equals_plain_tables(run_in_world, size: int, optimizer: str, kinds: str
         for key, x in found.items():
             torch.testing.assert_close(results[rank][1][key], x.detach())
         loss += sum((i + 1) * (x**2).sum() for i, x in enumerate(found.values()))
-    (loss / size).backward()  # TorchRec averages over ranks
+    (loss / size).backward()  # gradients are averaged over ranks
     for name, parameter in plain.named_parameters():
         step = parameter.grad
         if optimizer == "rowwise_adagrad":
