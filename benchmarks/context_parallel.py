@@ -29,18 +29,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +46,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.attention import Work, milliseconds
 from benchmarks.communication import Traffic, idle_share, link_curve
+from benchmarks.processes import measured
 from gr_train.ahead import Ahead
 from gr_train.config import load_config
 from gr_train.data.synthetic import SyntheticSource
@@ -84,7 +80,6 @@ COLUMNS = {  # of the table: title and format
     "peak GiB": ".2f",
 }
 PEAK_TFLOPS = 989  # of H100 and H200, SXM: dense bf16
-TIMES = "ms", "host ms", "idle %"
 WARMUP = {"attention": 300}  # two seconds: a GPU that is still cool runs faster than in training
 
 
@@ -320,67 +315,13 @@ def work_as_rank(args: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
-@dataclass
-class Run:
-    """The processes of one cp, and the file that rank 0 writes its rows to."""
-
-    process: subprocess.Popen[bytes]
-    file: Path
-
-    @staticmethod
-    def start(
-        args: argparse.Namespace, cp: int, file: Path, *, simulated: bool, gpu: int | None
-    ) -> Run:
-        """gpu: the only one they see."""
-        count = f"--nproc-per-node={cp * args.dp}"
-        torchrun = ["-m", "torch.distributed.run", "--standalone", count]
-        command = [sys.executable, *([] if simulated else torchrun)]
-        command += ["-m", "benchmarks.context_parallel", *sys.argv[1:]]
-        command += ["--worker", str(cp), "--out", str(file), *(["--simulated"] * simulated)]
-        environment = dict(os.environ)
-        if gpu is not None:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
-        if gpu:  # the first one's trace will do
-            command += ["--trace", ""]
-        return Run(subprocess.Popen(command, env=environment), file)
-
-    def rows(self) -> list[dict]:
-        if self.process.wait():
-            raise SystemExit(f"{self.process.args} failed")
-        found: list[dict] = json.loads(self.file.read_text())
-        return found
-
-
-def measured(args: argparse.Namespace, cp: int, simulated: bool) -> list[dict]:
-    """The rows of one cp; of cp = 1 on each GPU, all side by side, and the mean of their times."""
-    several = cp * args.dp == 1 and not simulated and args.what != "longest"
-    gpus = range(max(args.cp)) if several else [None]
-    with tempfile.TemporaryDirectory() as folder:
-        runs: list[Run] = []
-        try:
-            for gpu in gpus:
-                file = Path(folder) / f"{gpu}.json"
-                runs.append(Run.start(args, cp, file, simulated=simulated, gpu=gpu))
-            of_gpus = [run.rows() for run in runs]
-        finally:
-            for run in runs:
-                run.process.terminate()
-                run.process.wait()
-    rows = []
-    for each in zip(*of_gpus, strict=True):
-        times = {x: statistics.mean(row[x] for row in each) for x in TIMES if x in each[0]}
-        rows.append(each[0] | times | {"cp": cp, "each ms": [row["ms"] for row in each]})
-    return rows
-
-
 def launch(args: argparse.Namespace) -> list[dict]:
     """The rows of all cp, each from processes of its own."""
     rows: list[dict] = []
     for cp in args.cp:
-        rows += measured(args, cp, False)
+        rows += measured(args, cp)
     for cp in args.simulate:
-        rows += measured(args, cp, True)
+        rows += measured(args, cp, simulated=True)
     curve = next((row["link"] for row in rows if "link" in row), None)
     for row in rows:
         seconds = row["ms"] / 1e3

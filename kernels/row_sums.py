@@ -88,8 +88,8 @@ class _SumRows(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         from kernels.triton import row_sums
 
-        tables = [x.detach() for x in tensors[:num_tables] if x is not None]
-        ctx.sums = [Sum(x.num_rows, x.dtype, x.terms) for x in sums]
+        tables: Any = tensors[:num_tables]
+        ctx.terms = [x.terms for x in sums]
         ctx.like = [None if x is None else (x.shape, x.dtype) for x in tensors]
         return tuple(
             row_sums.forward(
@@ -115,8 +115,8 @@ class _SumRows(torch.autograd.Function):
                 continue
             shape, dtype = ctx.like[table]
             grad, fresh = torch.zeros(shape, dtype=torch.float32, device=douts[0].device), True
-            for x, dout in zip(ctx.sums, douts, strict=True):
-                taken = [(term.rows, term.places) for term in x.terms if term.table == table]
+            for terms, dout in zip(ctx.terms, douts, strict=True):
+                taken = [(term.rows, term.places) for term in terms if term.table == table]
                 if taken:
                     row_sums.add_gradients(grad, taken, dout, fresh)
                     fresh = False
@@ -141,7 +141,7 @@ class _TakeRows(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         own = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
         shape = ctx.num_rows, dout.shape[1]
-        return row_sums.forward([dout], [(own, rows)], None, shape, dout.dtype), None
+        return row_sums.forward([dout.contiguous()], [(own, rows)], None, shape, dout.dtype), None
 
 
 def _check(tables: Sequence[Tensor], sums: Sequence[Sum]) -> None:

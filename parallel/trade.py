@@ -1,9 +1,11 @@
-"""A jagged all-to-all: rows for every rank of a group, and from it."""
+"""A jagged all-to-all: rows for every rank of a group, and from it; and their order around it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,3 +23,15 @@ def trade_rows(
     received = send.new_empty(sum(receive_splits), *send.shape[1:])
     dist.all_to_all_single(received, send, list(receive_splits), list(send_splits), group=group)
     return received
+
+
+def regroup(x: Tensor, counts: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of (i, j), i after i and j after j in each, as many as counts[i][j]: to j after j.
+
+    x itself if that is their order.
+    """
+    if sum(any(of_i) for of_i in counts) < 2 or sum(map(any, zip(*counts, strict=True))) < 2:
+        return x
+    pieces = x.split(list(chain.from_iterable(counts)))
+    columns = len(counts[0])
+    return torch.cat([piece for j in range(columns) for piece in pieces[j::columns]])

@@ -21,13 +21,13 @@ from kernels.triton.runs import (
     MASKED_RUNS,
     RECORD,
     find_block,
-    is_here,
+    goes_on,
     leave,
     load_runs,
     load_segment,
     query_rows,
-    take_over,
-    turn_of,
+    query_tile_at,
+    tile_at,
 )
 from kernels.triton.silu import UNSEEN, silu_and_twice_slope
 
@@ -80,9 +80,7 @@ def key_value_kernel(
     before and after.
     """
     PARTS: tl.constexpr = TILE // BLOCK_N
-    head = tl.program_id(0) % HEADS
-    part = tl.program_id(0) // HEADS % PARTS
-    record = tiles_ptr + (tl.program_id(0) // (HEADS * PARTS)).to(tl.int64) * (SOURCES * RECORD)
+    head, part, record = tile_at(tiles_ptr, tl.program_id(0), HEADS, PARTS, SOURCES)
     row0 = tl.load(record) + part * BLOCK_N
     row_end = tl.load(record + 1)
     if row0 >= row_end:
@@ -217,18 +215,13 @@ def query_kernel(
 
     Grid: query tiles x (TILE / BLOCK_M) x HEADS, and `agains`. Tiles are left as in the forward."""
     PARTS: tl.constexpr = TILE // BLOCK_M
-    place, again = tl.program_id(0), False
-    if left_ptr is not None:
-        place, again = turn_of(again_from, agains)
-    head = place % HEADS
-    part = place // HEADS % PARTS
-    record = tiles_ptr + (place // (HEADS * PARTS)).to(tl.int64) * (SOURCES * RECORD)
-    queries, inside, some = query_rows(record, part, BLOCK_M)
-    if left_ptr is not None:  # noqa: SIM102 (known to the compiler)
-        if again:
-            some = some & take_over(counter_ptr, count, left_ptr, place)
+    left = counter_ptr, count, left_ptr, again_from, agains
+    turn, tile, found, some = query_tile_at(tiles_ptr, *left, HEADS, PARTS, SOURCES, BLOCK_M)
     if not some:
         return
+    place, again = turn
+    head, part, record = tile
+    queries, inside = found
 
     q = load_rows(q_ptr, queries, inside, q_stride, head * QK_DIM, QK_DIM)
     dout = load_rows(dout_ptr, queries, inside, dout_stride, head * V_DIM, V_DIM)
@@ -245,11 +238,8 @@ def query_kernel(
     mask = queries, inside, bounds_ptr, num_rows
     dq = _differentiate(dq, of_q, k_desc, v_desc, record, mask, head, half_alpha, again, blocks)
     if SOURCES == 2:
-        if left_ptr is not None:
-            here = again
-            if not again:
-                here = is_here(counter_ptr, count)
-            if not here:
+        if left_ptr is not None:  # noqa: SIM102 (known to the compiler)
+            if not goes_on(counter_ptr, count, again):
                 rows, real, _ = query_rows(record, part, BLOCK_M)
                 store_rows(sums_ptr, HEADS * QK_DIM, None, 0, dq, rows, real, head * QK_DIM)
                 leave(left_ptr, place)

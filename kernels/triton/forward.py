@@ -18,12 +18,11 @@ from kernels.triton.runs import (
     KINDS,
     RECORD,
     find_block,
-    is_here,
+    goes_on,
     leave,
     load_runs,
     query_rows,
-    take_over,
-    turn_of,
+    query_tile_at,
 )
 from kernels.triton.silu import UNSEEN, silu
 
@@ -110,18 +109,13 @@ def forward_kernel(
     source has not come are left, with float32 sums [Tq, HEADS, V_DIM].
     """
     PARTS: tl.constexpr = TILE // BLOCK_M
-    place, again = tl.program_id(0), False
-    if left_ptr is not None:
-        place, again = turn_of(again_from, agains)
-    head = place % HEADS
-    part = place // HEADS % PARTS
-    record = tiles_ptr + (place // (HEADS * PARTS)).to(tl.int64) * (SOURCES * RECORD)
-    queries, inside, some = query_rows(record, part, BLOCK_M)
-    if left_ptr is not None:  # noqa: SIM102 (known to the compiler)
-        if again:
-            some = some & take_over(counter_ptr, count, left_ptr, place)
+    left = counter_ptr, count, left_ptr, again_from, agains
+    turn, tile, found, some = query_tile_at(tiles_ptr, *left, HEADS, PARTS, SOURCES, BLOCK_M)
     if not some:
         return
+    place, again = turn
+    head, part, record = tile
+    queries, inside = found
 
     q = load_rows(q_ptr, queries, inside, q_stride, head * QK_DIM, QK_DIM)
     if add_ptr is None:
@@ -135,11 +129,8 @@ def forward_kernel(
     mask = queries, inside, bounds_ptr, num_rows
     acc = _attend(acc, q, k_desc, v_desc, record, mask, head, half_alpha, again, blocks)
     if SOURCES == 2:
-        if left_ptr is not None:
-            here = again
-            if not again:
-                here = is_here(counter_ptr, count)
-            if not here:
+        if left_ptr is not None:  # noqa: SIM102 (known to the compiler)
+            if not goes_on(counter_ptr, count, again):
                 rows, real, _ = query_rows(record, part, BLOCK_M)
                 store_rows(sums_ptr, HEADS * V_DIM, None, 0, acc, rows, real, head * V_DIM)
                 leave(left_ptr, place)

@@ -34,7 +34,8 @@ def forward(
     shape: tuple[int, int],
     dtype: torch.dtype,
 ) -> Tensor:
-    """[rows, width]: `add` plus what is taken from each of the tables, summed in float32."""
+    """[rows, width]: `add` plus what is taken from each of the tables, summed in float32. All are
+    contiguous."""
     num_rows, width = shape
     out = torch.empty(shape, dtype=dtype, device=tables[0].device)
     rows, places = taken[0]
@@ -50,7 +51,7 @@ def forward(
     if num_rows:
         block_rows, block, warps = block_shape(width)
         sum_rows_kernel[(cdiv(num_rows, block_rows),)](
-            tuple(x.contiguous() for x in tables),
+            tuple(tables),
             columns,
             add,
             out,

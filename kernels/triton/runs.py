@@ -51,6 +51,40 @@ def query_rows(record, part, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def tile_at(tiles_ptr, place, HEADS: tl.constexpr, PARTS: tl.constexpr, SOURCES: tl.constexpr):
+    """Of a place among all tiles' parts and heads: the head, the part, and the tile's record."""
+    record = tiles_ptr + (place // (HEADS * PARTS)).to(tl.int64) * (SOURCES * RECORD)
+    return place % HEADS, place // HEADS % PARTS, record
+
+
+@triton.jit
+def query_tile_at(
+    tiles_ptr,
+    counter_ptr,
+    count,
+    left_ptr,
+    again_from,
+    agains,
+    HEADS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SOURCES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program's place, see `turn_of`; what `tile_at` and `query_rows` say of it; and whether it
+    has anything to do. left_ptr: None if no tile can be left.
+    """
+    place, again = tl.program_id(0), False
+    if left_ptr is not None:
+        place, again = turn_of(again_from, agains)
+    head, part, record = tile_at(tiles_ptr, place, HEADS, PARTS, SOURCES)
+    queries, inside, some = query_rows(record, part, BLOCK)
+    if left_ptr is not None:  # noqa: SIM102 (known to the compiler)
+        if again:
+            some = some & take_over(counter_ptr, count, left_ptr, place)
+    return (place, again), (head, part, record), (queries, inside), some
+
+
+@triton.jit
 def turn_of(again_from, agains):
     """The place among all tiles that a program works at, and whether it is there again: for what
     was left. So are `agains` programs from a certain one on, at as many places from the first."""
@@ -63,6 +97,15 @@ def turn_of(again_from, agains):
 def is_here(counter_ptr, count):
     """Whether rows have come, and can be read: once another device has counted that far."""
     return tl.atomic_add(counter_ptr, 0, sem="acquire", scope="sys") - count >= 0
+
+
+@triton.jit
+def goes_on(counter_ptr, count, again):
+    """Whether the second source is here for a program that has done with the first."""
+    here = again
+    if not again:
+        here = is_here(counter_ptr, count)
+    return here
 
 
 @triton.jit

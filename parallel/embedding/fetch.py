@@ -4,7 +4,6 @@ them, and their gradients back."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from parallel.trade import trade_rows
+from parallel.trade import regroup, trade_rows
 
 
 @dataclass(frozen=True)
@@ -49,21 +48,12 @@ class _Fetch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, held: Tensor, way: Way) -> Tensor:
         ctx.way = way
-        return way.go(_turn(held, way.asked), way.leaving, way.coming)
+        return way.go(regroup(held, way.asked), way.leaving, way.coming)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dfound: Tensor) -> tuple[Tensor, None]:
         way: Way = ctx.way
         dheld = way.go(dfound.contiguous(), way.coming, way.leaving)
-        by_rank = [list(x) for x in zip(*way.asked, strict=True)]
-        return _turn(dheld, by_rank).div_(way.group.size()), None
-
-
-def _turn(x: Tensor, counts: list[list[int]]) -> Tensor:
-    """Rows of (i, j), i after i and j after j in each, as many as counts[i][j]: to j after j."""
-    if sum(any(of_i) for of_i in counts) < 2 or sum(map(any, zip(*counts, strict=True))) < 2:
-        return x
-    pieces = x.split(list(chain.from_iterable(counts)))
-    columns = len(counts[0])
-    return torch.cat([piece for j in range(columns) for piece in pieces[j::columns]])
+        by_rank = list(zip(*way.asked, strict=True))
+        return regroup(dheld, by_rank).div_(way.group.size()), None

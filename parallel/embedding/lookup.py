@@ -25,7 +25,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from kernels.row_sums import Sum, Term, sum_rows
 from kernels.transfer import copy_together
 from parallel.embedding.fetch import Way, fetch
-from parallel.trade import trade_rows
+from parallel.trade import regroup, trade_rows
 
 # TorchRec's input is a batch of bags, and its kernels give each bag one thread. Ids of tokens have
 # no bags, so each feature's ids from each process are cut into this many even segments.
@@ -37,7 +37,6 @@ class Routed:
     """Ids where their rows are, on the device."""
 
     tables: EmbeddingCollection | ShardedEmbeddingCollection
-    features: tuple[str, ...]
     ids: KeyedJaggedTensor | KJTList
     parts: tuple[_Part, ...] = ()  # if the tables are sharded: of each kind of sharding
 
@@ -54,12 +53,11 @@ class Routed:
                 }
                 rows.append(fetch(lookup(ids).view(-1, dim), part.way))
         else:
-            plain = self.tables(self.ids)
-            for name in self.features:
-                x = plain[name].values()
+            for name, found in self.tables(self.ids).items():
+                x = found.values()
                 where[name] = len(rows), torch.arange(len(x), dtype=torch.int32, device=x.device)
                 rows.append(x)
-        return Found(rows, {name: where[name] for name in self.features})
+        return Found(rows, where)
 
 
 @dataclass(frozen=True)
@@ -102,12 +100,11 @@ def route(
     n may differ between features and between ranks. Sharded tables want all their features.
     message_dtype: that their rows, and the gradients of these, travel in; None for the tables'.
     """
-    features = tuple(ids)
     if isinstance(tables, ShardedEmbeddingCollection):
-        return Routed(tables, features, *_route_sharded(tables, ids, device, message_dtype))
+        return Routed(tables, *_route_sharded(tables, ids, device, message_dtype))
     per_key = [x.numel() for x in ids.values()]
     values, counts = copy_together([torch.cat(list(ids.values())), torch.tensor(per_key)], device)
-    return Routed(tables, features, _bags(list(ids), values, counts[:, None], per_key))
+    return Routed(tables, _bags(list(ids), values, counts[:, None], per_key))
 
 
 def _route_sharded(
@@ -142,12 +139,10 @@ def _route_sharded(
         counts.sum(1).tolist(),
         group,
     )
-    # They come rank after rank, each with feature after feature; tables want it the other way.
-    pieces = received.split(counts.flatten().tolist())
-    by_feature = [piece for f in range(sum(held)) for piece in pieces[f :: sum(held)]]
     values, device_counts, *rows = copy_together(
         [
-            torch.cat([received[:0], *by_feature]),
+            # They come rank after rank, each with feature after feature: the other way round.
+            regroup(received, counts.tolist()),
             counts.T.flatten(),
             *(send.wanted for send in sends),
         ],

@@ -31,9 +31,10 @@ def ids_of(rank: int) -> dict[str, torch.Tensor]:
 
 def look_up(tables, rank: int, message_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
     """Each feature, in the order of its ids."""
-    found = route(tables, ids_of(rank), CPU, message_dtype).look_up()
-    sums = [found.alone(name) for name in found.where]
-    return dict(zip(found.where, sum_rows(found.rows, sums), strict=True))
+    ids = ids_of(rank)
+    found = route(tables, ids, CPU, message_dtype).look_up()
+    sums = [found.alone(name) for name in ids]
+    return dict(zip(ids, sum_rows(found.rows, sums), strict=True))
 
 
 def full_tables(sharded) -> dict[str, torch.Tensor]:
