@@ -76,7 +76,7 @@ class Problem:
         self.lengths = work.draw_lengths()
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device="cuda")
         self.targets = lengths.clamp(max=work.targets)
-        self.rows = Jagged.whole(lengths, sum(self.lengths))
+        self.rows = Jagged.whole(lengths, sum(self.lengths), max(self.lengths))
         if work.mask == "semi-local":
             self.intervals = semi_local_intervals(
                 self.rows, lengths, self.targets, local=work.local, prefix=work.prefix

@@ -64,7 +64,7 @@ def hstu_attention(
     if backend == "triton" or (backend == "auto" and _takes_triton(q, v)):
         _load_triton(q.device)
         mask = (queries.offsets, queries.positions, keys.offsets, keys.positions, intervals)
-        return torch.ops.gr_kernels.attention(q, k, v, *mask, alpha, scale)
+        return torch.ops.gr_kernels.attention(q, k, v, *mask, queries.max_length, alpha, scale)
     return _Blockwise.apply(q, k, v, weighting)
 
 

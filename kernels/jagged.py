@@ -26,22 +26,25 @@ class Jagged:
 
     offsets: int32 [B + 1]; sequence b owns rows offsets[b] to offsets[b + 1] - 1.
     positions: int32 [T]; a row's token index in its whole sequence, increasing within a sequence.
+    max_length: no sequence has more rows, if the host knows: kernels then know how much may come.
     """
 
     offsets: Tensor
     positions: Tensor
+    max_length: int | None = None
 
     @staticmethod
-    def whole(lengths: Tensor, total: int | None = None) -> Jagged:
+    def whole(lengths: Tensor, total: int | None = None, max_length: int | None = None) -> Jagged:
         """Whole sequences of the given lengths [B]: positions count 0, 1, ... in each.
 
         total: the sum of lengths, if the caller knows it; spares a GPU the host's wait for it.
+        max_length: at least the longest, likewise.
         """
         offsets = lengths_to_offsets(lengths)
         total = int(offsets[-1]) if total is None else total
         rows = torch.arange(total, dtype=torch.int32, device=lengths.device)
         starts = torch.repeat_interleave(offsets[:-1], lengths, output_size=total)
-        return Jagged(offsets, rows - starts)
+        return Jagged(offsets, rows - starts, max_length)
 
     @property
     def num_sequences(self) -> int:
@@ -54,7 +57,7 @@ class Jagged:
     def piece(self, start: int, end: int) -> Jagged:
         """The rows start to end - 1 alone; of the same sequences, some of them empty now."""
         offsets = (self.offsets - start).clamp_(0, end - start)
-        return Jagged(offsets, self.positions[start:end])
+        return Jagged(offsets, self.positions[start:end], self.max_length)
 
     def lengths(self) -> Tensor:
         """Rows per sequence, int32 [B]."""

@@ -63,7 +63,8 @@ class Layout(ABC):
         rows.index_add_(1, sequence, sizes.sum(2))
         offsets = torch.nn.functional.pad(rows.cumsum(1, dtype=torch.int32), (1, 0))
         by_rank = positions.split(rows.sum(1).tolist())
-        return tuple(Jagged(*part) for part in zip(offsets, by_rank, strict=True))
+        longest = rows.amax(1).tolist() if len(lengths) else [0] * self.cp_size
+        return tuple(Jagged(*part) for part in zip(offsets, by_rank, longest, strict=True))
 
     def positions(self, lengths: Tensor, rank: int) -> Jagged:
         """The rows `rank` holds, see `parts`."""

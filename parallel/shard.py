@@ -73,7 +73,8 @@ class Shard:
     @cached_property
     def device_parts(self) -> tuple[Jagged, ...]:
         of_parts = self._on_device[2:]
-        return tuple(Jagged(*x) for x in zip(of_parts[::2], of_parts[1::2], strict=True))
+        longest = (part.max_length for part in self.parts)
+        return tuple(Jagged(*x) for x in zip(of_parts[::2], of_parts[1::2], longest, strict=True))
 
     @property
     def device_rows(self) -> Jagged:
@@ -82,7 +83,11 @@ class Shard:
     @cached_property
     def whole(self) -> Jagged:
         """All rows of the group's sequences in order, on the device."""
-        return Jagged.whole(self.device_lengths, sum(part.num_rows for part in self.parts))
+        total, longest = (
+            sum(part.num_rows for part in self.parts),
+            max(self.lengths.tolist(), default=0),
+        )
+        return Jagged.whole(self.device_lengths, total, longest)
 
     @cached_property
     def whole_rows(self) -> tuple[Tensor, ...]:

@@ -3,7 +3,7 @@
 With s = alpha q . k, p = silu(s) and dp = dout . v, all sums over the visible pairs:
 dv = scale sum p dout, dk = scale alpha sum silu'(s) dp q, dq = scale alpha sum silu'(s) dp k.
 Both recompute s and dp: seven matrix products where one kernel with unordered sums into dq does
-five, but the same bits in every run.
+five, but the same bits in every run. Where it pays, silu'(s) dp is kept in between: `slopes.py`.
 """
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
@@ -25,11 +25,13 @@ from kernels.triton.runs import (
     leave,
     load_runs,
     load_segment,
+    load_sequence,
     query_rows,
     query_tile_at,
     tile_at,
 )
 from kernels.triton.silu import UNSEEN, silu_and_twice_slope
+from kernels.triton.slopes import SIDE, add_products, keep, slopes_of_head, square_at
 
 
 @remembered
@@ -51,6 +53,9 @@ def key_value_kernel(
     tiles_ptr,
     half_alpha,
     scale,
+    slopes_ptr,
+    key_parts,
+    room,
     q_desc,
     dout_desc,
     bounds_ptr,
@@ -70,14 +75,17 @@ def key_value_kernel(
     SOURCES: tl.constexpr,
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
+    SLOPES: tl.constexpr,
 ):
     """dk if KEY, dv if VALUE. Scores are transposed: [keys, queries].
 
     Both at once share the scores; for large head dims their sums do not fit in the registers, and
-    two launches are faster. Grid: segments of key tiles x (TILE / BLOCK_N) x HEADS. Segments leave
-    their sums in float32 buffers [segments * TILE, HEADS, dim]; the last of a tile to be done, by
-    int32 counters [segments * TILE / BLOCK_N * HEADS], adds them up in order. Counters are zero
-    before and after.
+    two launches are faster. SLOPES: with them the launch for dv keeps those of an aligned plan, and
+    the one for dk takes them instead of the scores, see `slopes.py`.
+
+    Grid: segments of key tiles x (TILE / BLOCK_N) x HEADS. Segments leave their sums in float32
+    buffers [segments * TILE, HEADS, dim]; the last of a tile to be done, by int32 counters
+    [segments * TILE / BLOCK_N * HEADS], adds them up in order. Counters are zero before and after.
     """
     PARTS: tl.constexpr = TILE // BLOCK_N
     head, part, record = tile_at(tiles_ptr, tl.program_id(0), HEADS, PARTS, SOURCES)
@@ -91,31 +99,52 @@ def key_value_kernel(
     dk = tl.zeros([BLOCK_N, QK_DIM], dtype=tl.float32)
     dv = tl.zeros([BLOCK_N, V_DIM], dtype=tl.float32)
     keys = (row0 + tl.arange(0, BLOCK_N))[:, None]
+    if SLOPES:
+        sequence, first_query = load_sequence(record)
+        of = slopes_of_head(slopes_ptr, head, key_parts, room), room, sequence
+    TIMES: tl.constexpr = SIDE // BLOCK_M if SLOPES else 1
 
     for source in tl.static_range(SOURCES):
         if source > 0:
             q_desc, dout_desc = next_q_desc, next_dout_desc
             bounds_ptr, num_rows = next_bounds_ptr, next_num_rows
-        for kind in tl.static_range(KINDS):
+        for kind in tl.static_range(2 if SLOPES else KINDS):
             at = record + source * RECORD
-            blocks, runs = load_runs(at, kind, MASKED_RUNS if kind > 0 else FULL_RUNS, BLOCK_M)
-            for block in tl.range(blocks):
-                row, end = find_block(runs, block, BLOCK_M)
-                q = q_desc.load([row, head * QK_DIM])
-                half_scores = tl.dot(k, q.T, input_precision=PRECISION) * half_alpha
-                dout = dout_desc.load([row, head * V_DIM])
-                if KEY:
-                    dweights = tl.dot(v, dout.T, input_precision=PRECISION)
-                if kind > 0:
-                    queries = row + tl.arange(0, BLOCK_M)
-                    seen = queries < end
-                    low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, seen, 0)
-                    half_scores = tl.where((keys >= low) & (keys < high), half_scores, UNSEEN)
-                weights, slope = silu_and_twice_slope(half_scores, FAST)
-                if VALUE:
-                    dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
-                if KEY:
-                    dk = tl.dot((dweights * slope).to(q.dtype), q, dk, input_precision=PRECISION)
+            blocks, runs = load_runs(
+                at, kind, MASKED_RUNS if kind > 0 else FULL_RUNS, BLOCK_M, TIMES
+            )
+            if SLOPES and KEY:
+                column = head * QK_DIM
+                dk = add_products(
+                    dk, runs, blocks, of, first_query, row0, q_desc, column, True, PRECISION
+                )
+            else:
+                for block in tl.range(blocks):
+                    row, end = find_block(runs, block, BLOCK_M)
+                    q = q_desc.load([row, head * QK_DIM])
+                    half_scores = tl.dot(k, q.T, input_precision=PRECISION) * half_alpha
+                    dout = dout_desc.load([row, head * V_DIM])
+                    if KEY or SLOPES:
+                        dweights = tl.dot(v, dout.T, input_precision=PRECISION)
+                    if kind > 0:
+                        queries = row + tl.arange(0, BLOCK_M)
+                        seen = queries < end
+                        low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, seen, 0)
+                        visible = (keys >= low) & (keys < high)
+                        if SLOPES:  # both intervals at once
+                            low, high = load_bounds(bounds_ptr, num_rows, 1, queries, seen, 0)
+                            visible = visible | (keys >= low) & (keys < high)
+                        half_scores = tl.where(visible, half_scores, UNSEEN)
+                    weights, slope = silu_and_twice_slope(half_scores, FAST)
+                    if KEY or SLOPES:
+                        slopes = (dweights * slope).to(q.dtype)
+                    if SLOPES:
+                        query = row - first_query
+                        keep(square_at(*of, row0, query), query % SIDE, slopes)
+                    if VALUE:
+                        dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                    if KEY:
+                        dk = tl.dot(slopes, q, dk, input_precision=PRECISION)
 
     # The rows again: registers are dear.
     rows = tl.load(record) + part * BLOCK_N + tl.arange(0, BLOCK_N)

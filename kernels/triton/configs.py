@@ -22,6 +22,15 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Blocks of a backward that keeps slopes, see `slopes.py`: of squares, but for value's m."""
+
+    value: Blocks
+    key: Blocks
+    query: Blocks
+
+
+@dataclass(frozen=True)
 class Config:
     """One shape of problem. The plan's `tile` is a multiple of `part` and of the forward's query
     blocks; `part` is one of its key blocks and of the backward's blocks."""
@@ -32,6 +41,7 @@ class Config:
     query: Blocks
     key: Blocks
     value: Blocks | None = None  # dv's own launch, if it does not share dk's
+    kept: Kept | None = None  # if it pays to keep slopes
 
 
 # By the larger of the two head dims, padded to a power of two. On Hopper two blocks of 4 warps
@@ -46,6 +56,7 @@ HOPPER = {
         Blocks(64, 64, 4, 2),
         Blocks(64, 64, 4, 2),
         Blocks(64, 128, 8, 2),
+        Kept(Blocks(32, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
     ),
 }
 # Sequences of a few hundred tokens are a few blocks each: latency and memory rule, not products.

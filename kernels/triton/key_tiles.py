@@ -8,14 +8,16 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launcher import remembered
-from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, RECORD, run_at, store_run
+from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, RECORD, run_at, store_run, store_sequence
 from kernels.triton.tiles import FAR, PIECES, locate
 
 
 @triton.jit
-def _meets(hulls_ptr, num_tiles, tile, inside, key0, key_end):
+def _meets(
+    hulls_ptr, num_tiles, tile, inside, key0, key_end, TILE: tl.constexpr, ALIGNED: tl.constexpr
+):
     """How query tiles see the keys [key0, key_end): all of them, some by the first interval, or
-    some by the second."""
+    some by the second. ALIGNED: all of TILE, or some by either, which counts as the first."""
     at = hulls_ptr + tile
     a_low = tl.load(at, mask=inside, other=FAR)
     a_high = tl.load(at + num_tiles, mask=inside, other=0)
@@ -27,9 +29,13 @@ def _meets(hulls_ptr, num_tiles, tile, inside, key0, key_end):
     b_full_high = tl.load(at + num_tiles * 7, mask=inside, other=0)
     full = (a_full_low <= key0) & (a_full_high >= key_end)
     full = full | ((b_full_low <= key0) & (b_full_high >= key_end))
-    a = (a_low < key_end) & (a_high > key0) & ~full
-    b = (b_low < key_end) & (b_high > key0) & ~full
-    return full, a, b
+    a = (a_low < key_end) & (a_high > key0)
+    b = (b_low < key_end) & (b_high > key0)
+    if ALIGNED:
+        full = full & (key_end - key0 == TILE)
+        a = a | b
+        b = b & False
+    return full, a & ~full, b & ~full
 
 
 @triton.jit
@@ -65,11 +71,12 @@ def key_tiles_kernel(
     TILE: tl.constexpr,
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Run-length codes, for each key tile, of how its sequence's query tiles see it.
 
     Query tiles of TILE rows here, that is, parts of the plan's. From the first run on that has no
-    room in the record, all tiles share the last run of either interval.
+    room in the record, all tiles share the last run of either interval. ALIGNED: see `_meets`.
     """
     key_tile = tl.program_id(0)
     piece, _, key0, key_end = locate(
@@ -80,6 +87,7 @@ def key_tiles_kernel(
     record = records_ptr + key_tile.to(tl.int64) * RECORD
     tl.store(record, key0)
     tl.store(record + 1, key_end)
+    store_sequence(record, piece // PIECES, tl.load(q_pieces_ptr + piece // PIECES * PIECES))
 
     # The query tiles of this sequence, piece by piece.
     q_piece = piece // PIECES * PIECES
@@ -104,10 +112,16 @@ def key_tiles_kernel(
         cost = 0
         for chunk in range(first, last, CHUNK):
             tile = chunk + tl.arange(0, CHUNK)
-            meets = _meets(hulls_ptr, num_query_tiles, tile, tile < last, key0, key_end)
+            meets = _meets(
+                hulls_ptr, num_query_tiles, tile, tile < last, key0, key_end, TILE, ALIGNED
+            )
             inside = (tile > first) & (tile <= last)
-            before = _meets(hulls_ptr, num_query_tiles, tile - 1, inside, key0, key_end)
-            after = _meets(hulls_ptr, num_query_tiles, tile + 1, tile + 1 < last, key0, key_end)
+            before = _meets(
+                hulls_ptr, num_query_tiles, tile - 1, inside, key0, key_end, TILE, ALIGNED
+            )
+            after = _meets(
+                hulls_ptr, num_query_tiles, tile + 1, tile + 1 < last, key0, key_end, TILE, ALIGNED
+            )
             begin = row_first + (tile - first) * TILE
             begin = tl.where(tile >= second, origin_second + (tile - second) * TILE, begin)
             begin = tl.where(tile >= third, origin_third + (tile - third) * TILE, begin)
@@ -140,5 +154,6 @@ def key_tiles_kernel(
             cost += tl.sum(meets[0].to(tl.int32) + meets[1].to(tl.int32) + meets[2].to(tl.int32))
     if overflow < FAR:
         store_run(record, 1, MASKED_RUNS - 1, overflow, a_end)
-        store_run(record, 2, MASKED_RUNS - 1, overflow, b_end)
+        if not ALIGNED:
+            store_run(record, 2, MASKED_RUNS - 1, overflow, b_end)
     tl.store(costs_ptr + key_tile, cost)

@@ -6,7 +6,9 @@ Out, dq, dk and dv are written into tensors of any floating dtype, each plus ano
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +18,17 @@ from kernels.source import Source
 from kernels.triton.backward import key_value_kernel, query_kernel
 from kernels.triton.configs import Blocks, Config, config_for
 from kernels.triton.forward import forward_kernel
-from kernels.triton.integers import next_power_of_2
+from kernels.triton.integers import cdiv, next_power_of_2
 from kernels.triton.launcher import Rows
 from kernels.triton.plan import Plan, plan_for
+from kernels.triton.slopes import SIDE, SQUARE, query_slopes_kernel
+from kernels.weighting import Weighting
 
 MOST_SOURCES = 2  # of a launch
 # What is left are the first tiles, and heavy ones: tried again too late, they would make a tail;
 # too early, and nothing has come yet.
 AGAIN_FROM, AGAINS = 0.7, 0.5  # shares of all tiles: after which, and how many of the first
+KEPT_BYTES = 4 << 30  # of slopes at a time, at most
 
 
 def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor) -> Tensor:
@@ -92,16 +97,109 @@ def key_value_gradients(
     if walk.is_empty:
         return _nothing(add_k, out[0]), _nothing(add_v, out[1])
     walk.wait()
-    config, k, v = walk.config, _ready(k), _ready(v)
-    tiles = walk.plan.key_parts(*walk.more)
-    key, value = _Target(out[0], add_k, walk.qk_dim), _Target(out[1], add_v, walk.v_dim)
+    config = walk.config
     launches = [(config.key, True, config.value is None)]
     if config.value is not None:
         launches.append((config.value, False, True))
-    rows = walk.plan.most_segments(*walk.more) * config.part
+    return _key_value_gradients(walk, launches, k, v, (add_k, add_v), out)
+
+
+def gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weighting: Weighting,
+    *,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """`out`, written with dq, dk and dv of one block of queries and keys. Where that is faster, and
+    there is room for them, dk and dq take slopes that the launch for dv keeps."""
+    kept = _Slopes.of(q, k, v, weighting)
+    if kept is None:
+        key_value_gradients(k, v, Source((q, dout), weighting), out=out[1:])
+        query_gradient(dout, q, Source((k, v), weighting), out=out[0])
+        return
+    for start in range(0, q.shape[1], kept.heads):
+        heads = (x[:, start : start + kept.heads] for x in (dout, q, k, v, *out))
+        _gradients_by_slopes(kept, weighting, *heads)
+
+
+@dataclass(frozen=True)
+class _Slopes:
+    """How many are kept at a time: of so many heads, key parts, and query parts of a sequence."""
+
+    heads: int
+    key_parts: int
+    room: int
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> _Slopes | None:
+        """None: better found twice."""
+        walk = _Walk(q, [Source((k, v), weighting)])
+        longest = weighting.queries.max_length
+        if walk.is_empty or walk.config.kept is None or longest is None:
+            return None
+        key_parts = weighting.keys.num_rows // SIDE.value + weighting.keys.num_sequences
+        room = cdiv(longest, SIDE.value)
+        most = KEPT_BYTES // (key_parts * room * SQUARE.value * q.itemsize)
+        return (
+            _Slopes(ceil(walk.heads / ceil(walk.heads / most)), key_parts, room) if most else None
+        )
+
+
+def _gradients_by_slopes(
+    kept: _Slopes,
+    weighting: Weighting,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    walk = _Walk(k, [Source((q, dout), weighting)], aligned=True)
+    config, heads = walk.config.kept, walk.heads
+    assert config is not None
+    numel = heads * kept.key_parts * kept.room * SQUARE.value
+    slopes = q.new_empty(numel), kept.key_parts, kept.room
+    launches = (config.value, False, True), (config.key, True, False)
+    _key_value_gradients(walk, launches, k, v, (None, None), (dk, dv), slopes)
+
+    target, tiles = _Target(dq, None, walk.qk_dim), walk.plan.query_parts()
+    query_slopes_kernel[(len(tiles) * heads,)](
+        *target.out,
+        tiles,
+        *walk.factors,
+        *slopes,
+        Rows(_ready(k), SIDE.value),
+        HEADS=heads,
+        QK_DIM=walk.qk_dim,
+        PRECISION=walk.precision,
+        num_warps=config.query.warps,
+        num_stages=config.query.stages,
+    )
+    target.finish()
+
+
+def _key_value_gradients(
+    walk: _Walk,
+    launches: Sequence[tuple[Blocks, bool, bool]],
+    k: Tensor,
+    v: Tensor,
+    add: tuple[Tensor | None, Tensor | None],
+    out: tuple[Tensor, Tensor],
+    slopes: tuple[object, ...] = (None, 0, 0),
+) -> tuple[Tensor, Tensor]:
+    """launches: blocks, whether they find dk, and whether dv. slopes: as the kernel takes them."""
+    k, v = _ready(k), _ready(v)
+    tiles, part = walk.plan.key_parts(*walk.more), walk.plan.part
+    key, value = _Target(out[0], add[0], walk.qk_dim), _Target(out[1], add[1], walk.v_dim)
+    rows = walk.plan.most_segments(*walk.more) * part
     sums = [x.new_empty(rows, *x.shape[1:], dtype=torch.float32) for x in (k, v)]
     for blocks, with_key, with_value in launches:
-        key_value_kernel[(len(tiles) * (config.part // blocks.n) * k.shape[1],)](
+        key_value_kernel[(len(tiles) * (part // blocks.n) * k.shape[1],)](
             Rows(k, blocks.n),
             Rows(v, blocks.n),
             *key.add,
@@ -112,10 +210,12 @@ def key_value_gradients(
             walk.plan.counters(rows // blocks.n * k.shape[1]),
             tiles,
             *walk.factors,
+            *slopes,
             *walk.arguments(blocks.m),
             KEY=with_key,
             VALUE=with_value,
-            **walk.constants(config.part, blocks),
+            SLOPES=slopes[0] is not None,
+            **walk.constants(part, blocks),
         )
     return key.finish(), value.finish()
 
@@ -123,8 +223,10 @@ def key_value_gradients(
 class _Walk:
     """The sources of a launch, as its kernel takes them. Those without rows are left out."""
 
-    def __init__(self, tiled: Tensor, sources: Sequence[Source]) -> None:
-        """tiled: what stays while the rows of the sources pass; of the same heads and dtype."""
+    def __init__(self, tiled: Tensor, sources: Sequence[Source], aligned: bool = False) -> None:
+        """tiled: what stays while the rows of the sources pass; of the same heads and dtype.
+
+        aligned: for slopes, of one source."""
         self.sources = [x for x in sources if x.rows[0].shape[0]]
         self.is_empty = tiled.shape[0] == 0 or not self.sources
         if self.is_empty:
@@ -134,12 +236,12 @@ class _Walk:
         self.qk_dim, self.v_dim = (_padded_dim(x.shape[2]) for x in self.sources[0].rows)
         first, *others = (source.weighting for source in self.sources)
         self.factors = first.alpha / 2, first.scale
-        key = (self.heads, self.qk_dim, self.v_dim, tiled.dtype, *others)
+        key = (self.heads, self.qk_dim, self.v_dim, tiled.dtype, aligned, *others)
         if key not in first.plans:
-            first.plans[key] = self._plans(tiled.device)
+            first.plans[key] = self._plans(tiled.device, aligned)
         self.config, self.plan, self.more = first.plans[key]
 
-    def _plans(self, device: torch.device) -> tuple[Config, Plan, tuple[Plan, ...]]:
+    def _plans(self, device: torch.device, aligned: bool) -> tuple[Config, Plan, tuple[Plan, ...]]:
         """The configuration, one for all sources, and their plans."""
         weightings = [source.weighting for source in self.sources]
         queries = weightings[0].queries
@@ -150,9 +252,14 @@ class _Walk:
             self.dtype,
             device,
         )
+        tile, part = (SIDE.value, SIDE.value) if aligned else (config.tile, config.part)
         plan, *more = (
-            plan_for(x.queries, x.keys, x.intervals, config.tile, config.part) for x in weightings
+            plan_for(x.queries, x.keys, x.intervals, tile, part, aligned) for x in weightings
         )
+        if aligned:
+            assert queries.max_length is not None
+            fits = (queries.lengths() <= queries.max_length).all()
+            torch._assert_async(fits, "max_length: a sequence of the queries is longer")
         return config, plan, tuple(more)
 
     def wait(self) -> None:
@@ -195,6 +302,11 @@ class _Walk:
             self.wait()
             yield places, (None, 0, None, 0, 0, None)
 
+    @property
+    def precision(self) -> str:
+        """Of float32 products; others are exact."""
+        return "tf32x3" if self.is_cuda else "ieee"
+
     def constants(self, tile: int, blocks: Blocks) -> dict[str, object]:
         return dict(
             HEADS=self.heads,
@@ -204,7 +316,7 @@ class _Walk:
             BLOCK_M=blocks.m,
             BLOCK_N=blocks.n,
             FAST=self.dtype != torch.float32 and self.is_cuda,
-            PRECISION="tf32x3" if self.is_cuda else "ieee",  # of float32 products; others are exact
+            PRECISION=self.precision,
             SOURCES=len(self.sources),
             num_warps=blocks.warps,
             num_stages=blocks.stages,

@@ -19,7 +19,7 @@ from kernels.weighting import Weighting
 
 INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor q_positions, Tensor k_offsets, "
-    "Tensor k_positions, Tensor intervals, float alpha, float scale"
+    "Tensor k_positions, Tensor intervals, SymInt? max_length, float alpha, float scale"
 )
 OUTPUTS = "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv"
 
@@ -34,9 +34,7 @@ def attention_backward(
 ) -> None:
     """Writes the gradients of `attention` for q, k and v."""
     *mask, dq, dk, dv = mask_and_gradients
-    weighting = _weighting(*mask)
-    launch.key_value_gradients(k, v, Source((q, dout), weighting), out=(dk, dv))
-    launch.query_gradient(dout, q, Source((k, v), weighting), out=dq)
+    launch.gradients(dout, q, k, v, _weighting(*mask), out=(dq, dk, dv))
 
 
 def _weighting(
@@ -45,10 +43,12 @@ def _weighting(
     k_offsets: Tensor,
     k_positions: Tensor,
     intervals: Tensor,
+    max_length: int | None,
     alpha: float,
     scale: float,
 ) -> Weighting:
-    queries, keys = Jagged(q_offsets, q_positions), Jagged(k_offsets, k_positions)
+    """max_length: of the queries."""
+    queries, keys = Jagged(q_offsets, q_positions, max_length), Jagged(k_offsets, k_positions)
     return Weighting(queries, keys, intervals, alpha, scale)
 
 

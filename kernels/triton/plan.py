@@ -37,6 +37,9 @@ class Plan:
     The forward's tiles have `tile` rows; the backward's, of queries and of keys, only `part`, which
     divides it: fewer rows next to a mask's edge work for nothing. Full runs are multiples of
     `part`, and that of the blocks that walk them.
+
+    aligned: parts begin at multiples of their rows from a sequence's first one, and a query part
+    names a key part just if that names it, both once: see `kernels.triton.slopes`.
     """
 
     tile: int
@@ -48,11 +51,19 @@ class Plan:
     hulls: Tensor  # int32 [HULLS, query parts], in the order of the rows
     tile_records: Records
     part_records: Records
+    aligned: bool
 
     @staticmethod
-    def build(queries: Jagged, keys: Jagged, intervals: Tensor, tile: int, part: int) -> Plan:
+    def build(
+        queries: Jagged,
+        keys: Jagged,
+        intervals: Tensor,
+        tile: int,
+        part: int,
+        aligned: bool = False,
+    ) -> Plan:
         intervals = intervals.contiguous()
-        cut = Tiles.cut(queries, intervals, tile, part)
+        cut = Tiles.cut(queries, intervals, tile, part, aligned)
         bounds = intervals.new_empty(4, queries.num_rows)
         hulls = intervals.new_empty(HULLS, cut.bound * (tile // part))
         tiles, parts = Records.empty(cut.bound, bounds), Records.empty(hulls.shape[1], bounds)
@@ -74,9 +85,10 @@ class Plan:
             hulls.shape[1],
             TILE=tile,
             PART=part,
+            ALIGNED=aligned,
             num_warps=4,
         )
-        return Plan(tile, part, queries, keys, bounds, cut, hulls, tiles, parts)
+        return Plan(tile, part, queries, keys, bounds, cut, hulls, tiles, parts, aligned)
 
     def query_tiles(self, *more: Plan) -> Tensor:
         """int32 [query tiles, 1 + more, RECORD], heaviest first, as the next two. For the forward.
@@ -117,7 +129,7 @@ class Plan:
     @cached_property
     def key_records(self) -> Records:
         """Of the key parts."""
-        cut = Tiles.cut(self.keys, None, self.part, self.part)
+        cut = Tiles.cut(self.keys, None, self.part, self.part, self.aligned)
         parts = Records.empty(cut.bound, self.bounds)
         key_tiles_kernel[(cut.bound,)](
             cut.pieces,
@@ -134,6 +146,7 @@ class Plan:
             TILE=self.part,
             PARTS=self.tile // self.part,
             CHUNK=256,
+            ALIGNED=self.aligned,
             num_warps=4,
         )
         return parts
@@ -161,20 +174,24 @@ class Plan:
 _plans = WeakIdKeyDictionary()
 
 
-def plan_for(queries: Jagged, keys: Jagged, intervals: Tensor, tile: int, part: int) -> Plan:
+def plan_for(
+    queries: Jagged, keys: Jagged, intervals: Tensor, tile: int, part: int, aligned: bool = False
+) -> Plan:
     """The plan of these very tensors, built on first sight.
 
     Tensors are told apart by identity and version, so writing into them in place is noticed; but a
     `Weighting` keeps its plan, so that who keeps it must not, nor capture a graph.
     """
     if intervals.is_cuda and torch.cuda.is_current_stream_capturing():
-        return Plan.build(queries, keys, intervals, tile, part)  # a graph must plan at every replay
+        return Plan.build(
+            queries, keys, intervals, tile, part, aligned
+        )  # a graph must plan at every replay
     parts = (queries.offsets, queries.positions, keys.offsets, keys.positions)
-    key = (tile, part, _version(intervals), *map(id, parts), *map(_version, parts))
+    key = (tile, part, aligned, _version(intervals), *map(id, parts), *map(_version, parts))
     known = _plans.setdefault(intervals, {})
     plan = known.get(key)
     if plan is None:
-        plan = known[key] = Plan.build(queries, keys, intervals, tile, part)
+        plan = known[key] = Plan.build(queries, keys, intervals, tile, part, aligned)
     return plan
 
 

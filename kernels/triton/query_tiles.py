@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton.launcher import remembered
-from kernels.triton.runs import RECORD, RIDERS_AT, store_run
+from kernels.triton.runs import RECORD, RIDERS_AT, store_run, store_sequence
 from kernels.triton.tiles import FAR, PIECES, count_at_most, locate
 
 # What a part of a query tile sees, int32 each: for both intervals the hull [low, high) over its
@@ -48,16 +48,55 @@ def _store_hull_runs(record, interval: tl.constexpr, hull, PART: tl.constexpr):
 
 
 @triton.jit
+def _whole_parts(hull, first_key, PART: tl.constexpr):
+    """A hull out to multiples of PART from the sequence's first key; empty ones stay empty."""
+    start, end, _, _ = hull
+    some = start < end
+    first = tl.where(some, start - first_key, 0) // PART
+    last = tl.cdiv(tl.where(some, end - first_key, 0), PART)
+    return first_key + first * PART, first_key + last * PART
+
+
+@triton.jit
+def _store_whole_runs(record, a, b, first_key, PART: tl.constexpr):
+    """All key parts that the hulls meet, each once: as if all rows saw all of their keys."""
+    a_start, a_end = _whole_parts(a, first_key, PART)
+    b_start, b_end = _whole_parts(b, first_key, PART)
+    joined = (a_start < b_end) & (b_start < a_end)
+    start, end = tl.minimum(a_start, b_start), tl.maximum(a_end, b_end)
+    store_run(record, 0, 0, tl.where(joined, start, a_start), tl.where(joined, end, a_end))
+    store_run(record, 0, 1, b_start, tl.where(joined, b_start, b_end))
+    return (tl.where(joined, end - start, a_end - a_start + b_end - b_start)) // PART
+
+
+@triton.jit
 def _store_query_record(
-    records_ptr, costs_ptr, tile, row0, row_end, rider0, rider_end, a, b, PART: tl.constexpr
+    records_ptr,
+    costs_ptr,
+    tile,
+    row0,
+    row_end,
+    rider0,
+    rider_end,
+    of,
+    a,
+    b,
+    PART: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
-    """One tile or a vector of them, with the hulls of both intervals."""
+    """One tile or a vector of them, with the hulls of both intervals. of: the sequence, its first
+    query and its first key."""
     record = records_ptr + tile.to(tl.int64) * RECORD
     tl.store(record, row0)
     tl.store(record + 1, row_end)
     tl.store(record + RIDERS_AT, rider0)
     tl.store(record + RIDERS_AT + 1, rider_end)
-    cost = _store_hull_runs(record, 0, a, PART) + _store_hull_runs(record, 1, b, PART)
+    sequence, first_query, first_key = of
+    store_sequence(record, sequence, first_query)
+    if ALIGNED:
+        cost = _store_whole_runs(record, a, b, first_key, PART)
+    else:
+        cost = _store_hull_runs(record, 0, a, PART) + _store_hull_runs(record, 1, b, PART)
     tl.store(costs_ptr + tile, cost)
 
 
@@ -94,7 +133,10 @@ def query_tiles_kernel(
     num_parts,
     TILE: tl.constexpr,
     PART: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
+    """ALIGNED: of pieces that are whole sequences. Records then name all key parts that a tile
+    meets, which are cut from the sequence's first key on."""
     PARTS: tl.constexpr = TILE // PART
     tile = tl.program_id(0)
     piece, begin, row0, row_end = locate(
@@ -142,6 +184,7 @@ def query_tiles_kernel(
     _store_hulls(at + num_parts * 4, num_parts, _hull(b0, b1, own), whole)
 
     if not (ride & (piece == sequence)):
+        of = piece // PIECES, context, k_start
         a = _hull(a0, a1, valid)
         b = _hull(b0, b1, valid)
         _store_query_record(
@@ -152,9 +195,11 @@ def query_tiles_kernel(
             row_end,
             context,
             context + riders,
+            of,
             _join_hulls(a),
             _join_hulls(b),
             PART,
+            ALIGNED,
         )
         _store_query_record(
             parts_ptr,
@@ -164,9 +209,11 @@ def query_tiles_kernel(
             tl.minimum(tl.maximum(begin + part0 + PART, row0), row_end),
             context + tl.minimum(tl.maximum(part0 - used, 0), riders),
             context + tl.minimum(tl.maximum(part0 + PART - used, 0), riders),
+            of,
             a,
             b,
             PART,
+            ALIGNED,
         )
 
 

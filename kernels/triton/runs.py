@@ -1,12 +1,13 @@
 """How a kernel walks the rows its tile has to visit: the record that a plan has for it.
 
 A record is int32: the tile's first row, the row after its last one, the same of other rows that
-ride along behind these, then runs of rows to visit as (start, end); what is unused is empty. There
-are three kinds of runs: full ones, where every query sees every key, and those where the queries'
-first interval is to be tested, or their second. A full run is a multiple of every block. Last, of a
-key tile, which of how many segments of its blocks these runs are, and where in a buffer the sums of
-the tile's segments begin. A kernel that visits the rows of several sources has a record for each,
-one behind the other, which differ in their runs.
+ride along behind these, which sequence they are of and that one's first query row, then runs of
+rows to visit as (start, end); what is unused is empty. There are three kinds of runs: full ones,
+where every query sees every key, and those where the queries' first interval is to be tested, or
+their second. A full run is a multiple of every block. Last, of a key tile, which of how many
+segments of its blocks these runs are, and where in a buffer the sums of the tile's segments begin.
+A kernel that visits the rows of several sources has a record for each, one behind the other, which
+differ in their runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ KINDS = tl.constexpr(3)
 FULL_RUNS = tl.constexpr(2)
 MASKED_RUNS = tl.constexpr(4)  # per interval
 RIDERS_AT = tl.constexpr(2)
-RUNS_AT = tl.constexpr(4)
+SEQUENCE_AT = tl.constexpr(4)
+RUNS_AT = tl.constexpr(6)
 SEGMENT_AT = tl.constexpr(RUNS_AT + 2 * (FULL_RUNS + 2 * MASKED_RUNS))
 RECORD = tl.constexpr(32)
 
@@ -37,6 +39,18 @@ def store_run(record, kind: tl.constexpr, run, start, end):
     at = record + run_at(kind, run)
     tl.store(at, start)
     tl.store(at + 1, end)
+
+
+@triton.jit
+def store_sequence(record, sequence, first_query):
+    tl.store(record + SEQUENCE_AT, sequence)
+    tl.store(record + SEQUENCE_AT + 1, first_query)
+
+
+@triton.jit
+def load_sequence(record):
+    """Which sequence a tile is of, and its first query row."""
+    return tl.load(record + SEQUENCE_AT), tl.load(record + SEQUENCE_AT + 1)
 
 
 @triton.jit
@@ -127,15 +141,18 @@ def take_over(counter_ptr, count, left_ptr, place):
 
 
 @triton.jit
-def load_runs(record, kind: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """How many blocks the first COUNT runs of a kind have, and what `find_block` needs."""
+def load_runs(
+    record, kind: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, TIMES: tl.constexpr = 1
+):
+    """How many blocks the first COUNT runs of a kind have, each a multiple of TIMES, and what
+    `find_block` needs."""
     blocks = 0
     runs = ()
     for run in tl.static_range(COUNT):
         start = tl.load(record + run_at(kind, run))
         end = tl.load(record + run_at(kind, run) + 1)
         runs = runs + ((blocks, start - blocks * BLOCK, end),)  # type: ignore[assignment] # noqa: RUF005
-        blocks += tl.cdiv(tl.maximum(end - start, 0), BLOCK)
+        blocks += tl.cdiv(tl.maximum(end - start, 0), BLOCK * TIMES) * TIMES
     return blocks, runs
 
 

@@ -35,12 +35,23 @@ class Tiles:
     bound: int  # at most this many tiles, known to the host
 
     @staticmethod
-    def cut(rows: Jagged, intervals: Tensor | None, tile: int, part: int) -> Tiles:
-        """intervals: of these rows, if they are queries; part: a divisor of the tile."""
+    def cut(
+        rows: Jagged, intervals: Tensor | None, tile: int, part: int, aligned: bool = False
+    ) -> Tiles:
+        """intervals: of these rows, if they are queries; part: a divisor of the tile.
+
+        aligned: sequences stay in one piece, so that tiles begin at multiples of their rows.
+        """
         num_pieces = PIECES.value * rows.num_sequences
         pieces, origins, offsets = (rows.offsets.new_empty(num_pieces + 1) for _ in range(3))
         _cut_kernel[(rows.num_sequences,)](
-            rows.offsets, rows.positions, intervals, pieces, rows.num_sequences, TILE=tile
+            rows.offsets,
+            rows.positions,
+            intervals,
+            pieces,
+            rows.num_sequences,
+            TILE=tile,
+            ALIGNED=aligned,
         )
         _count_kernel[(1,)](pieces, origins, offsets, num_pieces, TILE=tile, PART=part, CHUNK=1024)
         return Tiles(pieces, origins, offsets, rows.num_rows // tile + num_pieces)
@@ -151,20 +162,26 @@ def count_at_most(sorted_ptr, start, length, value, minus_row: tl.constexpr):
     do_not_specialize_on_alignment=["offsets_ptr", "positions_ptr"],
 )
 def _cut_kernel(
-    offsets_ptr, positions_ptr, intervals_ptr, pieces_ptr, num_sequences, TILE: tl.constexpr
+    offsets_ptr,
+    positions_ptr,
+    intervals_ptr,
+    pieces_ptr,
+    num_sequences,
+    TILE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """Cut each sequence where neighbours see too different keys to share a tile.
 
     Once where positions first jump, as in a zigzag shard: positions - row never falls and rises at
     a jump, hence the search. And, of queries, once within the first tile where the next sees less
-    far than the last: there contextual tokens end.
+    far than the last: there contextual tokens end. ALIGNED: nowhere.
     """
     sequence = tl.program_id(0)
     start = tl.load(offsets_ptr + sequence)
     end = tl.load(offsets_ptr + sequence + 1)
     drop = start
     jump = start
-    if end > start:
+    if end > start and not ALIGNED:
         first = tl.load(positions_ptr + start) - start
         jump = count_at_most(positions_ptr, start, end - start, first, True)
         if intervals_ptr is not None:

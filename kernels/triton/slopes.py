@@ -1,0 +1,134 @@
+"""Slopes, silu'(s) dp of every pair, which one kernel of the backward keeps in memory for others.
+
+dk and dq are products of the slopes with q and k. For large head dims the sums of dq, dk and dv do
+not fit in one kernel's registers, and three kernels that each begin with the scores do eight matrix
+products. Here the one for dv keeps the slopes, and the other two read them: five.
+
+Slopes are kept in squares of SIDE keys and SIDE queries, each a part of a plan that is `aligned`:
+which squares there are for a key part, and which for a query part, is then the same. What a key
+does not see is 0. In a square, numbers lie as a group of four warps holds the result of a product
+in its registers: to keep them, and to multiply them by q, none has to move between threads.
+"""
+
+# ruff: noqa: N803, N806 (Triton's constants are written in capitals)
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.triton.forward import UNSPECIALIZED, store_rows
+from kernels.triton.launcher import remembered
+from kernels.triton.runs import find_block, load_runs, load_sequence, query_rows, tile_at
+
+SIDE = tl.constexpr(64)
+SQUARE = tl.constexpr(64 * 64)
+THREADS = tl.constexpr(128)  # of four warps: each holds 8 numbers of every 16 queries
+HELD = tl.constexpr(8)
+
+
+@triton.jit
+def square_at(slopes_ptr, room, sequence, key_row, query):
+    """Where a square is, given by its first key row and its first query of the sequence.
+
+    slopes_ptr: of a head. room: for so many query parts of a sequence.
+    """
+    keys = key_row // SIDE + sequence  # no other part's, whatever the lengths
+    return slopes_ptr + (keys.to(tl.int64) * room + query // SIDE) * SQUARE
+
+
+@triton.jit
+def slopes_of_head(slopes_ptr, head, key_parts, room):
+    """slopes_ptr: [HEADS, key_parts, room, SQUARE]."""
+    return slopes_ptr + head.to(tl.int64) * key_parts * room * SQUARE
+
+
+@triton.jit
+def _places(QUERIES: tl.constexpr):
+    """Of numbers by thread, block of 16 queries, and order in the thread."""
+    thread = tl.arange(0, THREADS)[:, None, None] * HELD
+    block = tl.arange(0, QUERIES // 16)[None, :, None] * (THREADS * HELD)
+    return thread + block + tl.arange(0, HELD)[None, None, :]
+
+
+@triton.jit
+def keep(square, first, slopes):
+    """Store slopes [SIDE keys, queries], of the queries from the square's `first` on."""
+    QUERIES: tl.constexpr = slopes.shape[1]
+    # A key is 16 * warp + 8 * j + lane // 4, a query 8 * i + 2 * (lane % 4) + k.
+    x = tl.reshape(slopes, [4, 2, 8, QUERIES // 8, 4, 2])
+    x = tl.reshape(tl.permute(x, [0, 2, 4, 3, 1, 5]), [THREADS, QUERIES // 16, HELD])
+    tl.store(square + first * SIDE + _places(QUERIES), x)
+
+
+@triton.jit
+def kept(square):
+    """Slopes [SIDE keys, SIDE queries]."""
+    x = tl.reshape(tl.load(square + _places(SIDE)), [4, 8, 4, 8, 2, 2])
+    return tl.reshape(tl.permute(x, [0, 4, 1, 3, 2, 5]), [SIDE, SIDE])
+
+
+@triton.jit
+def add_products(
+    x, runs, blocks, of, first_query, fixed, desc, column, BY_KEYS: tl.constexpr, PRECISION
+):
+    """x, plus slopes times the rows of all blocks: sums for the keys from row `fixed` on if
+    BY_KEYS, else for the queries from the sequence's `fixed` on. of: see `square_at`.
+
+    Slopes are loaded a block ahead into registers: through shared memory, as the compiler has it
+    otherwise, is 1.2 to 1.4 times as slow.
+    """
+    if blocks > 0:
+        row, _end = find_block(runs, 0, SIDE)
+        following = kept(_square_of(of, first_query, fixed, row, BY_KEYS))
+        for block in tl.range(blocks):
+            slopes = following
+            row, _end = find_block(runs, tl.minimum(block + 1, blocks - 1), SIDE)
+            following = kept(_square_of(of, first_query, fixed, row, BY_KEYS))
+            row, _end = find_block(runs, block, SIDE)
+            y = desc.load([row, column])
+            if BY_KEYS:
+                x = tl.dot(slopes, y, x, input_precision=PRECISION)
+            else:
+                x = tl.dot(slopes.T, y, x, input_precision=PRECISION)
+    return x
+
+
+@triton.jit
+def _square_of(of, first_query, fixed, row, BY_KEYS: tl.constexpr):
+    slopes_ptr, room, sequence = of
+    key_row = fixed if BY_KEYS else row
+    query = row - first_query if BY_KEYS else fixed
+    return square_at(slopes_ptr, room, sequence, key_row, query)
+
+
+@remembered
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def query_slopes_kernel(
+    dq_ptr,
+    dq_stride,
+    tiles_ptr,
+    half_alpha,
+    scale,
+    slopes_ptr,
+    key_parts,
+    room,
+    k_desc,
+    HEADS: tl.constexpr,
+    QK_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq = scale * alpha sum slopes k. Grid: query parts x HEADS."""
+    head, _, walk = tile_at(tiles_ptr, tl.program_id(0), HEADS, 1, 1)
+    queries, inside, some = query_rows(walk, 0, SIDE)
+    if not some:
+        return
+    sequence, first_query = load_sequence(walk)
+    query = tl.load(walk) - first_query
+    of = slopes_of_head(slopes_ptr, head, key_parts, room), room, sequence
+    dq = tl.zeros([SIDE, QK_DIM], dtype=tl.float32)
+    blocks, runs = load_runs(walk, 0, 2, SIDE)
+    column = head * QK_DIM
+    dq = add_products(dq, runs, blocks, of, 0, query, k_desc, column, False, PRECISION)
+    dq *= scale * half_alpha
+    store_rows(dq_ptr, dq_stride, None, 0, dq, queries, inside, head * QK_DIM)

@@ -1,0 +1,215 @@
+"""A backward that keeps slopes: its plan, and its gradients against float64."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+pytest.importorskip("triton")
+
+from kernels.attention import hstu_attention
+from kernels.blockwise import blockwise_backward
+from kernels.jagged import Jagged
+from kernels.masks import hstu_intervals, semi_local_intervals
+from kernels.triton import configs, launch, tiles
+from kernels.triton.plan import Plan
+from kernels.triton.runs import FULL_RUNS, RUNS_AT, SEGMENT_AT
+from kernels.weighting import Weighting
+from tests.kernels.cases import Case, cases
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PART = 8
+LENGTHS = (150, 0, 1, 64, 65)
+TARGETS = (6, 0, 1, 0, 2)
+
+
+@pytest.fixture(autouse=True)
+def kept_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, square = configs.Blocks(16, 16, 4, 1), configs.Blocks(64, 64, 4, 1)
+    kept = configs.Kept(configs.Blocks(32, 64, 4, 1), square, square)
+    monkeypatch.setattr(configs, "SINGLE", configs.Config(32, 16, *[block] * 4, kept))
+    monkeypatch.setattr(tiles, "LEAST", 2)
+
+
+def walked(record: list[int]) -> list[tuple[bool, int]]:
+    """Whether a part is full, and its first row, of all parts that a record names."""
+    ends = record[RUNS_AT.value : SEGMENT_AT.value]
+    runs = enumerate(zip(ends[::2], ends[1::2], strict=True))
+    return [(i < FULL_RUNS.value, x) for i, (a, b) in runs for x in range(a, b, PART)]
+
+
+def check_plan(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
+    """Key parts and query parts name each other, once each; what is full is seen by all."""
+    on_device = [Jagged(x.offsets.to(DEVICE), x.positions.to(DEVICE)) for x in (queries, keys)]
+    plan = Plan.build(*on_device, intervals.to(DEVICE), PART, PART, aligned=True)
+    a0, a1, b0, b1 = intervals[:, :, None].unbind(1)
+    same = queries.sequence_ids()[:, None] == keys.sequence_ids()[None]
+    at = keys.positions[None]
+    visible = same & ((at >= a0) & (at < a1) | (at >= b0) & (at < b1))
+    firsts = [x.offsets[:-1].tolist() for x in (queries, keys)]
+    by_key, by_query = [], []
+    for record in plan.key_parts()[:, 0].tolist():
+        key, end, _, _, sequence, first = record[:6]
+        if key < end:
+            assert (first, (key - firsts[1][sequence]) % PART) == (firsts[0][sequence], 0)
+            for full, query in walked(record):
+                assert (query - first) % PART == 0
+                assert not full or visible[query : query + PART, key : key + PART].all()
+                assert not full or end - key == PART
+                by_key.append((key, query))
+    for record in plan.query_parts()[:, 0].tolist():
+        query, end, _, _, sequence, first = record[:6]
+        if query < end:
+            assert (first, (query - first) % PART) == (firsts[0][sequence], 0)
+            by_query += [(key, query) for _, key in walked(record)]
+    assert len(set(by_key)) == len(by_key)
+    assert len(set(by_query)) == len(by_query)
+    assert set(by_query) <= set(by_key)  # more where runs have no room: they are 0
+    named = torch.zeros_like(visible)
+    for key, query in by_query:
+        named[query : query + PART, key : key + PART] = True
+    assert not (visible & ~named).any()
+
+
+@settings(max_examples=25, deadline=None)
+@given(case=cases(max_length=120, max_sequences=3), data=st.data())
+def test_plans_of_masks_and_shards(case: Case, data: st.DataObject) -> None:
+    whole = Jagged.whole(case.lengths)
+    contextual = data.draw(st.sampled_from([0, 3, PART, 40]))
+    case = replace(case, num_contextual=contextual)
+    keep = whole.positions // PART % data.draw(st.sampled_from([1, 2])) == 0
+    parts = [part_of(whole, x) for x in (keep, data.draw(st.sampled_from([keep, keep | ~keep])))]
+    if all(part.num_rows for part in parts):
+        check_plan(*parts, case.intervals(parts[0]))
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**31))
+@example(seed=1)
+def test_plans_of_any_intervals(seed: int) -> None:
+    check_plan(*any_intervals(seed))
+
+
+def any_intervals(seed: int) -> tuple[Jagged, Jagged, Tensor]:
+    """Random ends, rows that see nothing, more runs than there is room."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 150, (2,), generator=generator, dtype=torch.int32)
+    lengths[0] += 1
+    whole = Jagged.whole(lengths)
+    size = int(torch.randint(1, 20, (), generator=generator))
+    ends = torch.rand(whole.num_rows // size + 1, 4, generator=generator).sort(-1).values
+    ends = ends.repeat_interleave(size, 0)[: whole.num_rows]
+    ends = ends * (lengths[whole.sequence_ids()][:, None] + 1)
+    intervals = ends.to(torch.int32)
+    intervals[torch.rand(whole.num_rows, generator=generator) < 0.1] = 0
+    return whole, whole, intervals
+
+
+def part_of(whole: Jagged, keep: Tensor) -> Jagged:
+    counts = torch.zeros(whole.num_sequences, dtype=torch.int32)
+    counts.index_add_(0, whole.sequence_ids(), keep.to(torch.int32))
+    return Jagged(Jagged.whole(counts).offsets, whole.positions[keep])
+
+
+def check_gradients(
+    queries: Jagged,
+    keys: Jagged,
+    intervals: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    heads: int = 1,
+    dims: tuple[int, int] = (32, 32),
+    calls: int = 1,
+) -> None:
+    """Against float64; in so many calls, of some of the heads each."""
+    called = []
+    by_slopes = launch._gradients_by_slopes
+    monkeypatch.setattr(launch, "_gradients_by_slopes", lambda *x: called.append(by_slopes(*x)))
+    queries, keys = (
+        Jagged(x.offsets.to(DEVICE), x.positions.to(DEVICE), int(x.lengths().max()))
+        for x in (queries, keys)
+    )
+    torch.manual_seed(0)
+    widths = (queries, dims[0]), (keys, dims[0]), (keys, dims[1]), (queries, dims[1])
+    q, k, v, dout = (torch.randn(x.num_rows, heads, dim).to(DEVICE) for x, dim in widths)
+    weighting = Weighting(queries, keys, intervals.to(DEVICE), 0.3, 0.1)
+    want = blockwise_backward(*(x.double() for x in (dout, q, k, v)), weighting)
+    got = (
+        torch.full_like(q, torch.nan),
+        torch.full_like(k, torch.nan),
+        torch.full_like(v, torch.nan),
+    )
+    torch.use_deterministic_algorithms(True)  # uninitialized memory is NaN
+    try:
+        launch.gradients(dout, q, k, v, weighting, out=got)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert len(called) == calls
+    for x, y in zip(got, want, strict=True):
+        assert (x.double() - y).norm() <= 1e-5 * y.norm()
+
+
+@pytest.mark.parametrize("mask", ["causal", "contextual", "window", "semi-local"])
+def test_gradients(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, targets = (torch.tensor(x, dtype=torch.int32) for x in (LENGTHS, TARGETS))
+    whole = Jagged.whole(lengths)
+    intervals = {
+        "causal": hstu_intervals(whole, lengths, torch.zeros_like(targets)),
+        "contextual": hstu_intervals(whole, lengths, targets, num_contextual=3),
+        "window": hstu_intervals(whole, lengths, targets, num_contextual=2, window=9),
+        "semi-local": semi_local_intervals(whole, lengths, targets, local=20, prefix=7),
+    }
+    check_gradients(whole, whole, intervals[mask], monkeypatch)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_gradients_of_any_intervals(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_gradients(*any_intervals(seed), monkeypatch)
+
+
+def test_other_keys_than_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    whole = Jagged.whole(lengths)
+    queries, keys = (part_of(whole, x) for x in (whole.positions % 2 == 0, whole.positions < 90))
+    intervals = hstu_intervals(queries, lengths, torch.zeros_like(lengths))
+    check_gradients(queries, keys, intervals, monkeypatch)
+
+
+def test_heads_at_a_time_and_padded_dims(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    whole = Jagged.whole(lengths)
+    intervals = hstu_intervals(whole, lengths, torch.zeros_like(lengths))
+    of_head = (sum(LENGTHS) // 64 + len(LENGTHS)) * 3 * 64 * 64 * 4
+    monkeypatch.setattr(launch, "KEPT_BYTES", 2 * of_head)
+    check_gradients(whole, whole, intervals, monkeypatch, heads=3, dims=(24, 40), calls=2)
+    monkeypatch.setattr(launch, "KEPT_BYTES", of_head - 1)
+    check_gradients(whole, whole, intervals, monkeypatch, heads=3, calls=0)
+
+
+def test_a_longer_sequence_than_promised_is_an_error() -> None:
+    whole = Jagged.whole(torch.tensor([70], dtype=torch.int32, device=DEVICE), max_length=69)
+    q = torch.randn(70, 1, 32, device=DEVICE, requires_grad=True)
+    intervals = torch.zeros(70, 4, dtype=torch.int32, device=DEVICE)
+    intervals[:, 1] = whole.positions + 1
+    if DEVICE.type == "cuda":
+        pytest.skip("ends the process")
+    with pytest.raises((RuntimeError, ValueError), match="max_length"):
+        hstu_attention(
+            q,
+            q,
+            q,
+            queries=whole,
+            keys=whole,
+            intervals=intervals,
+            alpha=0.3,
+            scale=0.1,
+            backend="triton",
+        ).sum().backward()
