@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import kernels.triton.backward
 import kernels.triton.forward
+import kernels.triton.slopes
 from benchmarks.attention import Work, milliseconds
 from gr_train.config import ModelConfig
 from gr_train.model.hstu import HSTULayer
@@ -39,7 +40,7 @@ POLICIES = ("plain", "none", "projections")
 MATMUL = re.compile("gemm|nvjet|cutlass|xmma|splitk", re.IGNORECASE)
 ATTENTION = {
     name
-    for module in (kernels.triton.forward, kernels.triton.backward)
+    for module in (kernels.triton.forward, kernels.triton.backward, kernels.triton.slopes)
     for name, value in vars(module).items()
     if isinstance(value, Launcher)
 }

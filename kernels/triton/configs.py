@@ -56,7 +56,7 @@ HOPPER = {
         Blocks(64, 64, 4, 2),
         Blocks(64, 64, 4, 2),
         Blocks(64, 128, 8, 2),
-        Kept(Blocks(32, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
+        Kept(Blocks(32, 64, 4, 4), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
     ),
 }
 # Sequences of a few hundred tokens are a few blocks each: latency and memory rule, not products.

@@ -25,6 +25,7 @@ SIDE = tl.constexpr(64)
 SQUARE = tl.constexpr(64 * 64)
 THREADS = tl.constexpr(128)  # of four warps: each holds 8 numbers of every 16 queries
 HELD = tl.constexpr(8)
+ONCE = tl.constexpr("evict_first")  # each is read once: rows that others read as well stay
 
 
 @triton.jit
@@ -58,13 +59,14 @@ def keep(square, first, slopes):
     # A key is 16 * warp + 8 * j + lane // 4, a query 8 * i + 2 * (lane % 4) + k.
     x = tl.reshape(slopes, [4, 2, 8, QUERIES // 8, 4, 2])
     x = tl.reshape(tl.permute(x, [0, 2, 4, 3, 1, 5]), [THREADS, QUERIES // 16, HELD])
-    tl.store(square + first * SIDE + _places(QUERIES), x)
+    tl.store(square + first * SIDE + _places(QUERIES), x, eviction_policy=ONCE)
 
 
 @triton.jit
 def kept(square):
     """Slopes [SIDE keys, SIDE queries]."""
-    x = tl.reshape(tl.load(square + _places(SIDE)), [4, 8, 4, 8, 2, 2])
+    x = tl.load(square + _places(SIDE), eviction_policy=ONCE)
+    x = tl.reshape(x, [4, 8, 4, 8, 2, 2])
     return tl.reshape(tl.permute(x, [0, 4, 1, 3, 2, 5]), [SIDE, SIDE])
 
 

@@ -79,7 +79,7 @@ def check_plan(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
     assert not (visible & ~named).any()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(case=cases(max_length=120, max_sequences=3), data=st.data())
 def test_plans_of_masks_and_shards(case: Case, data: st.DataObject) -> None:
     whole = Jagged.whole(case.lengths)
@@ -91,7 +91,7 @@ def test_plans_of_masks_and_shards(case: Case, data: st.DataObject) -> None:
         check_plan(*parts, case.intervals(parts[0]))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**31))
 @example(seed=1)
 def test_plans_of_any_intervals(seed: int) -> None:
