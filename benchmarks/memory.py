@@ -150,7 +150,8 @@ def measure(model: Model, policy: str, tokens: int, length: int) -> dict[str, fl
 
     layer._forward = named
     x = make_input()
-    for known in (seen.intervals, *vars(seen.shard.device_rows).values(), *layer.parameters()):
+    mine = seen.shard.device_rows
+    for known in (seen.intervals, mine.offsets, mine.positions, *layer.parameters()):
         storages.name(known, "not the layer's")
     with storages:
         out = forward(layers, x, seen)

@@ -98,7 +98,11 @@ def peak(model: Model, policy: str, pieces: int = 1) -> dict[str, int]:
 
 
 def needed(model: Model, policy: str, rows: int) -> int:
-    """Bytes of one rank that holds so many rows, about as many as a ring's message or more."""
+    """Bytes of one rank that holds so many rows, about as many as a ring's message or more.
+
+    Without the slopes that a backward may keep at cp = 1, where head dims are over 128: up to 4 GiB
+    for speed, see `kernels.triton.slopes`.
+    """
     pieces = -(-rows * 4 * model.dim // MESSAGE_BYTES) if model.cp > 1 else 1
     # Of 16 bytes a row: intervals of every rank, and bounds of queries for each piece of keys, and
     # of every piece of queries, which of this rank's own are the same if there is but one.

@@ -26,7 +26,8 @@ class Jagged:
 
     offsets: int32 [B + 1]; sequence b owns rows offsets[b] to offsets[b + 1] - 1.
     positions: int32 [T]; a row's token index in its whole sequence, increasing within a sequence.
-    max_length: no sequence has more rows, if the host knows: kernels then know how much may come.
+    max_length: no sequence has more rows, if the host knows. Attention's backward may then take
+        memory to be faster: see `kernels.triton.launch.gradients`.
     """
 
     offsets: Tensor
@@ -41,7 +42,8 @@ class Jagged:
         max_length: at least the longest, likewise.
         """
         offsets = lengths_to_offsets(lengths)
-        total = int(offsets[-1]) if total is None else total
+        if total is None:
+            total, max_length = int(offsets[-1]), max([0, *lengths.tolist()])
         rows = torch.arange(total, dtype=torch.int32, device=lengths.device)
         starts = torch.repeat_interleave(offsets[:-1], lengths, output_size=total)
         return Jagged(offsets, rows - starts, max_length)

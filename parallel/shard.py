@@ -83,10 +83,8 @@ class Shard:
     @cached_property
     def whole(self) -> Jagged:
         """All rows of the group's sequences in order, on the device."""
-        total, longest = (
-            sum(part.num_rows for part in self.parts),
-            max(self.lengths.tolist(), default=0),
-        )
+        total = sum(part.num_rows for part in self.parts)
+        longest = max([0, *self.lengths.tolist()])
         return Jagged.whole(self.device_lengths, total, longest)
 
     @cached_property

@@ -2,8 +2,9 @@
 
 With s = alpha q . k, p = silu(s) and dp = dout . v, all sums over the visible pairs:
 dv = scale sum p dout, dk = scale alpha sum silu'(s) dp q, dq = scale alpha sum silu'(s) dp k.
-Both recompute s and dp: seven matrix products where one kernel with unordered sums into dq does
-five, but the same bits in every run. Where it pays, silu'(s) dp is kept in between: `slopes.py`.
+Each launch recomputes s and dp: with dk and dv in one, seven matrix products where one kernel with
+unordered sums into dq does five, but the same bits in every run. Where it pays, silu'(s) dp is kept
+in between: `slopes.py`.
 """
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
@@ -80,8 +81,8 @@ def key_value_kernel(
     """dk if KEY, dv if VALUE. Scores are transposed: [keys, queries].
 
     Both at once share the scores; for large head dims their sums do not fit in the registers, and
-    two launches are faster. SLOPES: with them the launch for dv keeps those of an aligned plan, and
-    the one for dk takes them instead of the scores, see `slopes.py`.
+    two launches are faster. SLOPES: whoever finds dv keeps those of an aligned plan; a launch for
+    dk alone takes them instead of the scores, see `slopes.py`.
 
     Grid: segments of key tiles x (TILE / BLOCK_N) x HEADS. Segments leave their sums in float32
     buffers [segments * TILE, HEADS, dim]; the last of a tile to be done, by int32 counters
@@ -102,6 +103,7 @@ def key_value_kernel(
     if SLOPES:
         sequence, first_query = load_sequence(record)
         of = slopes_of_head(slopes_ptr, head, key_parts, room), room, sequence
+        tl.static_assert(BLOCK_N == SIDE and SIDE % BLOCK_M == 0 and (VALUE or BLOCK_M == SIDE))
     TIMES: tl.constexpr = SIDE // BLOCK_M if SLOPES else 1
 
     for source in tl.static_range(SOURCES):
@@ -113,7 +115,7 @@ def key_value_kernel(
             blocks, runs = load_runs(
                 at, kind, MASKED_RUNS if kind > 0 else FULL_RUNS, BLOCK_M, TIMES
             )
-            if SLOPES and KEY:
+            if SLOPES and not VALUE:
                 column = head * QK_DIM
                 dk = add_products(
                     dk, runs, blocks, of, first_query, row0, q_desc, column, True, PRECISION

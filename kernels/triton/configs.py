@@ -26,14 +26,14 @@ class Kept:
     """Blocks of a backward that keeps slopes, see `slopes.py`: of squares, but for value's m."""
 
     value: Blocks
-    key: Blocks
+    key: Blocks | None  # None: dv's launch finds dk as well
     query: Blocks
 
 
 @dataclass(frozen=True)
 class Config:
     """One shape of problem. The plan's `tile` is a multiple of `part` and of the forward's query
-    blocks; `part` is one of its key blocks and of the backward's blocks."""
+    blocks; `part` is one of its key blocks and of the backward's blocks, but for `kept`'s."""
 
     tile: int
     part: int
@@ -63,7 +63,11 @@ HOPPER = {
 # And of few rows there are hardly more tiles of 128 than the 264 that run at a time: the GPU would
 # wait for the heaviest (counted, not measured: it would take 1.4 to 1.9 times as long).
 HOPPER_FEW = Config(64, 64, Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
-HOPPER_SHORT = replace(HOPPER_FEW, query=Blocks(64, 32, 4, 2))
+HOPPER_SHORT = replace(
+    HOPPER_FEW,
+    query=Blocks(64, 32, 4, 2),
+    kept=Kept(Blocks(32, 64, 4, 3), None, Blocks(64, 64, 4, 2)),
+)
 SHORT = 512  # tokens of the mean sequence
 FEW = 48 * 1024  # rows of all heads
 CONSERVATIVE = {

@@ -76,7 +76,8 @@ def key_tiles_kernel(
     """Run-length codes, for each key tile, of how its sequence's query tiles see it.
 
     Query tiles of TILE rows here, that is, parts of the plan's. From the first run on that has no
-    room in the record, all tiles share the last run of either interval. ALIGNED: see `_meets`.
+    room in the record, all tiles share the last run of either interval. ALIGNED: of the first,
+    which stands for both, see `_meets`.
     """
     key_tile = tl.program_id(0)
     piece, _, key0, key_end = locate(

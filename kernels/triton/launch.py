@@ -8,15 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.jagged import Jagged
 from kernels.source import Source
 from kernels.triton.backward import key_value_kernel, query_kernel
-from kernels.triton.configs import Blocks, Config, config_for
+from kernels.triton.configs import Blocks, Config, Kept, config_for
 from kernels.triton.forward import forward_kernel
 from kernels.triton.integers import cdiv, next_power_of_2
 from kernels.triton.launcher import Rows
@@ -113,43 +113,53 @@ def gradients(
     *,
     out: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """`out`, written with dq, dk and dv of one block of queries and keys. Where that is faster, and
-    there is room for them, dk and dq take slopes that the launch for dv keeps."""
-    kept = _Slopes.of(q, k, v, weighting)
-    if kept is None:
+    """`out`, written with dq, dk and dv of one block of queries and keys.
+
+    Where that is faster, dq, and perhaps dk, take slopes that the launch for dv keeps, if it is
+    known how long a sequence may be and a head's fit in KEPT_BYTES. A ring finds dq of other rows
+    than dk: it does without.
+    """
+    slopes = _Slopes.of(q, v, weighting)
+    if slopes is None:
         key_value_gradients(k, v, Source((q, dout), weighting), out=out[1:])
         query_gradient(dout, q, Source((k, v), weighting), out=out[0])
         return
-    for start in range(0, q.shape[1], kept.heads):
-        heads = (x[:, start : start + kept.heads] for x in (dout, q, k, v, *out))
-        _gradients_by_slopes(kept, weighting, *heads)
+    for start in range(0, q.shape[1], slopes.heads):
+        heads = (x[:, start : start + slopes.heads] for x in (dout, q, k, v, *out))
+        _gradients_by_slopes(slopes, weighting, *heads)
 
 
 @dataclass(frozen=True)
 class _Slopes:
     """How many are kept at a time: of so many heads, key parts, and query parts of a sequence."""
 
+    blocks: Kept
     heads: int
     key_parts: int
     room: int
 
     @staticmethod
-    def of(q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> _Slopes | None:
+    def of(q: Tensor, v: Tensor, weighting: Weighting) -> _Slopes | None:
         """None: better found twice."""
-        walk = _Walk(q, [Source((k, v), weighting)])
-        longest = weighting.queries.max_length
-        if walk.is_empty or walk.config.kept is None or longest is None:
+        queries, keys = weighting.queries, weighting.keys
+        if not (q.shape[0] and v.shape[0]) or queries.max_length is None:
             return None
-        key_parts = weighting.keys.num_rows // SIDE.value + weighting.keys.num_sequences
-        room = cdiv(longest, SIDE.value)
+        dims = _padded_dim(q.shape[2]), _padded_dim(v.shape[2])
+        blocks = _config(queries, q.shape[1], dims, q.dtype, q.device).kept
+        if blocks is None:
+            return None
+        key_parts = keys.num_rows // SIDE.value + keys.num_sequences
+        room = max(1, cdiv(min(queries.max_length, queries.num_rows), SIDE.value))
         most = KEPT_BYTES // (key_parts * room * SQUARE.value * q.itemsize)
-        return (
-            _Slopes(ceil(walk.heads / ceil(walk.heads / most)), key_parts, room) if most else None
-        )
+        heads = q.shape[1]
+        # What one launch less saves is little, and lost by launches of fewer heads.
+        if most < (heads if blocks.key is None else 1):
+            return None
+        return _Slopes(blocks, cdiv(heads, cdiv(heads, most)), key_parts, room)
 
 
 def _gradients_by_slopes(
-    kept: _Slopes,
+    slopes: _Slopes,
     weighting: Weighting,
     dout: Tensor,
     q: Tensor,
@@ -159,26 +169,27 @@ def _gradients_by_slopes(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
-    walk = _Walk(k, [Source((q, dout), weighting)], aligned=True)
-    config, heads = walk.config.kept, walk.heads
-    assert config is not None
-    numel = heads * kept.key_parts * kept.room * SQUARE.value
-    slopes = q.new_empty(numel), kept.key_parts, kept.room
-    launches = (config.value, False, True), (config.key, True, False)
-    _key_value_gradients(walk, launches, k, v, (None, None), (dk, dv), slopes)
+    walk, k = _Walk(k, [Source((q, dout), weighting)], aligned=True), _ready(k)
+    blocks, heads = slopes.blocks, walk.heads
+    kept = q.new_empty(heads * slopes.key_parts * slopes.room * SQUARE.value)
+    of_heads = kept, slopes.key_parts, slopes.room
+    launches = [(blocks.value, blocks.key is None, True)]
+    if blocks.key is not None:
+        launches.append((blocks.key, True, False))
+    _key_value_gradients(walk, launches, k, v, (None, None), (dk, dv), of_heads)
 
     target, tiles = _Target(dq, None, walk.qk_dim), walk.plan.query_parts()
     query_slopes_kernel[(len(tiles) * heads,)](
         *target.out,
         tiles,
         *walk.factors,
-        *slopes,
-        Rows(_ready(k), SIDE.value),
+        *of_heads,
+        Rows(k, SIDE.value),
         HEADS=heads,
         QK_DIM=walk.qk_dim,
         PRECISION=walk.precision,
-        num_warps=config.query.warps,
-        num_stages=config.query.stages,
+        num_warps=blocks.query.warps,
+        num_stages=blocks.query.stages,
     )
     target.finish()
 
@@ -236,7 +247,7 @@ class _Walk:
         self.qk_dim, self.v_dim = (_padded_dim(x.shape[2]) for x in self.sources[0].rows)
         first, *others = (source.weighting for source in self.sources)
         self.factors = first.alpha / 2, first.scale
-        key = (self.heads, self.qk_dim, self.v_dim, tiled.dtype, aligned, *others)
+        key = (aligned or self.heads, self.qk_dim, self.v_dim, tiled.dtype, aligned, *others)
         if key not in first.plans:
             first.plans[key] = self._plans(tiled.device, aligned)
         self.config, self.plan, self.more = first.plans[key]
@@ -244,22 +255,12 @@ class _Walk:
     def _plans(self, device: torch.device, aligned: bool) -> tuple[Config, Plan, tuple[Plan, ...]]:
         """The configuration, one for all sources, and their plans."""
         weightings = [source.weighting for source in self.sources]
-        queries = weightings[0].queries
-        config = config_for(
-            max(self.qk_dim, self.v_dim),
-            queries.num_rows * self.heads,
-            queries.num_rows // queries.num_sequences,
-            self.dtype,
-            device,
-        )
+        dims = self.qk_dim, self.v_dim
+        config = _config(weightings[0].queries, self.heads, dims, self.dtype, device)
         tile, part = (SIDE.value, SIDE.value) if aligned else (config.tile, config.part)
         plan, *more = (
             plan_for(x.queries, x.keys, x.intervals, tile, part, aligned) for x in weightings
         )
-        if aligned:
-            assert queries.max_length is not None
-            fits = (queries.lengths() <= queries.max_length).all()
-            torch._assert_async(fits, "max_length: a sequence of the queries is longer")
         return config, plan, tuple(more)
 
     def wait(self) -> None:
@@ -321,6 +322,18 @@ class _Walk:
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
+
+
+def _config(
+    queries: Jagged,
+    heads: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Config:
+    """dims: padded."""
+    mean = queries.num_rows // queries.num_sequences
+    return config_for(max(dims), queries.num_rows * heads, mean, dtype, device)
 
 
 class _Target:

@@ -9,6 +9,9 @@ where a sequence or a context-parallel shard ends. Tiles come heaviest first; ke
 more queries see than see others (a prefix under a window) are walked in segments, side by side. The
 host learns no length: the number of tiles is bounded by shapes, and surplus tiles are empty.
 
+A plan may be `aligned`, for `kernels.triton.slopes`: a masked run of query rows then stands for
+both intervals, and runs of key rows say which parts are met, not what is seen of them.
+
 A launch may visit the rows of several sources, such as keys of different ranks. Each has a plan of
 its own with the same tiles; their order goes by what a tile meets in all of them.
 """
@@ -39,7 +42,7 @@ class Plan:
     `part`, and that of the blocks that walk them.
 
     aligned: parts begin at multiples of their rows from a sequence's first one, and a query part
-    names a key part just if that names it, both once: see `kernels.triton.slopes`.
+    names each key part that it meets once. So does that; where its runs have no room, more.
     """
 
     tile: int
@@ -62,6 +65,10 @@ class Plan:
         part: int,
         aligned: bool = False,
     ) -> Plan:
+        if aligned:
+            assert queries.max_length is not None
+            fits = (queries.lengths() <= queries.max_length).all()
+            torch._assert_async(fits, "max_length: a sequence of the queries is longer")
         intervals = intervals.contiguous()
         cut = Tiles.cut(queries, intervals, tile, part, aligned)
         bounds = intervals.new_empty(4, queries.num_rows)
@@ -187,7 +194,15 @@ def plan_for(
             queries, keys, intervals, tile, part, aligned
         )  # a graph must plan at every replay
     parts = (queries.offsets, queries.positions, keys.offsets, keys.positions)
-    key = (tile, part, aligned, _version(intervals), *map(id, parts), *map(_version, parts))
+    key = (
+        tile,
+        part,
+        aligned,
+        aligned and queries.max_length,
+        _version(intervals),
+        *map(id, parts),
+        *map(_version, parts),
+    )
     known = _plans.setdefault(intervals, {})
     plan = known.get(key)
     if plan is None:

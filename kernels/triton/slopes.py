@@ -1,12 +1,13 @@
-"""Slopes, silu'(s) dp of every pair, which one kernel of the backward keeps in memory for others.
+"""Slopes, 2 silu'(s) dp of every pair, which one kernel of the backward keeps in memory for others.
 
 dk and dq are products of the slopes with q and k. For large head dims the sums of dq, dk and dv do
 not fit in one kernel's registers, and three kernels that each begin with the scores do eight matrix
-products. Here the one for dv keeps the slopes, and the other two read them: five.
+products. Here the one for dv keeps the slopes, and the other two read them: five. For short
+sequences, where dv's kernel finds dk as well, dq is spared reading q, v and dout.
 
 Slopes are kept in squares of SIDE keys and SIDE queries, each a part of a plan that is `aligned`:
-which squares there are for a key part, and which for a query part, is then the same. What a key
-does not see is 0. In a square, numbers lie as a group of four warps holds the result of a product
+every square that a query part reads is then one that a key part has written, once. Where nothing is
+seen they are 0. In a square, numbers lie as a group of four warps holds the result of a product
 in its registers: to keep them, and to multiply them by q, none has to move between threads.
 """
 
@@ -25,7 +26,7 @@ SIDE = tl.constexpr(64)
 SQUARE = tl.constexpr(64 * 64)
 THREADS = tl.constexpr(128)  # of four warps: each holds 8 numbers of every 16 queries
 HELD = tl.constexpr(8)
-ONCE = tl.constexpr("evict_first")  # each is read once: rows that others read as well stay
+ONCE = tl.constexpr("evict_first")  # a kernel reads each once: rows that others read too stay
 
 
 @triton.jit

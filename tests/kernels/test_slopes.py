@@ -48,7 +48,9 @@ def walked(record: list[int]) -> list[tuple[bool, int]]:
 
 def check_plan(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
     """Key parts and query parts name each other, once each; what is full is seen by all."""
-    on_device = [Jagged(x.offsets.to(DEVICE), x.positions.to(DEVICE)) for x in (queries, keys)]
+    on_device = [
+        Jagged(x.offsets.to(DEVICE), x.positions.to(DEVICE), x.num_rows) for x in (queries, keys)
+    ]
     plan = Plan.build(*on_device, intervals.to(DEVICE), PART, PART, aligned=True)
     a0, a1, b0, b1 = intervals[:, :, None].unbind(1)
     same = queries.sequence_ids()[:, None] == keys.sequence_ids()[None]
@@ -175,12 +177,30 @@ def test_gradients_of_any_intervals(seed: int, monkeypatch: pytest.MonkeyPatch) 
     check_gradients(*any_intervals(seed), monkeypatch)
 
 
+def test_more_runs_than_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every other part of the queries sees everything, the others nothing."""
+    whole = Jagged.whole(torch.tensor([720], dtype=torch.int32))
+    intervals = torch.zeros(720, 4, dtype=torch.int32)
+    intervals[:, 1] = 720 * (whole.positions // 64 % 2)
+    check_gradients(whole, whole, intervals, monkeypatch)
+
+
 def test_other_keys_than_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = torch.tensor(LENGTHS, dtype=torch.int32)
     whole = Jagged.whole(lengths)
     queries, keys = (part_of(whole, x) for x in (whole.positions % 2 == 0, whole.positions < 90))
     intervals = hstu_intervals(queries, lengths, torch.zeros_like(lengths))
     check_gradients(queries, keys, intervals, monkeypatch)
+
+
+def test_dk_and_dv_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert configs.SINGLE.kept is not None
+    kept = replace(configs.SINGLE.kept, key=None)
+    monkeypatch.setattr(configs, "SINGLE", replace(configs.SINGLE, kept=kept))
+    lengths, targets = (torch.tensor(x, dtype=torch.int32) for x in (LENGTHS, TARGETS))
+    whole = Jagged.whole(lengths)
+    intervals = hstu_intervals(whole, lengths, targets, num_contextual=3)
+    check_gradients(whole, whole, intervals, monkeypatch, heads=2)
 
 
 def test_heads_at_a_time_and_padded_dims(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,21 +215,13 @@ def test_heads_at_a_time_and_padded_dims(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_longer_sequence_than_promised_is_an_error() -> None:
-    whole = Jagged.whole(torch.tensor([70], dtype=torch.int32, device=DEVICE), max_length=69)
-    q = torch.randn(70, 1, 32, device=DEVICE, requires_grad=True)
-    intervals = torch.zeros(70, 4, dtype=torch.int32, device=DEVICE)
-    intervals[:, 1] = whole.positions + 1
-    if DEVICE.type == "cuda":
-        pytest.skip("ends the process")
-    with pytest.raises((RuntimeError, ValueError), match="max_length"):
-        hstu_attention(
-            q,
-            q,
-            q,
-            queries=whole,
-            keys=whole,
-            intervals=intervals,
-            alpha=0.3,
-            scale=0.1,
-            backend="triton",
-        ).sum().backward()
+    whole = Jagged.whole(torch.tensor([70], dtype=torch.int32), total=70, max_length=69)
+    q = torch.randn(70, 1, 32)
+    intervals = torch.zeros(70, 4, dtype=torch.int32)
+    mask = dict(queries=whole, keys=whole, intervals=intervals, alpha=0.3, scale=0.1)
+    with pytest.raises(ValueError, match="max_length=69"):
+        hstu_attention(q, q, q, **mask)
+    if DEVICE.type == "cpu":  # there it ends the process
+        weighting = Weighting(**mask)
+        with pytest.raises(RuntimeError, match="max_length"):
+            launch.gradients(q, q, q, q, weighting, out=(q, q, q))
