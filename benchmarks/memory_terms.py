@@ -100,8 +100,8 @@ def peak(model: Model, policy: str, pieces: int = 1) -> dict[str, int]:
 def needed(model: Model, policy: str, rows: int) -> int:
     """Bytes of one rank that holds so many rows, about as many as a ring's message or more.
 
-    Without the slopes that a backward may keep at cp = 1, where head dims are over 128: up to 4 GiB
-    for speed, see `kernels.triton.slopes`.
+    Without what a backward may take at cp = 1 to be faster, where head dims are over 128: see
+    `kernels.scratch`.
     """
     pieces = -(-rows * 4 * model.dim // MESSAGE_BYTES) if model.cp > 1 else 1
     # Of 16 bytes a row: intervals of every rank, and bounds of queries for each piece of keys, and

@@ -73,6 +73,9 @@ class ModelConfig:
     # stays, for one more matrix product. Attention never runs twice.
     recompute: Literal["none", "projections"] = "none"
     recompute_layers: int | None = None  # only the first so many; default: all
+    # GiB that attention's backward may take for a moment to be faster, unless keys go round a ring:
+    # where heads are wider than 128, or sequences short.
+    scratch_gib: float = 4.0
     time_buckets: int = 128  # log-spaced time gaps; 0: no time encoding
     mask: MaskConfig = field(default_factory=MaskConfig)
     num_negatives: int = 512  # retrieval: shared by the whole batch, drawn anew each step

@@ -28,6 +28,7 @@ from gr_train.meter import Meter
 from gr_train.model.recommender import DenseModel, Prepared, Recommender, tables
 from gr_train.optim import build_optimizer, build_schedule, follow_schedule
 from gr_train.progress import Progress, set_aside
+from kernels.scratch import limit_scratch
 from parallel.batch import JaggedBatch
 from parallel.dense import replicate
 from parallel.embedding.tables import fused_optimizer, shard_tables
@@ -65,6 +66,7 @@ class Trainer:
         if precision and on_gpu:  # of the loss, which autocast leaves alone: TF32
             torch.set_float32_matmul_precision("high")
 
+        limit_scratch(int(config.model.scratch_gib * 2**30))
         torch.manual_seed(config.train.seed)
         model = DenseModel(config, self.info).to(self.device)
         self.sharding = model.sharding

@@ -44,6 +44,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
         (
             "data.num_workers",
             "model.time_buckets",
+            "model.scratch_gib",
             "model.mask.window",
             "model.mask.full_suffix",
             "model.mask.local",

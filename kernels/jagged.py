@@ -26,8 +26,8 @@ class Jagged:
 
     offsets: int32 [B + 1]; sequence b owns rows offsets[b] to offsets[b + 1] - 1.
     positions: int32 [T]; a row's token index in its whole sequence, increasing within a sequence.
-    max_length: no sequence has more rows, if the host knows. Attention's backward may then take
-        memory to be faster: see `kernels.triton.launch.gradients`.
+    max_length: no sequence has more rows, if the host knows. Attention's backward may then be
+        faster: see `kernels.attention`.
     """
 
     offsets: Tensor

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.jagged import Jagged
+from kernels.scratch import scratch_limit
 from kernels.source import Source
 from kernels.triton.backward import key_value_kernel, query_kernel
 from kernels.triton.configs import Blocks, Config, Kept, config_for
@@ -28,7 +29,6 @@ MOST_SOURCES = 2  # of a launch
 # What is left are the first tiles, and heavy ones: tried again too late, they would make a tail;
 # too early, and nothing has come yet.
 AGAIN_FROM, AGAINS = 0.7, 0.5  # shares of all tiles: after which, and how many of the first
-KEPT_BYTES = 4 << 30  # of slopes at a time, at most
 
 
 def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ def gradients(
     """`out`, written with dq, dk and dv of one block of queries and keys.
 
     Where that is faster, dq, and perhaps dk, take slopes that the launch for dv keeps, if it is
-    known how long a sequence may be and a head's fit in KEPT_BYTES. A ring finds dq of other rows
+    known how long a sequence may be and a head's fit in `scratch_limit`. A ring finds dq of others
     than dk: it does without.
     """
     slopes = _Slopes.of(q, v, weighting)
@@ -150,7 +150,7 @@ class _Slopes:
             return None
         key_parts = keys.num_rows // SIDE.value + keys.num_sequences
         room = max(1, cdiv(min(queries.max_length, queries.num_rows), SIDE.value))
-        most = KEPT_BYTES // (key_parts * room * SQUARE.value * q.itemsize)
+        most = scratch_limit() // (key_parts * room * SQUARE.value * q.itemsize)
         heads = q.shape[1]
         # What one launch less saves is little, and lost by launches of fewer heads.
         if most < (heads if blocks.key is None else 1):

@@ -44,6 +44,7 @@ def test_overrides_win() -> None:
         ("data.source=parquet", ["data.path"]),
         ("model.recompute=all", ["model.recompute", "projections"]),
         ("model.recompute_layers=3", ["model.recompute_layers=3", "num_layers=2"]),
+        ("model.scratch_gib=-1", ["model.scratch_gib=-1", "0 or more"]),
         ("model.kind=sasrec", ["parallel.cp=2", "sasrec"]),
         ("model.mask.prefix=4", ["model.mask.prefix=4", "model.mask.local"]),
         ("model.mask.full_suffix=4", ["model.mask.full_suffix=4", "model.mask.window"]),

@@ -19,6 +19,7 @@ from kernels.attention import hstu_attention
 from kernels.blockwise import blockwise_backward
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, semi_local_intervals
+from kernels.scratch import limit_scratch, scratch_limit
 from kernels.triton import configs, launch, tiles
 from kernels.triton.plan import Plan
 from kernels.triton.runs import FULL_RUNS, RUNS_AT, SEGMENT_AT
@@ -208,10 +209,16 @@ def test_heads_at_a_time_and_padded_dims(monkeypatch: pytest.MonkeyPatch) -> Non
     whole = Jagged.whole(lengths)
     intervals = hstu_intervals(whole, lengths, torch.zeros_like(lengths))
     of_head = (sum(LENGTHS) // 64 + len(LENGTHS)) * 3 * 64 * 64 * 4
-    monkeypatch.setattr(launch, "KEPT_BYTES", 2 * of_head)
-    check_gradients(whole, whole, intervals, monkeypatch, heads=3, dims=(24, 40), calls=2)
-    monkeypatch.setattr(launch, "KEPT_BYTES", of_head - 1)
-    check_gradients(whole, whole, intervals, monkeypatch, heads=3, calls=0)
+    before = scratch_limit()
+    try:
+        limit_scratch(2 * of_head)
+        check_gradients(whole, whole, intervals, monkeypatch, heads=3, dims=(24, 40), calls=2)
+        limit_scratch(of_head - 1)
+        check_gradients(whole, whole, intervals, monkeypatch, heads=3, calls=0)
+    finally:
+        limit_scratch(before)
+    with pytest.raises(ValueError, match="num_bytes"):
+        limit_scratch(-1)
 
 
 def test_a_longer_sequence_than_promised_is_an_error() -> None:
