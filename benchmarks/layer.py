@@ -83,15 +83,7 @@ def make_batch(lengths: list[int]) -> Visibility:
     """A whole batch on one GPU, under the causal mask."""
     host = torch.tensor(lengths, dtype=torch.int32)
     none = torch.zeros_like(host)
-    shard = Shard(
-        host,
-        none,
-        (Jagged.whole(host, max_length=int(host.max())),),
-        {},
-        None,
-        0,
-        torch.device("cuda"),
-    )
+    shard = Shard(host, none, (Jagged.whole(host),), {}, None, 0, torch.device("cuda"))
     return Visibility(shard, hstu_intervals)
 
 

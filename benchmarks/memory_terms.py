@@ -100,8 +100,8 @@ def peak(model: Model, policy: str, pieces: int = 1) -> dict[str, int]:
 def needed(model: Model, policy: str, rows: int) -> int:
     """Bytes of one rank that holds so many rows, about as many as a ring's message or more.
 
-    Without what a backward may take at cp = 1 to be faster, where head dims are over 128: see
-    `kernels.scratch`.
+    Without what a backward may take at cp = 1 to be faster, where head dims are over 128 or the
+    mean sequence is under 512 tokens: see `kernels.scratch`.
     """
     pieces = -(-rows * 4 * model.dim // MESSAGE_BYTES) if model.cp > 1 else 1
     # Of 16 bytes a row: intervals of every rank, and bounds of queries for each piece of keys, and

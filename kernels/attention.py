@@ -49,8 +49,8 @@ def hstu_attention(
 
     q: [Tq, H, Dqk]; k: [Tk, H, Dqk]; v: [Tk, H, Dv]; one floating dtype, one device.
     queries, keys: the rows of q, and of k and v; the same B sequences. If queries.max_length is
-        known, the backward is faster for head dims over 128 and for short sequences, and takes
-        memory for it: see `kernels.scratch`.
+        known, the backward may be faster, on Hopper in 16 bits, for head dims over 128 and for
+        short sequences, and takes memory for it: see `kernels.scratch`.
     intervals: int32 [Tq, 4], see `kernels.masks`.
     backend: one of BACKENDS; "auto" takes the fastest that can do it.
     Returns [Tq, H, Dv] in q's dtype; sums are float32 inside (float64 for float64).

@@ -26,8 +26,8 @@ class Jagged:
 
     offsets: int32 [B + 1]; sequence b owns rows offsets[b] to offsets[b + 1] - 1.
     positions: int32 [T]; a row's token index in its whole sequence, increasing within a sequence.
-    max_length: no sequence has more rows, if the host knows. Attention's backward may then be
-        faster: see `kernels.attention`.
+    max_length: no sequence has more rows, if the host knows: attention's backward may then be
+        faster. If one has after all, that backward ends a GPU's process.
     """
 
     offsets: Tensor
@@ -39,11 +39,15 @@ class Jagged:
         """Whole sequences of the given lengths [B]: positions count 0, 1, ... in each.
 
         total: the sum of lengths, if the caller knows it; spares a GPU the host's wait for it.
-        max_length: at least the longest, likewise.
+        max_length: at least the longest, likewise; found here if `total` is None.
+        Raises ValueError for negative lengths, if `total` is None.
         """
         offsets = lengths_to_offsets(lengths)
         if total is None:
-            total, max_length = int(offsets[-1]), max([0, *lengths.tolist()])
+            known = lengths.tolist()
+            if min(known, default=0) < 0:
+                raise ValueError(f"lengths: want 0 or more, got {min(known)}")
+            total, max_length = sum(known), max(known, default=0)
         rows = torch.arange(total, dtype=torch.int32, device=lengths.device)
         starts = torch.repeat_interleave(offsets[:-1], lengths, output_size=total)
         return Jagged(offsets, rows - starts, max_length)

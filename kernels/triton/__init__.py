@@ -4,7 +4,7 @@ plan.py       which blocks of keys and queries meet, once per batch: by tiles.py
               key_tiles.py; runs.py reads that in a kernel, and knows of tiles that were left
 forward.py    attention forward, one program per query tile and head
 backward.py   attention backward: dk and dv per key tile, dq per query tile; no atomic sums
-slopes.py     what a backward for large heads keeps in memory instead of finding it again
+slopes.py     what one kernel of the backward keeps in memory for the others, where that is faster
 silu.py       SiLU and its slope through tanh, for both
 configs.py    block shapes per GPU generation and head dim
 launch.py     padding, descriptors and grids; rows of one source or two

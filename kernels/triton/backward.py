@@ -2,9 +2,9 @@
 
 With s = alpha q . k, p = silu(s) and dp = dout . v, all sums over the visible pairs:
 dv = scale sum p dout, dk = scale alpha sum silu'(s) dp q, dq = scale alpha sum silu'(s) dp k.
-Each launch recomputes s and dp: with dk and dv in one, seven matrix products where one kernel with
-unordered sums into dq does five, but the same bits in every run. Where it pays, silu'(s) dp is kept
-in between: `slopes.py`.
+Each launch finds what it needs of s and dp again: seven matrix products with dk and dv in one
+launch, eight with one for each, where one kernel with unordered sums into dq does five; but the
+same bits in every run. Where it pays, dv's launch keeps silu'(s) dp for the others: `slopes.py`.
 """
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
@@ -32,7 +32,7 @@ from kernels.triton.runs import (
     tile_at,
 )
 from kernels.triton.silu import UNSEEN, silu_and_twice_slope
-from kernels.triton.slopes import SIDE, add_products, keep, slopes_of_head, square_at
+from kernels.triton.slopes import SIDE, add_products, slopes_of_head, square_at, store_slopes
 
 
 @remembered
@@ -56,7 +56,7 @@ def key_value_kernel(
     scale,
     slopes_ptr,
     key_parts,
-    room,
+    query_parts,
     q_desc,
     dout_desc,
     bounds_ptr,
@@ -102,7 +102,7 @@ def key_value_kernel(
     keys = (row0 + tl.arange(0, BLOCK_N))[:, None]
     if SLOPES:
         sequence, first_query = load_sequence(record)
-        of = slopes_of_head(slopes_ptr, head, key_parts, room), room, sequence
+        of = slopes_of_head(slopes_ptr, head, key_parts, query_parts), query_parts, sequence
         tl.static_assert(BLOCK_N == SIDE and SIDE % BLOCK_M == 0 and (VALUE or BLOCK_M == SIDE))
     TIMES: tl.constexpr = SIDE // BLOCK_M if SLOPES else 1
 
@@ -142,7 +142,7 @@ def key_value_kernel(
                         slopes = (dweights * slope).to(q.dtype)
                     if SLOPES:
                         query = row - first_query
-                        keep(square_at(*of, row0, query), query % SIDE, slopes)
+                        store_slopes(square_at(*of, row0, query), query % SIDE, slopes)
                     if VALUE:
                         dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
                     if KEY:

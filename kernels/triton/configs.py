@@ -23,7 +23,8 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Kept:
-    """Blocks of a backward that keeps slopes, see `slopes.py`: of squares, but for value's m."""
+    """Blocks of a backward that keeps slopes, see `slopes.py`: SIDE by SIDE, but that the one that
+    keeps them may take fewer queries at a time."""
 
     value: Blocks
     key: Blocks | None  # None: dv's launch finds dk as well
@@ -32,8 +33,8 @@ class Kept:
 
 @dataclass(frozen=True)
 class Config:
-    """One shape of problem. The plan's `tile` is a multiple of `part` and of the forward's query
-    blocks; `part` is one of its key blocks and of the backward's blocks, but for `kept`'s."""
+    """One shape of problem. The plan's `tile` is a multiple of `part` and of forward.m, and `part`
+    of forward.n and of the backward's blocks; `kept` has a plan of its own."""
 
     tile: int
     part: int

@@ -63,7 +63,7 @@ def store_rows(ptr, stride, add_ptr, add_stride, x, rows, inside, column0):
 # Sources come last among the arguments of every kernel, the second of them None for none.
 UNSPECIALIZED = [
     *("half_alpha", "scale", "num_rows", "next_num_rows"),
-    *("count", "again_from", "agains", "key_parts", "room"),
+    *("count", "again_from", "agains", "key_parts", "query_parts"),
 ]
 
 

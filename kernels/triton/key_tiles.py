@@ -88,7 +88,6 @@ def key_tiles_kernel(
     record = records_ptr + key_tile.to(tl.int64) * RECORD
     tl.store(record, key0)
     tl.store(record + 1, key_end)
-    store_sequence(record, piece // PIECES, tl.load(q_pieces_ptr + piece // PIECES * PIECES))
 
     # The query tiles of this sequence, piece by piece.
     q_piece = piece // PIECES * PIECES
@@ -100,6 +99,7 @@ def key_tiles_kernel(
     row_second = tl.load(q_pieces_ptr + q_piece + 1)
     row_third = tl.load(q_pieces_ptr + q_piece + 2)
     row_last = tl.load(q_pieces_ptr + q_piece + 3)
+    store_sequence(record, piece // PIECES, row_first)
     origin_second = tl.load(q_origins_ptr + q_piece + 1)
     origin_third = tl.load(q_origins_ptr + q_piece + 2)
 

@@ -115,9 +115,9 @@ def gradients(
 ) -> None:
     """`out`, written with dq, dk and dv of one block of queries and keys.
 
-    Where that is faster, dq, and perhaps dk, take slopes that the launch for dv keeps, if it is
-    known how long a sequence may be and a head's fit in `scratch_limit`. A ring finds dq of others
-    than dk: it does without.
+    Where that is faster, dq, and perhaps dk, take slopes that the launch for dv keeps, if the host
+    knows how long a sequence may be and `scratch_limit` has room: for those of one head, or, where
+    dk has no launch of its own, of all. A ring finds dq and dk of different pairs: it does without.
     """
     slopes = _Slopes.of(q, v, weighting)
     if slopes is None:
@@ -131,12 +131,12 @@ def gradients(
 
 @dataclass(frozen=True)
 class _Slopes:
-    """How many are kept at a time: of so many heads, key parts, and query parts of a sequence."""
+    """Room for those kept at a time: of so many heads, key parts, and query parts of a sequence."""
 
     blocks: Kept
     heads: int
     key_parts: int
-    room: int
+    query_parts: int
 
     @staticmethod
     def of(q: Tensor, v: Tensor, weighting: Weighting) -> _Slopes | None:
@@ -149,13 +149,13 @@ class _Slopes:
         if blocks is None:
             return None
         key_parts = keys.num_rows // SIDE.value + keys.num_sequences
-        room = max(1, cdiv(min(queries.max_length, queries.num_rows), SIDE.value))
-        most = scratch_limit() // (key_parts * room * SQUARE.value * q.itemsize)
+        query_parts = max(1, cdiv(min(queries.max_length, queries.num_rows), SIDE.value))
+        most = scratch_limit() // (key_parts * query_parts * SQUARE.value * q.itemsize)
         heads = q.shape[1]
         # What one launch less saves is little, and lost by launches of fewer heads.
         if most < (heads if blocks.key is None else 1):
             return None
-        return _Slopes(blocks, cdiv(heads, cdiv(heads, most)), key_parts, room)
+        return _Slopes(blocks, cdiv(heads, cdiv(heads, most)), key_parts, query_parts)
 
 
 def _gradients_by_slopes(
@@ -171,8 +171,11 @@ def _gradients_by_slopes(
 ) -> None:
     walk, k = _Walk(k, [Source((q, dout), weighting)], aligned=True), _ready(k)
     blocks, heads = slopes.blocks, walk.heads
-    kept = q.new_empty(heads * slopes.key_parts * slopes.room * SQUARE.value)
-    of_heads = kept, slopes.key_parts, slopes.room
+    numel = heads * slopes.key_parts * slopes.query_parts * SQUARE.value
+    # Few different sizes, which the allocator finds again, whatever the lengths.
+    step = 1 << max(0, numel.bit_length() - 4)
+    kept = q.new_empty(min(cdiv(numel, step) * step, scratch_limit() // q.itemsize))
+    of_heads = kept, slopes.key_parts, slopes.query_parts
     launches = [(blocks.value, blocks.key is None, True)]
     if blocks.key is not None:
         launches.append((blocks.key, True, False))
@@ -247,7 +250,8 @@ class _Walk:
         self.qk_dim, self.v_dim = (_padded_dim(x.shape[2]) for x in self.sources[0].rows)
         first, *others = (source.weighting for source in self.sources)
         self.factors = first.alpha / 2, first.scale
-        key = (aligned or self.heads, self.qk_dim, self.v_dim, tiled.dtype, aligned, *others)
+        heads = None if aligned else self.heads  # chunks of heads share an aligned plan
+        key = (heads, self.qk_dim, self.v_dim, tiled.dtype, *others)
         if key not in first.plans:
             first.plans[key] = self._plans(tiled.device, aligned)
         self.config, self.plan, self.more = first.plans[key]

@@ -9,8 +9,8 @@ where a sequence or a context-parallel shard ends. Tiles come heaviest first; ke
 more queries see than see others (a prefix under a window) are walked in segments, side by side. The
 host learns no length: the number of tiles is bounded by shapes, and surplus tiles are empty.
 
-A plan may be `aligned`, for `kernels.triton.slopes`: a masked run of query rows then stands for
-both intervals, and runs of key rows say which parts are met, not what is seen of them.
+In an `aligned` plan, for `kernels.triton.slopes`, masked runs of query rows test both intervals,
+and runs of key rows, all stored as full ones, say which parts are met, not that all is seen.
 
 A launch may visit the rows of several sources, such as keys of different ranks. Each has a plan of
 its own with the same tiles; their order goes by what a tile meets in all of them.
@@ -41,8 +41,9 @@ class Plan:
     divides it: fewer rows next to a mask's edge work for nothing. Full runs are multiples of
     `part`, and that of the blocks that walk them.
 
-    aligned: parts begin at multiples of their rows from a sequence's first one, and a query part
-    names each key part that it meets once. So does that; where its runs have no room, more.
+    aligned: parts begin at multiples of `part` from their sequence's first row. A query part names
+    each key part that it meets, once. A key part names those query parts, once each, and where its
+    record has too few runs, also some that it does not meet.
     """
 
     tile: int
@@ -189,10 +190,9 @@ def plan_for(
     Tensors are told apart by identity and version, so writing into them in place is noticed; but a
     `Weighting` keeps its plan, so that who keeps it must not, nor capture a graph.
     """
+    arguments = queries, keys, intervals, tile, part, aligned
     if intervals.is_cuda and torch.cuda.is_current_stream_capturing():
-        return Plan.build(
-            queries, keys, intervals, tile, part, aligned
-        )  # a graph must plan at every replay
+        return Plan.build(*arguments)  # a graph must plan at every replay
     parts = (queries.offsets, queries.positions, keys.offsets, keys.positions)
     key = (
         tile,
@@ -206,7 +206,7 @@ def plan_for(
     known = _plans.setdefault(intervals, {})
     plan = known.get(key)
     if plan is None:
-        plan = known[key] = Plan.build(queries, keys, intervals, tile, part, aligned)
+        plan = known[key] = Plan.build(*arguments)
     return plan
 
 

@@ -1,13 +1,13 @@
 """How a kernel walks the rows its tile has to visit: the record that a plan has for it.
 
 A record is int32: the tile's first row, the row after its last one, the same of other rows that
-ride along behind these, which sequence they are of and that one's first query row, then runs of
+ride along behind these; the number of the tile's sequence and its first query row; then runs of
 rows to visit as (start, end); what is unused is empty. There are three kinds of runs: full ones,
 where every query sees every key, and those where the queries' first interval is to be tested, or
-their second. A full run is a multiple of every block. Last, of a key tile, which of how many
-segments of its blocks these runs are, and where in a buffer the sums of the tile's segments begin.
-A kernel that visits the rows of several sources has a record for each, one behind the other, which
-differ in their runs.
+their second (but see `plan.py` for aligned plans). A full run is a multiple of every block. Last,
+of a key tile, which of how many segments of its blocks these runs are, and where in a buffer the
+sums of the tile's segments begin. A kernel that visits the rows of several sources has a record for
+each, one behind the other, which differ in their runs.
 """
 
 from __future__ import annotations

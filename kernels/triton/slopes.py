@@ -5,10 +5,11 @@ not fit in one kernel's registers, and three kernels that each begin with the sc
 products. Here the one for dv keeps the slopes, and the other two read them: five. For short
 sequences, where dv's kernel finds dk as well, dq is spared reading q, v and dout.
 
-Slopes are kept in squares of SIDE keys and SIDE queries, each a part of a plan that is `aligned`:
-every square that a query part reads is then one that a key part has written, once. Where nothing is
-seen they are 0. In a square, numbers lie as a group of four warps holds the result of a product
-in its registers: to keep them, and to multiply them by q, none has to move between threads.
+They are kept in squares of SIDE keys and SIDE queries, a key part and a query part of an `aligned`
+plan. Each square that dk's or dq's kernel reads has been written once; of pairs that do not see
+each other, the slope is 0. In a square, numbers lie as four warps hold the result of a product in
+their registers: four that compute it store it, and four that multiply it by q take it, without any
+of it moving between threads. (Other numbers of warps would be right, but slower.)
 """
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
@@ -20,7 +21,7 @@ import triton.language as tl
 
 from kernels.triton.forward import UNSPECIALIZED, store_rows
 from kernels.triton.launcher import remembered
-from kernels.triton.runs import find_block, load_runs, load_sequence, query_rows, tile_at
+from kernels.triton.runs import FULL_RUNS, find_block, load_runs, load_sequence, query_rows, tile_at
 
 SIDE = tl.constexpr(64)
 SQUARE = tl.constexpr(64 * 64)
@@ -30,19 +31,19 @@ ONCE = tl.constexpr("evict_first")  # a kernel reads each once: rows that others
 
 
 @triton.jit
-def square_at(slopes_ptr, room, sequence, key_row, query):
+def square_at(slopes_ptr, query_parts, sequence, key_row, query):
     """Where a square is, given by its first key row and its first query of the sequence.
 
-    slopes_ptr: of a head. room: for so many query parts of a sequence.
+    slopes_ptr: of a head. query_parts: so many there is room for, of a sequence.
     """
     keys = key_row // SIDE + sequence  # no other part's, whatever the lengths
-    return slopes_ptr + (keys.to(tl.int64) * room + query // SIDE) * SQUARE
+    return slopes_ptr + (keys.to(tl.int64) * query_parts + query // SIDE) * SQUARE
 
 
 @triton.jit
-def slopes_of_head(slopes_ptr, head, key_parts, room):
-    """slopes_ptr: [HEADS, key_parts, room, SQUARE]."""
-    return slopes_ptr + head.to(tl.int64) * key_parts * room * SQUARE
+def slopes_of_head(slopes_ptr, head, key_parts, query_parts):
+    """slopes_ptr: [HEADS, key_parts, query_parts, SQUARE]."""
+    return slopes_ptr + head.to(tl.int64) * key_parts * query_parts * SQUARE
 
 
 @triton.jit
@@ -54,7 +55,7 @@ def _places(QUERIES: tl.constexpr):
 
 
 @triton.jit
-def keep(square, first, slopes):
+def store_slopes(square, first, slopes):
     """Store slopes [SIDE keys, queries], of the queries from the square's `first` on."""
     QUERIES: tl.constexpr = slopes.shape[1]
     # A key is 16 * warp + 8 * j + lane // 4, a query 8 * i + 2 * (lane % 4) + k.
@@ -64,7 +65,7 @@ def keep(square, first, slopes):
 
 
 @triton.jit
-def kept(square):
+def load_slopes(square):
     """Slopes [SIDE keys, SIDE queries]."""
     x = tl.load(square + _places(SIDE), eviction_policy=ONCE)
     x = tl.reshape(x, [4, 8, 4, 8, 2, 2])
@@ -83,11 +84,11 @@ def add_products(
     """
     if blocks > 0:
         row, _end = find_block(runs, 0, SIDE)
-        following = kept(_square_of(of, first_query, fixed, row, BY_KEYS))
+        following = load_slopes(_square_of(of, first_query, fixed, row, BY_KEYS))
         for block in tl.range(blocks):
             slopes = following
             row, _end = find_block(runs, tl.minimum(block + 1, blocks - 1), SIDE)
-            following = kept(_square_of(of, first_query, fixed, row, BY_KEYS))
+            following = load_slopes(_square_of(of, first_query, fixed, row, BY_KEYS))
             row, _end = find_block(runs, block, SIDE)
             y = desc.load([row, column])
             if BY_KEYS:
@@ -99,10 +100,10 @@ def add_products(
 
 @triton.jit
 def _square_of(of, first_query, fixed, row, BY_KEYS: tl.constexpr):
-    slopes_ptr, room, sequence = of
+    slopes_ptr, query_parts, sequence = of
     key_row = fixed if BY_KEYS else row
     query = row - first_query if BY_KEYS else fixed
-    return square_at(slopes_ptr, room, sequence, key_row, query)
+    return square_at(slopes_ptr, query_parts, sequence, key_row, query)
 
 
 @remembered
@@ -115,22 +116,22 @@ def query_slopes_kernel(
     scale,
     slopes_ptr,
     key_parts,
-    room,
+    query_parts,
     k_desc,
     HEADS: tl.constexpr,
     QK_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq = scale * alpha sum slopes k. Grid: query parts x HEADS."""
+    """dq = scale * alpha / 2 * sum slopes k. Grid: query parts x HEADS."""
     head, _, walk = tile_at(tiles_ptr, tl.program_id(0), HEADS, 1, 1)
     queries, inside, some = query_rows(walk, 0, SIDE)
     if not some:
         return
     sequence, first_query = load_sequence(walk)
     query = tl.load(walk) - first_query
-    of = slopes_of_head(slopes_ptr, head, key_parts, room), room, sequence
+    of = slopes_of_head(slopes_ptr, head, key_parts, query_parts), query_parts, sequence
     dq = tl.zeros([SIDE, QK_DIM], dtype=tl.float32)
-    blocks, runs = load_runs(walk, 0, 2, SIDE)
+    blocks, runs = load_runs(walk, 0, FULL_RUNS, SIDE)
     column = head * QK_DIM
     dq = add_products(dq, runs, blocks, of, 0, query, k_desc, column, False, PRECISION)
     dq *= scale * half_alpha

@@ -13,6 +13,7 @@ from gr_train.config import Config, ConfigError, load_config
 from gr_train.data.parquet import write_split
 from gr_train.data.sample import DatasetInfo
 from gr_train.trainer import Trainer
+from kernels.scratch import scratch_limit
 from tests.gr_train.samples import make_samples
 
 SMALL = [
@@ -27,6 +28,7 @@ SMALL = [
     "model.qk_dim=8",
     "model.v_dim=8",
     "model.num_negatives=32",
+    "model.scratch_gib=0.5",
     "eval.batch_size=12",
     "train.log_every=1",
 ]
@@ -43,6 +45,7 @@ def small(run_dir: Path, *overrides: str, world_size: int) -> Config:
 def run(run_dir: Path, *overrides: str):
     """The summary, and every trained number."""
     trainer = Trainer(small(run_dir, *overrides, world_size=int(os.environ["WORLD_SIZE"])))
+    assert scratch_limit() == 1 << 29
     summary = trainer.fit()
     state = {name: p.detach().clone() for name, p in trainer.dense.named_parameters()}
     for name, weight in trainer.model.embeddings.state_dict().items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 
@@ -82,3 +83,8 @@ def test_causal_cost_is_the_triangle() -> None:
     lengths = torch.tensor([7], dtype=torch.int32)
     intervals = hstu_intervals(Jagged.whole(lengths), lengths, torch.zeros_like(lengths))
     assert interval_lengths(intervals).tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_lengths_are_not_negative() -> None:
+    with pytest.raises(ValueError, match="got -3"):
+        Jagged.whole(torch.tensor([-3, 5]))

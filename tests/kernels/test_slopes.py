@@ -122,6 +122,14 @@ def part_of(whole: Jagged, keep: Tensor) -> Jagged:
     return Jagged(Jagged.whole(counts).offsets, whole.positions[keep])
 
 
+def is_called(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """As long as there were calls that kept slopes."""
+    called: list[None] = []
+    by_slopes = launch._gradients_by_slopes
+    monkeypatch.setattr(launch, "_gradients_by_slopes", lambda *x: called.append(by_slopes(*x)))
+    return called
+
+
 def check_gradients(
     queries: Jagged,
     keys: Jagged,
@@ -133,9 +141,7 @@ def check_gradients(
     calls: int = 1,
 ) -> None:
     """Against float64; in so many calls, of some of the heads each."""
-    called = []
-    by_slopes = launch._gradients_by_slopes
-    monkeypatch.setattr(launch, "_gradients_by_slopes", lambda *x: called.append(by_slopes(*x)))
+    called = is_called(monkeypatch)
     queries, keys = (
         Jagged(x.offsets.to(DEVICE), x.positions.to(DEVICE), int(x.lengths().max()))
         for x in (queries, keys)
@@ -202,6 +208,56 @@ def test_dk_and_dv_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Jagged.whole(lengths)
     intervals = hstu_intervals(whole, lengths, targets, num_contextual=3)
     check_gradients(whole, whole, intervals, monkeypatch, heads=2)
+
+
+def test_autograd_keeps_slopes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the host knows how long sequences are."""
+    called = is_called(monkeypatch)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=DEVICE)
+    grads = []
+    for whole in (Jagged.whole(lengths), Jagged.whole(lengths, sum(LENGTHS))):
+        intervals = hstu_intervals(whole, lengths, torch.zeros_like(lengths))
+        q = torch.linspace(-1, 1, sum(LENGTHS) * 32, device=DEVICE).view(-1, 1, 32).requires_grad_()
+        mask = dict(queries=whole, keys=whole, intervals=intervals, alpha=0.3, scale=0.1)
+        hstu_attention(q, q, q, **mask, backend="triton").square().sum().backward()
+        grads.append(q.grad)
+        assert len(called) == 1
+    torch.testing.assert_close(*grads)
+
+
+def test_shipped_blocks_are_squares() -> None:
+    shipped = [*configs.HOPPER.values(), *configs.CONSERVATIVE.values(), configs.HOPPER_SHORT]
+    kept = [config.kept for config in shipped if config.kept]
+    assert kept
+    for x in kept:
+        assert x.value.n == 64 == x.query.m == x.query.n
+        assert 64 % x.value.m == 0 == x.value.m % 16
+        assert x.key is None or (x.key.m, x.key.n) == (64, 64)
+        assert {y.warps for y in (x.value, x.key, x.query) if y} == {4}
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="of a GPU's instructions")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dims", [(256, 256), (200, 64), (64, 128)])
+def test_shipped_blocks(
+    dims: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("only Hopper's configurations keep slopes")
+    called = is_called(monkeypatch)
+    lengths = torch.tensor([300, 0, 1, 1000, 64, 129], dtype=torch.int32, device=DEVICE)
+    whole = Jagged.whole(lengths)
+    intervals = hstu_intervals(whole, lengths, lengths // 20, num_contextual=3)
+    torch.manual_seed(0)
+    widths = dims[0], dims[0], dims[1], dims[1]
+    q, k, v, dout = (torch.randn(whole.num_rows, 4, x, device=DEVICE, dtype=dtype) for x in widths)
+    weighting = Weighting(whole, whole, intervals, 0.1, 0.01)
+    got = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    launch.gradients(dout, q, k, v, weighting, out=got)
+    assert called
+    want = blockwise_backward(*(x.double() for x in (dout, q, k, v)), weighting)
+    for x, y in zip(got, want, strict=True):
+        assert (x.double() - y).norm() <= 3e-3 * y.norm()
 
 
 def test_heads_at_a_time_and_padded_dims(monkeypatch: pytest.MonkeyPatch) -> None:

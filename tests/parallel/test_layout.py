@@ -24,6 +24,7 @@ def test_every_position_has_one_owner(name: str, lengths: list[int], cp: int) ->
     seen = []
     for rank in range(cp):
         part = layout.positions(tensor, rank)
+        assert part.max_length == max([0, *part.lengths().tolist()])
         sequence = part.sequence_ids()
         inside = sequence[1:] == sequence[:-1]
         assert bool((part.positions.diff()[inside] > 0).all()), "positions rise in a sequence"

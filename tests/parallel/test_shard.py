@@ -117,6 +117,7 @@ def test_one_process_needs_no_group() -> None:
     shard = shard_batch(batch, LAYOUTS["zigzag"](1), None)
     assert torch.equal(shard.tokens["time"], batch.tokens["time"])
     assert shard.rows.positions.tolist() == [0, 1, 2, 0, 1, 2, 3]
+    assert shard.device_rows.max_length == shard.whole.max_length == 4
 
 
 def test_errors() -> None:
