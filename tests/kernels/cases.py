@@ -61,3 +61,26 @@ def cases(draw: st.DrawFn, max_length: int = 40, max_sequences: int = 5) -> Case
         local=draw(st.integers(1, 12)) if semi_local else 0,
         prefix=draw(st.integers(0, 10)),
     )
+
+
+def part_of(whole: Jagged, keep: Tensor) -> Jagged:
+    """The rows for which `keep`, bool [T], says so."""
+    counts = torch.zeros(whole.num_sequences, dtype=torch.int32, device=keep.device)
+    counts.index_add_(0, whole.sequence_ids(), keep.to(torch.int32))
+    return Jagged(Jagged.whole(counts).offsets, whole.positions[keep])
+
+
+def any_intervals(seed: int) -> tuple[Jagged, Tensor]:
+    """Unlike any mask of ours: random ends, rows that see nothing, more runs than a plan has room
+    for."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 150, (2,), generator=generator, dtype=torch.int32)
+    lengths[0] += 1
+    whole = Jagged.whole(lengths)
+    size = int(torch.randint(1, 20, (), generator=generator))
+    ends = torch.rand(whole.num_rows // size + 1, 4, generator=generator).sort(-1).values
+    ends = ends.repeat_interleave(size, 0)[: whole.num_rows]
+    ends = ends * (lengths[whole.sequence_ids()][:, None] + 1)
+    intervals = ends.to(torch.int32)
+    intervals[torch.rand(whole.num_rows, generator=generator) < 0.1] = 0
+    return whole, intervals

@@ -12,7 +12,7 @@ from kernels.attention import attention_forward, hstu_attention
 from kernels.jagged import Jagged
 from kernels.source import Source
 from kernels.weighting import Weighting
-from tests.kernels.cases import Case, cases
+from tests.kernels.cases import Case, cases, part_of
 
 
 def inputs(rows: int, heads: int, dqk: int, dv: int, dtype: torch.dtype = torch.float64):
@@ -54,10 +54,7 @@ def test_disjoint_key_sets_add_up(case: Case, parts: int) -> None:
     got = torch.zeros_like(want)
     for part in range(parts):
         keep = whole.positions % parts == part
-        counts = torch.zeros(len(case.lengths), dtype=torch.int32)
-        counts.index_add_(0, whole.sequence_ids(), keep.to(torch.int32))
-        keys = Jagged(Jagged.whole(counts).offsets, whole.positions[keep])
-        source = Source((k[keep], v[keep]), Weighting(keys=keys, **mask))
+        source = Source((k[keep], v[keep]), Weighting(keys=part_of(whole, keep), **mask))
         attention_forward(q, source, add=got, out=got)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 

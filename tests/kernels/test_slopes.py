@@ -24,7 +24,7 @@ from kernels.triton import configs, launch, tiles
 from kernels.triton.plan import Plan
 from kernels.triton.runs import FULL_RUNS, RUNS_AT, SEGMENT_AT
 from kernels.weighting import Weighting
-from tests.kernels.cases import Case, cases
+from tests.kernels.cases import Case, any_intervals, cases, part_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PART = 8
@@ -98,28 +98,8 @@ def test_plans_of_masks_and_shards(case: Case, data: st.DataObject) -> None:
 @given(seed=st.integers(0, 2**31))
 @example(seed=1)
 def test_plans_of_any_intervals(seed: int) -> None:
-    check_plan(*any_intervals(seed))
-
-
-def any_intervals(seed: int) -> tuple[Jagged, Jagged, Tensor]:
-    """Random ends, rows that see nothing, more runs than there is room."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 150, (2,), generator=generator, dtype=torch.int32)
-    lengths[0] += 1
-    whole = Jagged.whole(lengths)
-    size = int(torch.randint(1, 20, (), generator=generator))
-    ends = torch.rand(whole.num_rows // size + 1, 4, generator=generator).sort(-1).values
-    ends = ends.repeat_interleave(size, 0)[: whole.num_rows]
-    ends = ends * (lengths[whole.sequence_ids()][:, None] + 1)
-    intervals = ends.to(torch.int32)
-    intervals[torch.rand(whole.num_rows, generator=generator) < 0.1] = 0
-    return whole, whole, intervals
-
-
-def part_of(whole: Jagged, keep: Tensor) -> Jagged:
-    counts = torch.zeros(whole.num_sequences, dtype=torch.int32)
-    counts.index_add_(0, whole.sequence_ids(), keep.to(torch.int32))
-    return Jagged(Jagged.whole(counts).offsets, whole.positions[keep])
+    whole, intervals = any_intervals(seed)
+    check_plan(whole, whole, intervals)
 
 
 def is_called(monkeypatch: pytest.MonkeyPatch) -> list[None]:
@@ -181,7 +161,8 @@ def test_gradients(mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_gradients_of_any_intervals(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_gradients(*any_intervals(seed), monkeypatch)
+    whole, intervals = any_intervals(seed)
+    check_gradients(whole, whole, intervals, monkeypatch)
 
 
 def test_more_runs_than_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from kernels.masks import hstu_intervals, semi_local_intervals
 from kernels.source import Arrival, Source
 from kernels.triton import configs, launch, plan, runs, tiles
 from kernels.weighting import Weighting
+from tests.kernels.cases import part_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = (70, 0, 1, 33, 5)
@@ -137,12 +138,6 @@ def problem(
     return Problem(tensors, mask)
 
 
-def rows_where(whole: Jagged, keep: Tensor) -> Jagged:
-    counts = torch.zeros(whole.num_sequences, dtype=torch.int32, device=DEVICE)
-    counts.index_add_(0, whole.sequence_ids(), keep.to(torch.int32))
-    return Jagged(Jagged.whole(counts).offsets, whole.positions[keep])
-
-
 @pytest.mark.parametrize("mask", ["causal", "contextual", "window", "semi-local"])
 def test_masks(mask: str) -> None:
     whole, _, _ = tokens()
@@ -156,9 +151,9 @@ def test_zigzag_shards(mask: str) -> None:
     chunk = whole.positions * 4 // lengths[whole.sequence_ids()].clamp(min=1)
     outer = (chunk == 0) | (chunk == 3)
     intervals = masks()[mask]
-    queries = rows_where(whole, outer)
-    problem(queries, rows_where(whole, ~outer), intervals[outer]).check()
-    problem(queries, rows_where(whole, whole.positions % 3 > 0), intervals[outer]).check()
+    queries = part_of(whole, outer)
+    problem(queries, part_of(whole, ~outer), intervals[outer]).check()
+    problem(queries, part_of(whole, whole.positions % 3 > 0), intervals[outer]).check()
 
 
 @triton.jit
@@ -211,7 +206,7 @@ def test_two_sources(
     want = [blockwise_forward(q.double(), k.double(), v.double(), Weighting(**case.mask))]
     want += blockwise_backward(*(x.double() for x in (dout, q, k, v)), Weighting(**case.mask))
     keep = mine(whole.positions)
-    parts = [(x, rows_where(whole, x)) for x in (keep, ~keep)]
+    parts = [(x, part_of(whole, x)) for x in (keep, ~keep)]
     own = parts[0][0]
 
     def weighting(asking: int, asked: int) -> Weighting:
@@ -312,7 +307,7 @@ def test_rows_of_a_wider_buffer() -> None:
 
 def test_no_rows() -> None:
     whole, _, _ = tokens()
-    none = rows_where(whole, whole.positions < 0)
+    none = part_of(whole, whole.positions < 0)
     intervals = masks()["causal"]
     problem(whole, none, intervals).check()
     problem(none, whole, intervals[:0]).check()

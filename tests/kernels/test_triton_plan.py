@@ -20,7 +20,7 @@ from kernels.masks import hstu_intervals, semi_local_intervals
 from kernels.triton import tiles
 from kernels.triton.plan import Plan
 from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, RIDERS_AT, RUNS_AT, SEGMENT_AT
-from tests.kernels.cases import Case, cases
+from tests.kernels.cases import Case, any_intervals, cases, part_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILE, PART = 16, 8
@@ -105,12 +105,6 @@ def check(queries: Jagged, keys: Jagged, intervals: Tensor) -> Plan:
     return plan
 
 
-def part_of(whole: Jagged, keep: Tensor) -> Jagged:
-    counts = torch.zeros(whole.num_sequences, dtype=torch.int32)
-    counts.index_add_(0, whole.sequence_ids(), keep.to(torch.int32))
-    return Jagged(Jagged.whole(counts).offsets, whole.positions[keep])
-
-
 @settings(max_examples=25, deadline=None)
 @given(case=cases(max_length=120, max_sequences=3), data=st.data())
 def test_masks_and_shards(case: Case, data: st.DataObject) -> None:
@@ -135,17 +129,7 @@ def test_masks_and_shards(case: Case, data: st.DataObject) -> None:
 @given(seed=st.integers(0, 2**31))
 @example(seed=1)  # a run of one interval goes on where the other's have no room
 def test_any_intervals(seed: int) -> None:
-    """Unlike any mask of ours: random ends, rows that see nothing, more runs than there is room."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(0, 150, (2,), generator=generator, dtype=torch.int32)
-    lengths[0] += 1
-    whole = Jagged.whole(lengths)
-    size = int(torch.randint(1, 20, (), generator=generator))
-    ends = torch.rand(whole.num_rows // size + 1, 4, generator=generator).sort(-1).values
-    ends = ends.repeat_interleave(size, 0)[: whole.num_rows]
-    ends = ends * (lengths[whole.sequence_ids()][:, None] + 1)
-    intervals = ends.to(torch.int32)
-    intervals[torch.rand(whole.num_rows, generator=generator) < 0.1] = 0
+    whole, intervals = any_intervals(seed)
     check(whole, whole, intervals)
 
 
