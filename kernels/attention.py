@@ -251,7 +251,8 @@ def _check_values(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
         ends = rows.offsets.tolist()
         if not ends or ends[0] != 0 or ends[-1] != rows.num_rows or ends != sorted(ends):
             raise ValueError(f"{name}: offsets must rise from 0 to the {rows.num_rows} rows")
-        if rows.max_length is not None and rows.max_length < max([0, *rows.lengths().tolist()]):
+        longest = max(rows.lengths().tolist(), default=0)
+        if rows.max_length is not None and longest > rows.max_length:
             raise ValueError(f"{name}: a sequence is longer than max_length={rows.max_length}")
         same_sequence = rows.sequence_ids().diff() == 0
         if not bool((rows.positions.diff() > 0)[same_sequence].all()):

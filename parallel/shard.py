@@ -84,7 +84,7 @@ class Shard:
     def whole(self) -> Jagged:
         """All rows of the group's sequences in order, on the device."""
         total = sum(part.num_rows for part in self.parts)
-        longest = max([0, *self.lengths.tolist()])
+        longest = max(self.lengths.tolist(), default=0)
         return Jagged.whole(self.device_lengths, total, longest)
 
     @cached_property

@@ -123,16 +123,16 @@ def query_slopes_kernel(
     PRECISION: tl.constexpr,
 ):
     """dq = scale * alpha / 2 * sum slopes k. Grid: query parts x HEADS."""
-    head, _, walk = tile_at(tiles_ptr, tl.program_id(0), HEADS, 1, 1)
-    queries, inside, some = query_rows(walk, 0, SIDE)
+    head, _, record = tile_at(tiles_ptr, tl.program_id(0), HEADS, 1, 1)
+    queries, inside, some = query_rows(record, 0, SIDE)
     if not some:
         return
-    sequence, first_query = load_sequence(walk)
-    query = tl.load(walk) - first_query
+    sequence, first_query = load_sequence(record)
+    query = tl.load(record) - first_query
     of = slopes_of_head(slopes_ptr, head, key_parts, query_parts), query_parts, sequence
     dq = tl.zeros([SIDE, QK_DIM], dtype=tl.float32)
-    blocks, runs = load_runs(walk, 0, FULL_RUNS, SIDE)
+    blocks, runs = load_runs(record, 0, FULL_RUNS, SIDE)
     column = head * QK_DIM
     dq = add_products(dq, runs, blocks, of, 0, query, k_desc, column, False, PRECISION)
     dq *= scale * half_alpha
-    store_rows(dq_ptr, dq_stride, None, 0, dq, queries, inside, head * QK_DIM)
+    store_rows(dq_ptr, dq_stride, None, 0, dq, queries, inside, column)

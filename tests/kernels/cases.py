@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, semi_local_intervals
+from kernels.naive import visible
 
 
 @dataclass(frozen=True)
@@ -84,3 +85,9 @@ def any_intervals(seed: int) -> tuple[Jagged, Tensor]:
     intervals = ends.to(torch.int32)
     intervals[torch.rand(whole.num_rows, generator=generator) < 0.1] = 0
     return whole, intervals
+
+
+def visible_pairs(queries: Jagged, keys: Jagged, intervals: Tensor) -> Tensor:
+    """bool [Tq, Tk]: of all sequences."""
+    same = queries.sequence_ids()[:, None] == keys.sequence_ids()[None]
+    return same & visible(intervals, keys.positions)

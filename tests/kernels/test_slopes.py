@@ -24,7 +24,7 @@ from kernels.triton import configs, launch, tiles
 from kernels.triton.plan import Plan
 from kernels.triton.runs import FULL_RUNS, RUNS_AT, SEGMENT_AT
 from kernels.weighting import Weighting
-from tests.kernels.cases import Case, any_intervals, cases, part_of
+from tests.kernels.cases import Case, any_intervals, cases, part_of, visible_pairs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PART = 8
@@ -53,10 +53,7 @@ def check_plan(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
         Jagged(x.offsets.to(DEVICE), x.positions.to(DEVICE), x.num_rows) for x in (queries, keys)
     ]
     plan = Plan.build(*on_device, intervals.to(DEVICE), PART, PART, aligned=True)
-    a0, a1, b0, b1 = intervals[:, :, None].unbind(1)
-    same = queries.sequence_ids()[:, None] == keys.sequence_ids()[None]
-    at = keys.positions[None]
-    visible = same & ((at >= a0) & (at < a1) | (at >= b0) & (at < b1))
+    seen = visible_pairs(queries, keys, intervals)
     firsts = [x.offsets[:-1].tolist() for x in (queries, keys)]
     by_key, by_query = [], []
     for record in plan.key_parts()[:, 0].tolist():
@@ -65,7 +62,7 @@ def check_plan(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
             assert (first, (key - firsts[1][sequence]) % PART) == (firsts[0][sequence], 0)
             for full, query in walked(record):
                 assert (query - first) % PART == 0
-                assert not full or visible[query : query + PART, key : key + PART].all()
+                assert not full or seen[query : query + PART, key : key + PART].all()
                 assert not full or end - key == PART
                 by_key.append((key, query))
     for record in plan.query_parts()[:, 0].tolist():
@@ -76,10 +73,10 @@ def check_plan(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
     assert len(set(by_key)) == len(by_key)
     assert len(set(by_query)) == len(by_query)
     assert set(by_query) <= set(by_key)  # more where runs have no room: they are 0
-    named = torch.zeros_like(visible)
+    named = torch.zeros_like(seen)
     for key, query in by_query:
         named[query : query + PART, key : key + PART] = True
-    assert not (visible & ~named).any()
+    assert not (seen & ~named).any()
 
 
 @settings(max_examples=10, deadline=None)

@@ -20,7 +20,7 @@ from kernels.masks import hstu_intervals, semi_local_intervals
 from kernels.triton import tiles
 from kernels.triton.plan import Plan
 from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, RIDERS_AT, RUNS_AT, SEGMENT_AT
-from tests.kernels.cases import Case, any_intervals, cases, part_of
+from tests.kernels.cases import Case, any_intervals, cases, part_of, visible_pairs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILE, PART = 16, 8
@@ -29,14 +29,6 @@ TILE, PART = 16, 8
 @pytest.fixture(autouse=True)
 def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiles, "LEAST", 2)
-
-
-def visible(queries: Jagged, keys: Jagged, intervals: Tensor) -> Tensor:
-    """bool [Tq, Tk]."""
-    a0, a1, b0, b1 = intervals[:, :, None].unbind(1)
-    at = keys.positions[None]
-    same = queries.sequence_ids()[:, None] == keys.sequence_ids()[None]
-    return same & ((at >= a0) & (at < a1) | (at >= b0) & (at < b1))
 
 
 def runs_of(record: list[int]) -> list[list[tuple[int, int]]]:
@@ -97,7 +89,7 @@ def check_segments(plan: Plan, *more: Plan) -> int:
 def check(queries: Jagged, keys: Jagged, intervals: Tensor) -> Plan:
     on_device = [Jagged(x.offsets.to(DEVICE), x.positions.to(DEVICE)) for x in (queries, keys)]
     plan = Plan.build(*on_device, intervals.to(DEVICE), TILE, PART)
-    want = visible(queries, keys, intervals)
+    want = visible_pairs(queries, keys, intervals)
     assert torch.equal(visited(plan, plan.query_tiles()[:, 0], TILE, by_keys=False), want.int())
     assert torch.equal(visited(plan, plan.query_parts()[:, 0], PART, by_keys=False), want.int())
     assert torch.equal(visited(plan, plan.key_parts()[:, 0], PART, by_keys=True), want.int())
