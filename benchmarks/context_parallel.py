@@ -138,7 +138,8 @@ def attention(args: argparse.Namespace) -> list[dict]:
         mesh = build_mesh(dp=1, cp=world, device=device)
         mine = lengths[mesh.rank :: world]
         ids = {"id": torch.zeros(int(mine.sum()), dtype=torch.int64)}
-        shard = shard_batch(JaggedBatch(mine, torch.zeros_like(mine), ids), layout, mesh)
+        batch = JaggedBatch(mine, torch.zeros_like(mine), ids)
+        shard = shard_batch(batch, layout, mesh, keep_whole=args.keep_whole)
     mask: Mask = hstu_intervals
     if args.mask == "semi-local":
         mask = partial(semi_local_intervals, local=args.local, prefix=args.prefix)
@@ -356,6 +357,7 @@ def main() -> None:
     group.add_argument("--simulate", type=int, nargs="*", default=[], help="more cp, of one rank")
     group.add_argument("--exchange", nargs="+", choices=EXCHANGES, default=["ring"])
     group.add_argument("--layout", choices=LAYOUTS, default="zigzag")
+    group.add_argument("--keep-whole", action="store_true", help="cut only what must be")
     group.add_argument("--lengths", default="1638-16384", help="16384, or 1638-16384 for uniform")
     group.add_argument("--tokens", type=int, default=65536)
     group.add_argument("--mask", choices=["causal", "semi-local"], default="causal")

@@ -92,12 +92,13 @@ class EmbeddingConfig:
 
 @dataclass
 class ParallelConfig:
-    cp: int = 1  # processes that share each sequence; the rest of the mesh is data parallel
+    cp: int = 1  # processes that share sequences; the rest of the mesh is data parallel
     # Which positions a rank holds (parallel/layout.py), and how keys and values reach the ranks
     # that need them (parallel/exchange/). auto: contiguous and halo where queries see a window, so
     # short that contiguous chunks are equal work, else zigzag and ring.
     layout: Literal["auto", "zigzag", "contiguous"] = "auto"
     exchange: Literal["auto", "ring", "all_gather", "halo", "ulysses"] = "auto"
+    keep_whole: bool = True  # cut only the sequences that must be, for ranks to have equal work
     balance: bool = True  # deal each step's sequences to the dp groups by their work
     timeout_s: int = 600  # a collective that waits longer ends the job
 

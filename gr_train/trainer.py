@@ -175,7 +175,8 @@ class Trainer:
         return loss.detach()
 
     def shard(self, batch: JaggedBatch) -> Shard:
-        return shard_batch(batch, self.layout, self.mesh)
+        keep_whole = self.config.parallel.keep_whole
+        return shard_batch(batch, self.layout, self.mesh, keep_whole=keep_whole)
 
     def _batches(self, first: int) -> Ahead[_Batch]:
         """Of the steps after `first`. On a GPU each can be made while the one before trains."""

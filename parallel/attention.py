@@ -30,7 +30,7 @@ EXCHANGES = {
 
 def make_ready(seen: Visibility, exchange: str) -> None:
     """Do what an exchange wants of the host once per batch: it may run beside the step before."""
-    for name in EXCHANGES[exchange].wanted if seen.shard.cp_size > 1 else ("intervals",):
+    for name in EXCHANGES[exchange].wanted if _exchanges(seen) else ("intervals",):
         getattr(seen, name)
 
 
@@ -54,7 +54,7 @@ def context_parallel_attention(
     """
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange: {exchange!r} is not one of {', '.join(EXCHANGES)}")
-    if seen.shard.cp_size > 1:
+    if _exchanges(seen):
         for name, x in (("k", k), ("v", v)):
             if x.dtype != q.dtype:
                 raise ValueError(f"{name}: dtype {x.dtype} is not q's {q.dtype}")
@@ -69,3 +69,8 @@ def context_parallel_attention(
         alpha=alpha,
         scale=scale,
     )
+
+
+def _exchanges(seen: Visibility) -> bool:
+    """Whether any sequence is cut."""
+    return any(seen.shard.num_shared)

@@ -3,8 +3,8 @@
 A layout cuts every sequence into blocks of so many positions, each block into chunks of consecutive
 ones, and gives each cp rank some of them. Ranks get equal token counts: a sequence's rows differ by
 at most one between ranks, and the leftover rows are dealt round-robin through the batch, so a whole
-batch differs by at most one too, even if every sequence is shorter than the cp group. To add a
-layout, subclass `Layout`.
+batch differs by at most one too, even if every sequence is shorter than the cp group. Sequences
+that one rank owns are not cut, see `whole.py`. To add a layout, subclass `Layout`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.jagged import Jagged
 from parallel.spans import count_out
+from parallel.whole import CUT
 
 # A multiple of the rows that attention takes at a time: of its tiles none is wasted on a border.
 STRIPE = 128
@@ -39,25 +40,39 @@ class Layout(ABC):
         """Starts and sizes, int64 [cp, blocks, chunks a rank], of each rank's chunks in blocks of
         the given lengths, in rising order. before: see `shares`."""
 
-    def spans(self, lengths: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def spans(
+        self, lengths: Tensor, before: Tensor, owners: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """What every rank holds of any sequences of a batch, in spans of positions.
 
         lengths, before: int64 [B], of each sequence and of all those before it in its batch.
+        owners: int64 [B], see `parallel.whole`.
         Returns the sequence of each block, and the starts and sizes of its chunks, see `chunks`.
         """
-        blocks = lengths // self.block + 1
+        blocks = torch.where(owners == CUT, lengths // self.block + 1, 1)
         sequence = torch.repeat_interleave(blocks)
         first = torch.arange(len(sequence)) - (blocks.cumsum(0) - blocks)[sequence]
         first *= self.block
         starts, sizes = self.chunks(
             (lengths[sequence] - first).clamp_(max=self.block), before[sequence]
         )
-        return sequence, starts + first[:, None], sizes
+        starts += first[:, None]
+        whole = (owners[sequence] != CUT).nonzero()[:, 0]
+        of_whole = sequence[whole]
+        starts[:, whole] = 0
+        sizes[:, whole] = 0
+        sizes[owners[of_whole], whole, 0] = lengths[of_whole]
+        return sequence, starts, sizes
 
-    def parts(self, lengths: Tensor) -> tuple[Jagged, ...]:
-        """The rows that each rank holds of a batch of the given lengths [B], on the host."""
+    def parts(self, lengths: Tensor, owners: Tensor | None = None) -> tuple[Jagged, ...]:
+        """The rows that each rank holds of a batch of the given lengths [B], on the host.
+
+        owners: int64 [B], see `parallel.whole`; None: all sequences are cut.
+        """
         lengths = lengths.long()
-        sequence, starts, sizes = self.spans(lengths, lengths.cumsum(0) - lengths)
+        if owners is None:
+            owners = torch.full_like(lengths, CUT)
+        sequence, starts, sizes = self.spans(lengths, lengths.cumsum(0) - lengths, owners)
         positions = count_out(starts.flatten(), sizes.flatten(), torch.device("cpu")).int()
         rows = torch.zeros(self.cp_size, len(lengths), dtype=torch.int64)
         rows.index_add_(1, sequence, sizes.sum(2))

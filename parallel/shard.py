@@ -3,7 +3,7 @@
 All ranks read different samples; `shard_batch` trades slices (a jagged all-to-all) so that each
 ends up with its layout's positions of every sequence of its cp group. Nobody reads data twice, and
 everything computed from the tokens afterwards is 1/cp in size. Sequences may be dealt anew to the
-dp groups on the way, for equal work.
+dp groups on the way, for equal work, and those that need not be cut for it stay whole.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from parallel.batch import JaggedBatch
 from parallel.layout import Layout
 from parallel.mesh import Mesh
 from parallel.spans import count_out
-from parallel.trade import trade_rows
+from parallel.trade import regroup, trade_rows
 from parallel.transport import Links
+from parallel.whole import CUT, owners
 
 ROOM = 128  # for the sizes of so many sequences of each process: one message, if none reads more
 
@@ -56,6 +57,15 @@ class Shard:
     def rows(self) -> Jagged:
         """This rank's rows, on the host."""
         return self.parts[self.rank]
+
+    @cached_property
+    def num_shared(self) -> list[int]:
+        """How many of each rank's rows, its first ones, are up to the last sequence that several
+        ranks hold: no other rank's queries see any of the rest."""
+        holders = torch.stack([part.lengths() > 0 for part in self.parts]).sum(0)
+        cut = (holders > 1).nonzero()[:, 0].tolist()
+        end = cut[-1] + 1 if cut else 0
+        return [int(part.offsets[end]) for part in self.parts]
 
     @cached_property
     def _on_device(self) -> list[Tensor]:
@@ -99,7 +109,9 @@ class Shard:
         return torch.cat(self.whole_rows)
 
 
-def shard_batch(batch: JaggedBatch, layout: Layout, mesh: Mesh | None) -> Shard:
+def shard_batch(
+    batch: JaggedBatch, layout: Layout, mesh: Mesh | None, *, keep_whole: bool = False
+) -> Shard:
     """This rank's own samples in, this rank's slices of its cp group's samples out. Collective.
 
     All of it is the host's work, messages included: on a GPU job it may run beside a step.
@@ -107,6 +119,8 @@ def shard_batch(batch: JaggedBatch, layout: Layout, mesh: Mesh | None) -> Shard:
     batch: whole sequences that no other rank reads; ranks may hold different numbers of sequences,
     also none. All must hold the same token features, and all or none costs.
     mesh: None for a single process without process groups.
+    keep_whole: cut only those sequences that must be for ranks to have equal work. They then come
+        first in the batch.
     """
     size = 1 if mesh is None else mesh.cp
     if size != layout.cp_size:
@@ -116,7 +130,7 @@ def shard_batch(batch: JaggedBatch, layout: Layout, mesh: Mesh | None) -> Shard:
         lengths, num_targets, tokens = batch.lengths, batch.num_targets, batch.tokens
         parts = layout.parts(lengths)
     else:
-        trade = _Trade.plan(facts, batch.costs is not None, layout, mesh)
+        trade = _Trade.plan(facts, batch.costs is not None, keep_whole, layout, mesh)
         lengths, num_targets, parts = trade.lengths, trade.num_targets, trade.parts
         names = sorted(batch.tokens)
         payload = trade.run(torch.stack([batch.tokens[name] for name in names], 1), mesh.world)
@@ -165,27 +179,30 @@ class _Facts:
 class _Trade:
     """Which of my rows go to which rank, and which rows I get; all known on the host."""
 
-    lengths: Tensor  # of my cp group's sequences, in order of (rank that read them, place there)
-    num_targets: Tensor
+    lengths: Tensor  # of my cp group's sequences, in order of (cut first, rank that read them,
+    num_targets: Tensor  # place there)
     parts: tuple[Jagged, ...]  # of my cp group
     sends: Tensor  # indices of my rows, rank after rank
     send_splits: list[int]
-    receive_splits: list[int]
+    receives: list[list[int]]  # by rank: rows of cut sequences, and of whole ones
 
     @staticmethod
-    def plan(facts: _Facts, balanced: bool, layout: Layout, mesh: Mesh) -> _Trade:
-        """balanced: sequences are dealt anew to the dp groups."""
+    def plan(facts: _Facts, balanced: bool, keep_whole: bool, layout: Layout, mesh: Mesh) -> _Trade:
+        """balanced: sequences are dealt anew to the dp groups. keep_whole: see `shard_batch`."""
         group = deal(facts.costs, mesh.dp) if balanced else facts.reader // mesh.cp
-        order = group.argsort(stable=True)
+        owner = torch.full_like(group, CUT)
+        if keep_whole:
+            owner = _owners_in_groups(facts.lengths, group, mesh)
+        order = (2 * group + (owner != CUT)).argsort(stable=True)
         first_row = facts.lengths.cumsum(0) - facts.lengths  # of each sequence, as they were read
-        group, reader, lengths, num_targets, first_row = torch.stack(
-            [group, facts.reader, facts.lengths, facts.num_targets, first_row]
+        group, owner, reader, lengths, num_targets, first_row = torch.stack(
+            [group, owner, facts.reader, facts.lengths, facts.num_targets, first_row]
         )[:, order]
         before = lengths.cumsum(0) - lengths  # tokens, of the same group's sequences
         before -= before[torch.searchsorted(group, group)]
 
         mine = (reader == mesh.rank).nonzero()[:, 0]
-        sequence, starts, sizes = layout.spans(lengths[mine], before[mine])
+        sequence, starts, sizes = layout.spans(lengths[mine], before[mine], owner[mine])
         first_of_mine = int(facts.lengths[facts.reader < mesh.rank].sum())
         starts += (first_row[mine] - first_of_mine)[sequence, None]
         to = group[mine][sequence] * mesh.cp + torch.arange(mesh.cp)[:, None]  # [cp, blocks]
@@ -195,15 +212,28 @@ class _Trade:
         send_splits = torch.zeros(mesh.size, dtype=torch.int64).index_add_(0, to, sizes.sum(1))
 
         own = (group == mesh.dp_rank).nonzero()[:, 0]
-        lengths, num_targets = lengths[own].int(), num_targets[own].int()
-        parts = layout.parts(lengths)
+        lengths, num_targets, owner = lengths[own].int(), num_targets[own].int(), owner[own]
+        parts = layout.parts(lengths, owner)
         rows_each = parts[mesh.cp_group.rank()].lengths().long()
-        receive_splits = torch.zeros(mesh.size, dtype=torch.int64)
-        receive_splits.index_add_(0, reader[own], rows_each)
+        receives = torch.zeros(2 * mesh.size, dtype=torch.int64)
+        receives.index_add_(0, 2 * reader[own] + (owner != CUT), rows_each)
         return _Trade(
-            lengths, num_targets, parts, sends, send_splits.tolist(), receive_splits.tolist()
+            lengths, num_targets, parts, sends, send_splits.tolist(), receives.view(-1, 2).tolist()
         )
 
     def run(self, payload: Tensor, world: dist.ProcessGroup) -> Tensor:
         """[my tokens, F] -> [my rows of the group's sequences, F], in the order of the batch."""
-        return trade_rows(payload[self.sends], self.send_splits, self.receive_splits, world)
+        splits = [sum(rows) for rows in self.receives]
+        received = trade_rows(payload[self.sends], self.send_splits, splits, world)
+        return regroup(received, self.receives)
+
+
+def _owners_in_groups(lengths: Tensor, group: Tensor, mesh: Mesh) -> Tensor:
+    """`parallel.whole.owners` of sequences of any groups in any order: int64 [N] each."""
+    order = group.argsort(stable=True)
+    ranked = group[order]
+    place = torch.empty_like(group)
+    place[order] = torch.arange(len(group)) - torch.searchsorted(ranked, ranked)
+    padded = lengths.new_zeros(mesh.dp, int(place.max()) + 1 if len(place) else 0)
+    padded[group, place] = lengths
+    return owners(padded, mesh.cp)[group, place]

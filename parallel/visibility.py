@@ -118,22 +118,35 @@ class Visibility:
         """That any rank holds."""
         return max(part.num_rows for part in self.shard.parts)
 
+    @cached_property
+    def most_shared(self) -> int:
+        """Rows that any rank shares with others."""
+        return max(self.shard.num_shared)
+
     def of_my_queries(self, owner: int, piece: int, pieces: int, factors: Factors) -> Weighting:
         """Of this rank's queries and a piece of the keys of `owner`."""
-        return self._weighting(self.shard.rank, 0, 1, self.pieces(pieces)[piece][owner], factors)
+        keys = self._rows(owner, piece, pieces)
+        return self._weighting(self.shard.rank, 0, 1, keys, factors)
 
     def of_my_keys(self, owner: int, piece: int, pieces: int, factors: Factors) -> Weighting:
         """Of a piece of the queries of `owner` and this rank's keys."""
         return self._weighting(owner, piece, pieces, self.shard.device_rows, factors)
 
+    def piece(self, owner: int, piece: int, pieces: int) -> tuple[int, int]:
+        """First and last row + 1 of a piece of what this rank works on of `owner`: all rows of its
+        own, those that others share with it. Pieces differ by one row at most."""
+        mine = owner == self.shard.rank
+        rows = self.shard.rows.num_rows if mine else self.shard.num_shared[owner]
+        return piece_of(rows, piece, pieces)
+
     def _weighting(
         self, rank: int, piece: int, pieces: int, keys: Jagged, factors: Factors
     ) -> Weighting:
         """Of a piece of a rank's queries and of some rank's `keys`; always the same object."""
-        queries = self.pieces(pieces)[piece][rank]
+        queries = self._rows(rank, piece, pieces)
         key = id(queries), id(keys), factors
         if key not in self._weightings:
-            start, end = piece_of(self.shard.parts[rank].num_rows, piece, pieces)
+            start, end = self.piece(rank, piece, pieces)
             intervals = self.all_intervals[rank][start:end]
             self._weightings[key] = Weighting(queries, keys, intervals, *factors)
         return self._weightings[key]
@@ -142,19 +155,17 @@ class Visibility:
     def _weightings(self) -> dict[tuple[int, int, Factors], Weighting]:
         return {}
 
-    def pieces(self, count: int) -> list[tuple[Jagged, ...]]:
-        """[piece][rank]: the rows of every rank, cut into `count` pieces each, on the device."""
-        if count not in self._pieces:
-            parts = self.shard.device_parts
-            self._pieces[count] = [
-                tuple(part.piece(*piece_of(part.num_rows, i, count)) for part in parts)
-                for i in range(count)
-            ]
-        return self._pieces[count]
+    def _rows(self, owner: int, piece: int, pieces: int) -> Jagged:
+        """The rows of a `piece`, on the device; always the same object."""
+        key = owner, piece, pieces
+        if key not in self._pieces:
+            part, span = self.shard.device_parts[owner], self.piece(*key)
+            self._pieces[key] = part if span == (0, part.num_rows) else part.piece(*span)
+        return self._pieces[key]
 
     @cached_property
-    def _pieces(self) -> dict[int, list[tuple[Jagged, ...]]]:
-        return {1: [self.shard.device_parts]}
+    def _pieces(self) -> dict[tuple[int, int, int], Jagged]:
+        return {}
 
     @cached_property
     def padded_rows(self) -> Tensor:
@@ -170,5 +181,5 @@ class Visibility:
 
 
 def piece_of(num_rows: int, piece: int, count: int) -> tuple[int, int]:
-    """The first row of a piece, and the one after its last; pieces differ by one row at most."""
+    """The first row of a piece, and the one after its last."""
     return num_rows * piece // count, num_rows * (piece + 1) // count

@@ -82,7 +82,7 @@ def _chunks(k: Tensor, v: Tensor, seen: Visibility) -> tuple[int, int]:
     beside what the layers keep, and the longest sequence grows with cp.
     """
     heads = k.shape[1]
-    head = max(1, seen.most_rows * (k.shape[2] + v.shape[2]) * k.itemsize)
+    head = max(1, seen.most_shared * (k.shape[2] + v.shape[2]) * k.itemsize)
     groups = ceil(heads / max(1, MESSAGE_BYTES // head))
     each = ceil(heads / groups)
     return each, ceil(each * head / MESSAGE_BYTES)

@@ -49,19 +49,19 @@ class RingPass:
         links = seen.shard.links
         assert links is not None
         self.names = (name, f"next {name}")  # in turn: one fills while the other is read
-        self.wanted, self.parts = wanted, seen.pieces(pieces)[piece]
-        self.own = rows
-        if pieces > 1:
-            start, end = piece_of(rows[0].shape[0], piece, pieces)
-            self.own = rows[0][start:end], rows[1][start:end]
+        self.wanted = wanted
+        spans = [piece_of(shared, piece, pieces) for shared in seen.shard.num_shared]
+        self.num_rows = [end - start for start, end in spans]  # that each rank sends
+        self.rank = seen.shard.rank
+        self.own = _between(rows, *seen.piece(self.rank, piece, pieces))
+        self.shared = _between(rows, *spans[self.rank])
         self.within, self.across = links.within, links.across
         self.places = links.within.group.size()
         self.nodes = seen.shard.cp_size // self.places
-        self.rank = seen.shard.rank
         self.node, self.place = divmod(self.rank, self.places)
         (_, self.heads, first), last = rows[0].shape, rows[1].shape[2]
         self.dims = first, last
-        self.most = max(self._numel(rank) for rank in range(len(self.parts)))  # of a message
+        self.most = max(map(self._numel, range(len(spans))))  # of a message
         self.held: dict[int, Message] = {}  # turn -> rows, as the node is sent them
         self.fetched = round * (self.places - 1) + 1  # the first of all has the plain name
 
@@ -70,8 +70,8 @@ class RingPass:
         return self._at(self.node - turn, self.place - step)
 
     def hold_own(self) -> None:
-        """Hold this rank's own rows for the first turn."""
-        self.held[0] = self.within.pack(self.names[0], self.own)
+        """Hold those of this rank's own rows that others see for the first turn."""
+        self.held[0] = self.within.pack(self.names[0], self.shared)
 
     def carry_on(self, turn: int) -> None:
         """Send what this rank holds on to the next node, and have the next turn's brought.
@@ -142,7 +142,7 @@ class RingPass:
         return link.inbox(self.names[which], numel, self.most, self.own[0].dtype)
 
     def _numel(self, owner: int) -> int:
-        return self.parts[owner].num_rows * self.heads * sum(self.dims)
+        return self.num_rows[owner] * self.heads * sum(self.dims)
 
     def _split(self, flat: Tensor) -> Rows:
         """A message as its two tensors [rows, H, D], each contiguous."""
@@ -151,3 +151,8 @@ class RingPass:
         a = flat.as_strided((rows, heads, first), (heads * first, first, 1), start)
         start += a.numel()
         return a, flat.as_strided((rows, heads, last), (heads * last, last, 1), start)
+
+
+def _between(rows: Rows, start: int, end: int) -> Rows:
+    a, b = rows
+    return rows if (start, end) == (0, a.shape[0]) else (a[start:end], b[start:end])

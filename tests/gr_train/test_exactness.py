@@ -92,7 +92,7 @@ def distributed_step(
     exchange: str,
     dp: int,
     cp: int,
-    balance: bool = False,
+    dealt: bool = False,
     kind: str = "hstu",
 ):
     config = make_config(task, style, exchange, cp, kind)
@@ -120,9 +120,9 @@ def distributed_step(
         shares[-1] += shares[0]
         shares[0] = empty
     batch = make_batch(shares[mesh.rank], config)
-    if balance:
+    if dealt:
         batch = replace(batch, costs=sequence_flops(config.model, len(info.contextual), batch))
-    shard = shard_batch(batch, ZigzagLayout(cp), mesh)
+    shard = shard_batch(batch, ZigzagLayout(cp), mesh, keep_whole=dealt)
     loss = model.loss(model.prepare(shard, NEGATIVES))
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in dense.module.named_parameters()}
@@ -206,9 +206,10 @@ def test_equals_single_process(
     check(results, single, task, style)
 
 
-@pytest.mark.parametrize(("dp", "cp"), [(2, 1), (3, 1), (2, 2)])
+@pytest.mark.parametrize(("dp", "cp"), [(2, 1), (3, 1), (2, 2), (1, 2), (1, 3)])
 @pytest.mark.parametrize("task", ["retrieval", "ranking"])
 def test_dealing_by_work_changes_nothing(run_in_world, single, task: str, dp: int, cp: int) -> None:
+    """To groups, and in a group of sequences that stay whole."""
     results = run_in_world(dp * cp, distributed_step, task, "merged", "ring", dp, cp, True)
     check(results, single, task, "merged")
 

@@ -37,6 +37,7 @@ CASES = {
     "semi_local": Case(
         torch.tensor([150, 3, 64]), torch.tensor([5, 0, 1], dtype=torch.int32), 2, local=9, prefix=4
     ),
+    "alike": Case(torch.full((6,), 20), torch.zeros(6, dtype=torch.int32), 0),
     "nothing": Case(torch.tensor([0, 0]), torch.zeros(2, dtype=torch.int32), 0),
     "one_token": Case(torch.tensor([1]), torch.zeros(1, dtype=torch.int32), 0),
 }
@@ -54,7 +55,7 @@ def qkvd(rows: int) -> list[torch.Tensor]:
     ]
 
 
-def attend(cp: int, layout: str, exchange: str, name: str):
+def attend(cp: int, layout: str, exchange: str, name: str, keep_whole: bool = False):
     """This rank's rows of out, dq, dk, dv, and where they lie in the whole."""
     case = CASES[name]
     mesh = build_mesh(dp=1, cp=cp, device=CPU)
@@ -64,7 +65,7 @@ def attend(cp: int, layout: str, exchange: str, name: str):
         case.num_targets[mine],
         {"id": torch.zeros(int(case.lengths[mine].sum()), dtype=torch.int64)},
     )
-    shard = shard_batch(batch, LAYOUTS[layout](cp), mesh)
+    shard = shard_batch(batch, LAYOUTS[layout](cp), mesh, keep_whole=keep_whole)
 
     *qkv, dout = (x[shard.whole_rows[shard.rank]] for x in qkvd(int(shard.lengths.sum())))
     qkv = [x.requires_grad_() for x in qkv]
@@ -96,9 +97,17 @@ def test_a_ring_passes_ranks_that_see_nothing(run_in_world, name: str, layout: s
     check_against_one_process(run_in_world(4, attend, 4, layout, "ring", name), name)
 
 
-def attend_over_nodes(cp: int, per_node: int, layout: str, name: str):
+@pytest.mark.parametrize("exchange", EXCHANGES)
+@pytest.mark.parametrize("cp", [2, 3])
+@pytest.mark.parametrize("name", ["causal", "targets", "semi_local", "alike", "nothing"])
+def test_whole_sequences_beside_cut_ones(run_in_world, name: str, cp: int, exchange: str) -> None:
+    results = run_in_world(cp, attend, cp, "zigzag", exchange, name, True)
+    check_against_one_process(results, name)
+
+
+def attend_over_nodes(cp: int, per_node: int, layout: str, name: str, keep_whole: bool = False):
     with patch.dict(os.environ, LOCAL_WORLD_SIZE=str(per_node)):
-        return attend(cp, layout, "ring", name)
+        return attend(cp, layout, "ring", name, keep_whole)
 
 
 @pytest.mark.parametrize(("cp", "per_node"), [(2, 1), (3, 1), (4, 2), (6, 2), (6, 3)])
@@ -117,33 +126,37 @@ def test_a_ring_of_rings(run_in_world, name: str, layout: str, cp: int, per_node
     check_against_one_process(results, name)
 
 
-def attend_in_chunks(cp: int, name: str, message_bytes: int):
+def attend_in_chunks(cp: int, name: str, message_bytes: int, keep_whole: bool):
     with patch.object(ring, "MESSAGE_BYTES", message_bytes):
-        return attend(cp, "zigzag", "ring", name)
+        return attend(cp, "zigzag", "ring", name, keep_whole)
 
 
+@pytest.mark.parametrize("keep_whole", [False, True])
 @pytest.mark.parametrize("message_bytes", [4096, 512])
 @pytest.mark.parametrize("name", ["targets", "causal", "nothing", "one_token"])
 def test_a_ring_of_some_heads_and_rows_at_a_time(
-    run_in_world, name: str, message_bytes: int
+    run_in_world, name: str, message_bytes: int, keep_whole: bool
 ) -> None:
-    check_against_one_process(run_in_world(3, attend_in_chunks, 3, name, message_bytes), name)
+    results = run_in_world(3, attend_in_chunks, 3, name, message_bytes, keep_whole)
+    check_against_one_process(results, name)
 
 
-def attend_over_nodes_in_chunks(cp: int, per_node: int, name: str):
+def attend_over_nodes_in_chunks(cp: int, per_node: int, name: str, keep_whole: bool):
     with patch.object(ring, "MESSAGE_BYTES", 512):
-        return attend_over_nodes(cp, per_node, "zigzag", name)
+        return attend_over_nodes(cp, per_node, "zigzag", name, keep_whole)
 
 
+@pytest.mark.parametrize("keep_whole", [False, True])
 @pytest.mark.parametrize("name", ["targets", "one_token"])
-def test_a_ring_of_rings_of_some_rows_at_a_time(run_in_world, name: str) -> None:
-    check_against_one_process(run_in_world(4, attend_over_nodes_in_chunks, 4, 2, name), name)
+def test_a_ring_of_rings_of_some_rows_at_a_time(run_in_world, name: str, keep_whole: bool) -> None:
+    results = run_in_world(4, attend_over_nodes_in_chunks, 4, 2, name, keep_whole)
+    check_against_one_process(results, name)
 
 
 def test_large_messages_are_cut_into_heads_then_rows() -> None:
     def chunks(rows: int, heads: int = 4) -> tuple[int, int]:
         k = v = torch.empty(0, heads, 128, dtype=torch.bfloat16)
-        return ring._chunks(k, v, SimpleNamespace(most_rows=rows))  # type: ignore[arg-type]
+        return ring._chunks(k, v, SimpleNamespace(most_shared=rows))  # type: ignore[arg-type]
 
     assert chunks(0) == (4, 1)
     assert chunks(66_000) == (4, 1)  # 129 MiB
@@ -154,7 +167,7 @@ def test_large_messages_are_cut_into_heads_then_rows() -> None:
 
 def test_a_message_has_one_dtype() -> None:
     q = torch.zeros(4, 1, 8, dtype=torch.bfloat16)
-    seen = SimpleNamespace(shard=SimpleNamespace(cp_size=2))
+    seen = SimpleNamespace(shard=SimpleNamespace(num_shared=[4]))
     with pytest.raises(ValueError, match="v: dtype"):
         context_parallel_attention(q, q, q.float(), seen=seen, alpha=1.0, scale=1.0)  # type: ignore[arg-type]
 

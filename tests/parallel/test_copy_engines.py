@@ -28,6 +28,7 @@ from parallel.shard import Shard
 from parallel.transport import CopyEngines, Links, Message, SendReceive
 from parallel.visibility import Visibility
 from parallel.watchdog import Watchdog
+from parallel.whole import CUT
 
 CPU = torch.device("cpu")
 
@@ -247,6 +248,7 @@ def run_rank(
     nodes: int,
     copies: bool,
     heads: int,
+    whole: bool,
 ) -> list[Any]:
     """Two layers forward and backward, batch after batch. Returns all memory, to be kept."""
 
@@ -296,7 +298,10 @@ def run_rank(
         kept.append(links)
         for batch in batches:
             lengths = torch.tensor(batch, dtype=torch.int32)
-            parts = LAYOUTS[layout](size * nodes).parts(lengths)
+            owners = torch.full_like(lengths, CUT, dtype=torch.int64)
+            if whole:
+                owners[1:] = torch.arange(len(batch) - 1) % (size * nodes)
+            parts = LAYOUTS[layout](size * nodes).parts(lengths, owners)
             none = torch.zeros_like(lengths)
             shard = Shard(lengths, none, parts, {}, everybody, rank, CPU, links)
             seen = Visibility(shard, lambda *a: hstu_intervals(*a, window=30))
@@ -313,15 +318,24 @@ def run_rank(
     return kept
 
 
-def take_down(size: int, layout: str, nodes: int = 1, copies: bool = True, heads: int = 1) -> Graph:
-    """size: ranks of a node. copies: by copy engines; else all of it is sent and received."""
+def take_down(
+    size: int,
+    layout: str,
+    nodes: int = 1,
+    copies: bool = True,
+    heads: int = 1,
+    whole: bool = False,
+) -> Graph:
+    """size: ranks of a node. copies: by copy engines; else all of it is sent and received. whole:
+    only the first sequence of a batch is cut."""
     graph, kept = Graph(), []
     for node in range(nodes):
         buffers: list[list[Tensor]] = []
         for place in range(size):
             device = Device(graph, place, buffers)
             batches = [[90, 7, 0], [60, 40], [3, 1]]
-            kept.append(run_rank(device, size, layout, batches, node, nodes, copies, heads))
+            of_rank = layout, batches, node, nodes, copies, heads, whole
+            kept.append(run_rank(device, size, *of_rank))
     assert kept
     return graph
 
@@ -348,6 +362,11 @@ def test_so_they_are_without_copy_engines(size: int, message_bytes: int) -> None
 def test_so_they_are_where_messages_come_ahead(size: int, copies: bool) -> None:
     with patch.object(ring, "MESSAGE_BYTES", 7 << 10):  # two heads' rows
         assert not take_down(size, "zigzag", copies=copies, heads=4).races()
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_so_they_are_beside_whole_sequences(nodes: int) -> None:
+    assert not take_down(2, "zigzag", nodes, heads=4, whole=True).races()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from kernels.masks import hstu_intervals, interval_lengths
 from parallel.layout import LAYOUTS, STRIPE, ZigzagLayout
+from parallel.whole import CUT
 
 lengths_strategy = st.lists(
     st.one_of(st.integers(0, 20), st.integers(0, 9000)), min_size=0, max_size=30
@@ -53,9 +54,14 @@ def test_spans_of_some_sequences(name: str, lengths: list[int], cp: int, data) -
     layout = LAYOUTS[name](cp)
     tensor = torch.tensor(lengths, dtype=torch.int64)
     chosen = [b for b in range(len(lengths)) if data.draw(st.booleans())]
+    owners = torch.tensor([data.draw(st.integers(CUT, cp - 1)) for _ in lengths], dtype=torch.int64)
     before = tensor.cumsum(0) - tensor
-    sequence, starts, sizes = layout.spans(tensor[chosen], before[chosen])
-    for rank, part in enumerate(layout.parts(tensor)):
+    sequence, starts, sizes = layout.spans(tensor[chosen], before[chosen], owners[chosen])
+    parts = layout.parts(tensor, owners)
+    rows = torch.stack([part.lengths() for part in parts])
+    for b, owner in enumerate(owners.tolist()):
+        assert owner == CUT or rows[owner, b] == rows[:, b].sum() == lengths[b]
+    for rank, part in enumerate(parts):
         got: list[list[int]] = [[] for _ in chosen]
         blocks = zip(sequence.tolist(), starts[rank].tolist(), sizes[rank].tolist(), strict=True)
         for b, *chunks in blocks:

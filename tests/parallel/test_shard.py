@@ -56,18 +56,21 @@ def test_slices_of_all_samples_of_the_group(run_in_world, dp: int, cp: int, layo
                 assert torch.equal(x, whole[name][index])
 
 
-def shard_balanced(dp: int, cp: int, lengths_by_rank: list[list[int]]):
+def shard_balanced(dp: int, cp: int, lengths_by_rank: list[list[int]], keep_whole: bool = False):
     mesh = build_mesh(dp=dp, cp=cp, device=CPU)
     batch = make_batch(lengths_by_rank[mesh.rank], mesh.rank)
     batch = replace(batch, costs=batch.lengths.double() ** 2)
-    shard = shard_batch(batch, LAYOUTS["zigzag"](cp), mesh)
+    shard = shard_batch(batch, LAYOUTS["zigzag"](cp), mesh, keep_whole=keep_whole)
     return shard.lengths, shard.rows, shard.tokens
 
 
+@pytest.mark.parametrize("keep_whole", [False, True])
 @pytest.mark.parametrize(("dp", "cp"), [(1, 1), (2, 1), (3, 1), (2, 2), (1, 3)])
-def test_balanced_groups_hold_every_token_once(run_in_world, dp: int, cp: int) -> None:
+def test_balanced_groups_hold_every_token_once(
+    run_in_world, dp: int, cp: int, keep_whole: bool
+) -> None:
     by_rank = [[40, 0, 30, 2], [], [1, 1, 17], [4]][: dp * cp]
-    results = run_in_world(dp * cp, shard_balanced, dp, cp, by_rank)
+    results = run_in_world(dp * cp, shard_balanced, dp, cp, by_rank, keep_whole)
     want = torch.cat([make_batch(lengths, r).tokens["id"] for r, lengths in enumerate(by_rank)])
     got = torch.cat([tokens["id"] for _, _, tokens in results])
     assert torch.equal(got.sort().values, want.sort().values)
@@ -81,6 +84,23 @@ def test_balanced_groups_hold_every_token_once(run_in_world, dp: int, cp: int) -
         groups = [results[g * cp][0].double().square().sum() for g in range(dp)]
         total = sum(n * n for lengths in by_rank for n in lengths)
         assert max(groups) <= max(total / dp, 40**2) + 17**2
+
+
+def shard_whole(cp: int, lengths_by_rank: list[list[int]]):
+    mesh = build_mesh(dp=1, cp=cp, device=CPU)
+    batch = make_batch(lengths_by_rank[mesh.rank], mesh.rank)
+    shard = shard_batch(batch, LAYOUTS["zigzag"](cp), mesh, keep_whole=True)
+    return shard.lengths, shard.rows, shard.num_shared
+
+
+def test_cut_sequences_come_first(run_in_world) -> None:
+    by_rank = [[500, 500, 50], [50, 3000, 2500]]
+    for lengths, rows, num_shared in run_in_world(2, shard_whole, 2, by_rank):
+        assert lengths.tolist() == [3000, 2500, 500, 500, 50, 50]
+        assert num_shared == [2750, 2750]
+        first, second, *others = rows.lengths().tolist()
+        assert (first, second) == (1500, 1250)
+        assert sorted(others) == [0, 0, 50, 500]
 
 
 def shard_in_room(room: int, dp: int, cp: int, lengths_by_rank: list[list[int]]):

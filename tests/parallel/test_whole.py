@@ -1,0 +1,60 @@
+"""Which sequences stay whole: as many as leave ranks with equal work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parallel.whole import CUT, PRICE, owners
+
+
+def shares(lengths: torch.Tensor, owner: torch.Tensor, ranks: int) -> torch.Tensor:
+    """Tokens and squares of each rank, over the mean: [ranks, 2]."""
+    work = torch.stack([lengths, lengths**2], 1).double()
+    cut = work[owner == CUT].sum(0) / ranks
+    of_ranks = torch.stack([work[owner == rank].sum(0) + cut for rank in range(ranks)])
+    return of_ranks / of_ranks.mean(0).clamp(min=1)
+
+
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 20), st.integers(0, 60_000)), max_size=40),
+    ranks=st.integers(1, 9),
+)
+@settings(max_examples=200, deadline=None)
+def test_ranks_stay_equal(lengths: list[int], ranks: int) -> None:
+    """No worse than paying for the cut of all."""
+    of_group = torch.tensor(lengths, dtype=torch.int64)
+    owner = owners(of_group[None], ranks)[0]
+    assert owner.shape == of_group.shape
+    assert bool(((owner == CUT) | (owner >= 0) & (owner < ranks)).all())
+    assert float(shares(of_group, owner, ranks).max()) <= 1 + PRICE + 1e-9
+
+
+def test_groups_do_not_depend_on_each_other() -> None:
+    torch.manual_seed(0)
+    lengths = torch.randint(0, 9000, (5, 33)) * (torch.rand(5, 33) < 0.8)
+    together = owners(lengths, 4)
+    for group in range(5):
+        some = lengths[group][lengths[group] > 0]
+        alone = owners(some[None], 4)[0]
+        assert torch.equal(together[group][lengths[group] > 0], alone)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "cut"),
+    [
+        ([16_000] * 4, 0),
+        ([16_000] * 3, 1),  # of two ranks, one would have two
+        ([60_000, *range(100, 200)], 5),  # the huge one, and a few with it that would not fit
+        ([60_000], 1),
+        ([], 0),
+    ],
+)
+def test_what_is_cut(lengths: list[int], cut: int) -> None:
+    of_group = torch.tensor(lengths, dtype=torch.int64)
+    owner = owners(of_group[None], 2)[0]
+    assert int((owner == CUT).sum()) == cut
+    if cut:
+        assert owner[of_group.argmax()] == CUT or 16_000 in lengths
