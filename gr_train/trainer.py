@@ -82,6 +82,8 @@ class Trainer:
             eps=config.embedding.eps,
             seed=config.train.seed,
         )
+        self.side = torch.cuda.Stream(self.device) if on_gpu else None
+        self.batch: Prepared | None = None
         self.dense, self.parameters = dense, list(dense.parameters())
         self.model = Recommender(
             config.model,
@@ -145,8 +147,13 @@ class Trainer:
         return self._finish(progress, loss, meter.tokens_per_s)
 
     def prepare(self, step: int, batch: JaggedBatch) -> Prepared:
-        """The host's part of a step."""
-        return self.model.prepare(self.shard(batch), self._negatives(step))
+        """The host's part of a step. What it leaves to the GPU, copies and masks, is done beside the
+        step before."""
+        if self.side is not None:
+            # Memory that it takes again was last read by what is enqueued by now: see `step`.
+            self.side.wait_stream(torch.cuda.default_stream(self.device))
+        with torch.cuda.stream(self.side):
+            return self.model.prepare(self.shard(batch), self._negatives(step))
 
     def step(
         self, step: int, batch: Prepared, meanwhile: Callable[[], None] | None = None
@@ -156,6 +163,9 @@ class Trainer:
         meanwhile: called once the forward pass is enqueued. In the backward pass a GPU is slower
         than its host, in the forward it may not be: the next batch is best made then.
         """
+        if self.side is not None:
+            torch.cuda.current_stream().wait_stream(self.side)
+        self.batch = batch  # the last one is let go only now that nothing is prepared in its memory
         with self.mesh.watchdog.doing(f"step {step}"):
             return self._step(batch, meanwhile)
 

@@ -15,7 +15,7 @@ from torchrec.modules.embedding_modules import EmbeddingCollection
 from parallel.embedding.lookup import SEGMENTS
 from parallel.mesh import Mesh
 
-MANY_ROWS = 1024  # a process: of fewer, some could be asked for far more rows than others
+MANY_ROWS = 1024  # a process: of fewer, some could be asked for far more than others
 
 
 def embedding_plan(
@@ -27,12 +27,13 @@ def embedding_plan(
     """Table name -> placement, the same on every rank. Collective."""
     # Whole rows only: the row-wise optimizer keeps one number a row, so cutting columns would
     # change the result. Never replicated: a replica has no fused optimizer. All processes look up
-    # in all tables: of one that is held by a single process, this one alone serves everybody.
+    # in all tables: of one that is held by a single process, this one alone serves everybody, once
+    # a row. Small ones are: rows of large ones then lie as they are sent, without a copy.
     constraints = {
         config.name: ParameterConstraints(
             sharding_types=[ShardingType.ROW_WISE.value]
             if config.num_embeddings >= MANY_ROWS * mesh.size
-            else [ShardingType.TABLE_WISE.value, ShardingType.ROW_WISE.value],
+            else [ShardingType.TABLE_WISE.value],
             compute_kernels=[EmbeddingComputeKernel.FUSED.value],
             pooling_factors=[max(1.0, tokens_per_rank / SEGMENTS)] * len(config.feature_names),
         )
