@@ -62,14 +62,18 @@ def test_an_error_reaches_the_user() -> None:
     ahead.settle()
 
 
-def steps_without_waiting(run_dir: str, overrides: list[str]) -> list[float]:
+def steps(run_dir: str, overrides: list[str], ahead: bool) -> list[float]:
+    """Losses of steps that, once all is compiled and buffers have grown, must not wait for the GPU.
+
+    ahead: each batch is made beside the step before.
+    """
     world = torch.cuda.device_count()
     shared = [
         "data.max_length=256",
         "data.batch_size=8",
         "model.width=64",
         "model.num_heads=2",
-        "train.steps=8",
+        "train.steps=12",
         f"run_dir={run_dir}",
     ]
     config = load_config(None, [*shared, f"parallel.cp={world}", *overrides], world_size=world)
@@ -77,9 +81,9 @@ def steps_without_waiting(run_dir: str, overrides: list[str]) -> list[float]:
     trainer.dense.train()
     losses, batches = [], trainer._batches(0)
     for step, batch in enumerate(batches, start=1):
-        if step == 5:  # compiled, buffers grown
+        if step == 5:
             torch.cuda.set_sync_debug_mode("error")
-        losses.append(trainer.step(step, batch.prepared, batches.begin))
+        losses.append(trainer.step(step, batch.prepared, batches.begin if ahead else None))
     torch.cuda.set_sync_debug_mode("default")
     return torch.stack(losses).tolist()
 
@@ -88,15 +92,30 @@ def steps_without_waiting(run_dir: str, overrides: list[str]) -> list[float]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["parallel.exchange=ring", "model.dropout=0.1"],
-        ["model.mask.local=32", "model.mask.prefix=8"],
-        ["model.task=ranking", "parallel.exchange=all_gather", "model.recompute=projections"],
+        ["parallel.exchange=ring", "parallel.keep_whole=false", "model.dropout=0.1"],
+        ["model.mask.local=32", "model.mask.prefix=8", "parallel.keep_whole=false"],
+        [
+            "model.task=ranking",
+            "parallel.exchange=all_gather",
+            "parallel.keep_whole=false",
+            "model.recompute=projections",
+        ],
+        ["parallel.exchange=ring"],
     ],
-    ids=["ring", "halo", "all_gather"],
+    ids=["ring", "halo", "all_gather", "whole"],
 )
 def test_a_step_never_waits_for_the_gpu(
     run_in_world: Any, tmp_path: Any, overrides: list[str]
 ) -> None:
     world = torch.cuda.device_count()
-    for losses in run_in_world(world, steps_without_waiting, str(tmp_path), overrides, gpus=True):
+    for losses in run_in_world(world, steps, str(tmp_path), overrides, True, gpus=True):
         assert all(loss == loss for loss in losses)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_is_made_ahead_disturbs_nothing(run_in_world: Any, tmp_path: Any) -> None:
+    """Its memory was that of a batch whose step the GPU may still be at."""
+    world = torch.cuda.device_count()
+    losses = [run_in_world(world, steps, str(tmp_path), [], x, gpus=True) for x in (True, False)]
+    for ahead, alone in zip(*losses, strict=True):
+        assert ahead == pytest.approx(alone, rel=1e-3)

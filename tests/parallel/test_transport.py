@@ -34,7 +34,7 @@ def tensors(rows: int, device: torch.device) -> list[torch.Tensor]:
     return list(x.to(device, torch.bfloat16))
 
 
-def ring(transport: str, exchange: str) -> list[list[torch.Tensor]]:
+def ring(transport: str, exchange: str, keep_whole: bool) -> list[list[torch.Tensor]]:
     """Relative errors of out, dq, dk, dv on this rank, each batch twice.
 
     transport: "nodes" for a ring over two nodes of one GPU each.
@@ -51,7 +51,7 @@ def ring(transport: str, exchange: str) -> list[list[torch.Tensor]]:
         mine = torch.tensor(lengths[mesh.rank :: 2], dtype=torch.int32)
         ids = {"id": torch.zeros(int(mine.sum()), dtype=torch.int64)}
         batch = JaggedBatch(mine, torch.zeros_like(mine), ids)
-        shard = shard_batch(batch, ZigzagLayout(2), mesh)
+        shard = shard_batch(batch, ZigzagLayout(2), mesh, keep_whole=keep_whole)
         seen = Visibility(shard, hstu_intervals)
         *qkv, dout = tensors(int(shard.lengths.sum()), device)
         own = shard.whole_rows[shard.rank]
@@ -84,17 +84,20 @@ def test_messages_and_batches_share_no_group(run_in_world) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize(
-    ("transport", "exchange"),
+    ("transport", "exchange", "keep_whole"),
     [
-        ("copy", "ring"),
-        ("nodes", "ring"),
-        ("send", "ring"),
-        ("send", "all_gather"),
-        ("send", "halo"),
+        ("copy", "ring", False),
+        ("copy", "ring", True),
+        ("nodes", "ring", False),
+        ("nodes", "ring", True),
+        ("send", "ring", False),
+        ("send", "all_gather", False),
+        ("send", "halo", False),
+        ("send", "halo", True),
     ],
 )
-def test_two_gpus_equal_one(run_in_world, transport: str, exchange: str) -> None:
-    for errors in run_in_world(2, ring, transport, exchange, gpus=True):
+def test_two_gpus_equal_one(run_in_world, transport: str, exchange: str, keep_whole: bool) -> None:
+    for errors in run_in_world(2, ring, transport, exchange, keep_whole, gpus=True):
         assert all(error < 4e-3 for batch in errors for error in batch), errors
 
 
