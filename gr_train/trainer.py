@@ -147,8 +147,7 @@ class Trainer:
         return self._finish(progress, loss, meter.tokens_per_s)
 
     def prepare(self, step: int, batch: JaggedBatch) -> Prepared:
-        """The host's part of a step. What it leaves to the GPU, copies and masks, is done beside the
-        step before."""
+        """The host's part of a step. Its copies and masks are the GPU's, beside the step before."""
         if self.side is not None:
             # Memory that it takes again was last read by what is enqueued by now: see `step`.
             self.side.wait_stream(torch.cuda.default_stream(self.device))

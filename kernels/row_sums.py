@@ -7,7 +7,7 @@ the same bits in every run, however many they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,19 +46,26 @@ class Sum:
 
 
 def sum_rows(
-    tables: Sequence[Tensor], sums: Sequence[Sum], *, backend: str = "auto"
+    tables: Sequence[Tensor],
+    sums: Sequence[Sum],
+    *,
+    on_gradient: Mapping[int, Callable[[Tensor], None]] | None = None,
+    backend: str = "auto",
 ) -> list[Tensor]:
     """Each of the sums, added up in float32 at least. tables: [R, width] each, contiguous.
 
     Of a table's gradient only the rows are added up that are taken; others are zeros. Values of
-    `rows` and `places` are not checked on a GPU. backend: see `kernels.backend`.
+    `rows` and `places` are not checked on a GPU.
+    on_gradient: table -> what to call with its gradient, before those of later tables are computed
+    (on a GPU alone; elsewhere all come at once).
+    backend: see `kernels.backend`.
     Raises ValueError, naming the argument, for shapes and dtypes that do not fit.
     """
     _check(tables, sums)
     adds = [x.add for x in sums]
     every = [*tables, *(x for x in adds if x is not None)]
     if all(takes_triton(backend, x) for x in every):
-        return list(_SumRows.apply(sums, len(tables), *tables, *adds))
+        return list(_SumRows.apply(sums, len(tables), on_gradient or {}, *tables, *adds))
     return [naive_sum(tables, x) for x in sums]
 
 
@@ -84,11 +91,16 @@ def take_rows(x: Tensor, rows: Tensor, *, backend: str = "auto") -> Tensor:
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, sums: Sequence[Sum], num_tables: int, *tensors: Tensor | None
+        ctx: Any,
+        sums: Sequence[Sum],
+        num_tables: int,
+        on_gradient: Mapping[int, Callable[[Tensor], None]],
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         from kernels.triton import row_sums
 
         tables: Any = tensors[:num_tables]
+        ctx.on_gradient = on_gradient
         ctx.terms = [x.terms for x in sums]
         ctx.like = [None if x is None else (x.shape, x.dtype) for x in tensors]
         return tuple(
@@ -110,7 +122,7 @@ class _SumRows(torch.autograd.Function):
         num_tables = len(ctx.like) - len(douts)
         grads: list[Tensor | None] = []
         for table in range(num_tables):
-            if not ctx.needs_input_grad[2 + table]:
+            if not ctx.needs_input_grad[3 + table]:
                 grads.append(None)
                 continue
             shape, dtype = ctx.like[table]
@@ -121,9 +133,11 @@ class _SumRows(torch.autograd.Function):
                     row_sums.add_gradients(grad, taken, dout, fresh)
                     fresh = False
             grads.append(grad.to(dtype))
+            if table in ctx.on_gradient:
+                ctx.on_gradient[table](grads[-1])
         for like, dout in zip(ctx.like[num_tables:], douts, strict=True):
             grads.append(None if like is None else dout.to(like[1]))
-        return None, None, *grads
+        return None, None, None, *grads
 
 
 class _TakeRows(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import torch
@@ -23,6 +23,24 @@ def trade_rows(
     received = send.new_empty(sum(receive_splits), *send.shape[1:])
     dist.all_to_all_single(received, send, list(receive_splits), list(send_splits), group=group)
     return received
+
+
+def begin_trade(
+    send: Tensor,
+    send_splits: Sequence[int],
+    receive_splits: Sequence[int],
+    group: dist.ProcessGroup | None,
+) -> Callable[[], Tensor]:
+    """`trade_rows` beside what comes next: call what is returned for the rows."""
+    received = send.new_empty(sum(receive_splits), *send.shape[1:])
+    splits = list(receive_splits), list(send_splits)
+    work = dist.all_to_all_single(received, send, *splits, group=group, async_op=True)
+
+    def arrive() -> Tensor:
+        work.wait()
+        return received
+
+    return arrive
 
 
 def regroup(x: Tensor, counts: Sequence[Sequence[int]]) -> Tensor:

@@ -183,7 +183,7 @@ class Recommender:
         sums = [Sum(seen.shard.rows.num_rows, self.residual, tokens)]
         if self.config.task == "retrieval":
             sums += [found.alone("label"), found.alone("negative")]
-        embedded, *others = sum_rows(found.rows, sums)
+        embedded, *others = sum_rows(found.rows, sums, on_gradient=found.on_gradient)
         # Losses and ranks stay outside: they compare items whose scores half precision would tie.
         autocast = torch.autocast(
             seen.shard.device.type, self.precision, enabled=self.precision is not None

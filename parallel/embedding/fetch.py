@@ -3,7 +3,8 @@ them, and their gradients back."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from parallel.trade import regroup, trade_rows
+from parallel.trade import begin_trade, regroup, trade_rows
 
 
 @dataclass(frozen=True)
@@ -25,14 +26,30 @@ class Way:
     coming: list[int]  # [ranks]
     group: dist.ProcessGroup
     dtype: torch.dtype | None = None
+    _returning: list[tuple[Tensor, Callable[[], Tensor]]] = field(default_factory=list)
 
     @property
     def leaving(self) -> list[int]:
         """To each rank."""
         return [sum(x[rank] for x in self.asked) for rank in range(self.group.size())]
 
-    def go(self, x: Tensor, leaving: list[int], coming: list[int]) -> Tensor:
-        return trade_rows(x.to(self.dtype or x.dtype), leaving, coming, self.group).to(x.dtype)
+    def go(self, held: Tensor) -> Tensor:
+        send = held.to(self.dtype or held.dtype)
+        return trade_rows(send, self.leaving, self.coming, self.group).to(held.dtype)
+
+    def begin_return(self, dfound: Tensor) -> None:
+        """Send gradients back that `fetch`'s backward will be given: others are computed meanwhile.
+        Collective."""
+        send = dfound.to(self.dtype or dfound.dtype)
+        arrive = begin_trade(send, self.coming, self.leaving, self.group)
+        self._returning.append((dfound, arrive))
+
+    def go_back(self, dfound: Tensor) -> Tensor:
+        if not self._returning:
+            self.begin_return(dfound)
+        sent, arrive = self._returning.pop()
+        assert sent.data_ptr() == dfound.data_ptr(), "a gradient that is not what was sent"
+        return arrive().to(dfound.dtype)
 
 
 def fetch(held: Tensor, way: Way) -> Tensor:
@@ -48,12 +65,12 @@ class _Fetch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, held: Tensor, way: Way) -> Tensor:
         ctx.way = way
-        return way.go(regroup(held, way.asked), way.leaving, way.coming)
+        return way.go(regroup(held, way.asked))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dfound: Tensor) -> tuple[Tensor, None]:
         way: Way = ctx.way
-        dheld = way.go(dfound.contiguous(), way.coming, way.leaving)
+        dheld = way.go_back(dfound.contiguous())
         by_rank = list(zip(*way.asked, strict=True))
         return regroup(dheld, by_rank).div_(way.group.size()), None

@@ -8,7 +8,7 @@ for a row once, however many of its ids want it, and sends one gradient for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, islice
 
@@ -44,6 +44,7 @@ class Routed:
         """Collective if the tables are sharded."""
         rows: list[Tensor] = []
         where: dict[str, tuple[int, Tensor]] = {}
+        ways = [part.way for part in self.parts]
         if isinstance(self.tables, ShardedEmbeddingCollection):
             dim = self.tables._embedding_configs[0].embedding_dim
             for lookup, ids, part in zip(self.tables._lookups, self.ids, self.parts, strict=True):
@@ -57,7 +58,8 @@ class Routed:
                 x = found.values()
                 where[name] = len(rows), torch.arange(len(x), dtype=torch.int32, device=x.device)
                 rows.append(x)
-        return Found(rows, where)
+        sent = {i: way.begin_return for i, way in enumerate(ways) if way.group.size() > 1}
+        return Found(rows, where, sent)
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Found:
 
     rows: Sequence[Tensor]  # [., dim] each
     where: dict[str, tuple[int, Tensor]]  # feature -> which of these tensors, int32 [n] in it
+    on_gradient: Mapping[int, Callable[[Tensor], None]]  # for a `sum_rows` that is given all rows
 
     def term(self, feature: str, places: Tensor | None = None) -> Term:
         """What a feature's ids bring to a sum; see `kernels.row_sums`."""

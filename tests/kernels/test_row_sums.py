@@ -148,3 +148,22 @@ def test_errors_name_the_argument() -> None:
         call(Term(0, rows), tables=[])
     with pytest.raises(ValueError, match="add: want contiguous"):
         call(Term(0, rows), add=torch.zeros(4, 4))
+
+
+def test_a_gradient_is_told_before_the_next_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, told = Case(20, [4, 3, 2], 8, torch.float32, 0), []
+    tables = [x.requires_grad_() for x in case.tables]
+    add_gradients = fused.add_gradients
+
+    def add(*args: object) -> None:
+        add_gradients(*args)  # type: ignore[arg-type]
+        told.append("added")
+
+    monkeypatch.setattr(fused, "add_gradients", add)
+    sums = [Sum(n, x, terms) for (n, x), terms in zip(case.shapes, case.terms, strict=True)]
+    on_gradient = {i: lambda grad, i=i: told.append((i, grad)) for i in (0, 2)}
+    outs = sum_rows(tables, sums, on_gradient=on_gradient, backend="triton")
+    grads = torch.autograd.grad(outs, tables, case.douts)
+    assert [x if x == "added" else x[0] for x in told] == ["added", "added", 0, "added", "added", 2]
+    for i, grad in (x for x in told if x != "added"):
+        assert torch.equal(grad, grads[i])

@@ -29,10 +29,15 @@ def ids_of(rank: int) -> dict[str, torch.Tensor]:
     return {"item": draw(9000, count), "label": draw(9, count + 2), "action": draw(5, count)}
 
 
-def look_up(tables, rank: int, message_dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
-    """Each feature, in the order of its ids."""
+def look_up(
+    tables, rank: int, message_dtype: torch.dtype | None = None, early: bool = False
+) -> dict[str, torch.Tensor]:
+    """Each feature, in the order of its ids. early: gradients begin their way before they are asked
+    for."""
     ids = ids_of(rank)
     found = route(tables, ids, CPU, message_dtype).look_up()
+    for i, begin in found.on_gradient.items() if early else ():
+        found.rows[i].register_hook(begin)
     sums = [found.alone(name) for name in ids]
     return dict(zip(ids, sum_rows(found.rows, sums), strict=True))
 
@@ -59,7 +64,12 @@ def train_with(kinds: list[str], size: int, optimizer: str):
         return train_once(size, optimizer)
 
 
-def train_once(size: int, optimizer: str = "sgd", message_dtype: torch.dtype | None = None):
+def train_once(
+    size: int,
+    optimizer: str = "sgd",
+    message_dtype: torch.dtype | None = None,
+    early: bool = False,
+):
     mesh = build_mesh(dp=size, cp=1, device=CPU)
     sharded = shard_tables(
         TABLES,
@@ -71,7 +81,7 @@ def train_once(size: int, optimizer: str = "sgd", message_dtype: torch.dtype | N
         seed=3,
     )
     before = full_tables(sharded)
-    found = look_up(sharded, mesh.rank, message_dtype)
+    found = look_up(sharded, mesh.rank, message_dtype, early)
     sum((i + 1) * (x**2).sum() for i, x in enumerate(found.values())).backward()
     return before, {k: x.detach() for k, x in found.items()}, full_tables(sharded)
 
@@ -111,6 +121,15 @@ def test_messages_in_half_the_bytes(run_in_world) -> None:
     for name, x in exact.items():
         torch.testing.assert_close(after[name], x, rtol=1e-2, atol=1e-3)
         assert not torch.equal(after[name], x)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_gradients_that_begin_early(run_in_world, dtype: torch.dtype | None) -> None:
+    (_, _, want), (_, _, got) = (
+        run_in_world(2, train_once, 2, "sgd", dtype, early)[0] for early in (False, True)
+    )
+    for name, x in want.items():
+        assert torch.equal(got[name], x)
 
 
 @given(st.lists(st.lists(st.integers(0, 5), max_size=8), min_size=4, max_size=4))
