@@ -18,7 +18,7 @@ else
 FBGEMM := fbgemm-gpu==1.8.0
 PROCESSES := $(GPUS)
 endif
-# The configs split each sequence over two processes; an odd number of GPUs cannot.
+# The configs split sequences over two processes; an odd number of GPUs cannot.
 ODD := $(filter 1,$(shell expr $(PROCESSES) % 2))
 
 .PHONY: install train test lint

@@ -17,7 +17,8 @@ call has been enqueued. Times are medians of the slowest rank; FLOPs count as in
 `benchmarks.attention` (backward 2.5 times forward), of matrix products 6 a weight and token; MFU is
 their share of 989 TFLOP/s, the dense bf16 peak of H100 and H200. `longest` is the length at which
 data.batch_size equal sequences use 96 % of --memory GiB a GPU: tried, with no more memory than
-that, along the line through the peaks of shorter ones.
+that, along the line through the peaks of shorter ones. There and in `attention` (but with
+--keep-whole) all sequences are cut; in `step` those that parallel.keep_whole leaves to be.
 
 --simulate 4 8 adds rank 0 of groups of that size, alone on one GPU, whose messages go nowhere: what
 it computes. `link ms` is what a ring's messages take one after another on an idle link, by the
@@ -237,7 +238,8 @@ def draw_zipf_lengths(exponent: float) -> None:
 def longest(args: argparse.Namespace) -> list[dict]:
     """The row of one cp: the longest sequences whose training step fits."""
     world = int(args.worker)
-    config = load_config(args.config, [*args.overrides, f"parallel.cp={world}"], world_size=world)
+    overrides = [*args.overrides, f"parallel.cp={world}", "parallel.keep_whole=false"]
+    config = load_config(args.config, overrides, world_size=world)
     trainer = Trainer(config)
     trainer.dense.train()
     sequences, device = config.data.batch_size, trainer.device

@@ -83,7 +83,7 @@ class Trainer:
             seed=config.train.seed,
         )
         self.side = torch.cuda.Stream(self.device) if on_gpu else None
-        self.batch: Prepared | None = None
+        self.held: Prepared | None = None
         self.dense, self.parameters = dense, list(dense.parameters())
         self.model = Recommender(
             config.model,
@@ -163,8 +163,8 @@ class Trainer:
         than its host, in the forward it may not be: the next batch is best made then.
         """
         if self.side is not None:
-            torch.cuda.current_stream().wait_stream(self.side)
-        self.batch = batch  # the last one is let go only now that nothing is prepared in its memory
+            torch.cuda.default_stream(self.device).wait_stream(self.side)
+        self.held = batch  # the last one is let go only now that nothing is prepared in its memory
         with self.mesh.watchdog.doing(f"step {step}"):
             return self._step(batch, meanwhile)
 
@@ -277,7 +277,8 @@ class Trainer:
         if self.mesh.cp > 1:
             layout, exchange, why = self.sharding
             by = f" by {self.mesh.links.name}" if exchange == "ring" else ""
-            progress.say(f"keys and values: {layout} layout, {exchange}{by} ({why})")
+            what = "sequences that must be cut" if self.config.parallel.keep_whole else "all sequences"
+            progress.say(f"keys and values of {what}: {layout} layout, {exchange}{by} ({why})")
         if first:
             progress.say(f"resumed after step {first}")
         return progress

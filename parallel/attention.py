@@ -1,4 +1,4 @@
-"""Attention over a cp group: every rank holds a shard of each sequence. The choice of exchange."""
+"""Attention over a cp group: every rank holds a shard of a batch. The choice of exchange."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def context_parallel_attention(
     """
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange: {exchange!r} is not one of {', '.join(EXCHANGES)}")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}: dtype {x.dtype} is not q's {q.dtype}")
     if _exchanges(seen):
-        for name, x in (("k", k), ("v", v)):
-            if x.dtype != q.dtype:
-                raise ValueError(f"{name}: dtype {x.dtype} is not q's {q.dtype}")
         return EXCHANGES[exchange].attention(q, k, v, seen=seen, alpha=alpha, scale=scale)
     return hstu_attention(
         q,

@@ -1,6 +1,6 @@
 """Deal the sequences of a global batch to dp groups so that every group has the same work.
 
-The groups of a step wait for the slowest. Within a group, the layout evens out the work.
+The groups of a step wait for the slowest. Within a group, layouts and `whole.py` even out the work.
 """
 
 from __future__ import annotations

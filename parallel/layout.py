@@ -3,8 +3,9 @@
 A layout cuts every sequence into blocks of so many positions, each block into chunks of consecutive
 ones, and gives each cp rank some of them. Ranks get equal token counts: a sequence's rows differ by
 at most one between ranks, and the leftover rows are dealt round-robin through the batch, so a whole
-batch differs by at most one too, even if every sequence is shorter than the cp group. Sequences
-that one rank owns are not cut, see `whole.py`. To add a layout, subclass `Layout`.
+batch differs by at most one too, even if every sequence is shorter than the cp group. But sequences
+that one rank owns are not cut: how equal ranks are then, `whole.py` says. To add a layout, subclass
+`Layout`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Cut a batch along its sequences while it is still integers.
 
 All ranks read different samples; `shard_batch` trades slices (a jagged all-to-all) so that each
-ends up with its layout's positions of every sequence of its cp group. Nobody reads data twice, and
+ends up with its layout's positions of the sequences of its cp group. Nobody reads data twice, and
 everything computed from the tokens afterwards is 1/cp in size. Sequences may be dealt anew to the
 dp groups on the way, for equal work, and those that need not be cut for it stay whole.
 """
@@ -191,7 +191,7 @@ class _Trade:
         """balanced: sequences are dealt anew to the dp groups. keep_whole: see `shard_batch`."""
         group = deal(facts.costs, mesh.dp) if balanced else facts.reader // mesh.cp
         owner = torch.full_like(group, CUT)
-        if keep_whole:
+        if keep_whole and mesh.cp > 1:
             owner = _owners_in_groups(facts.lengths, group, mesh)
         order = (2 * group + (owner != CUT)).argsort(stable=True)
         first_row = facts.lengths.cumsum(0) - facts.lengths  # of each sequence, as they were read

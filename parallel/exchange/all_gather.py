@@ -5,7 +5,7 @@ backward pass, gradients of keys and values go home while attention goes on. Onl
 keys and values are kept for the backward pass, which gathers the others' again.
 
 Collectives want equal sizes, so every rank's rows are padded to the most that any rank has: by one
-row at most in this project's layouts, and correctly in any other.
+row at most where all sequences are cut. Also those of whole sequences travel.
 """
 
 from __future__ import annotations

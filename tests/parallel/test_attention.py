@@ -167,7 +167,7 @@ def test_large_messages_are_cut_into_heads_then_rows() -> None:
 
 def test_a_message_has_one_dtype() -> None:
     q = torch.zeros(4, 1, 8, dtype=torch.bfloat16)
-    seen = SimpleNamespace(shard=SimpleNamespace(num_shared=[4]))
+    seen = SimpleNamespace()
     with pytest.raises(ValueError, match="v: dtype"):
         context_parallel_attention(q, q, q.float(), seen=seen, alpha=1.0, scale=1.0)  # type: ignore[arg-type]
 

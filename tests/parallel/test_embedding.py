@@ -150,7 +150,7 @@ def test_each_id_of_a_table_is_sent_once(ids: list[list[int]]) -> None:
 
 def allowed_kinds(size: int) -> list[list[str]]:
     rows = plan.MANY_ROWS * size
-    mine = [Table("many", rows, 8, ("many",)), Table("few", rows - 1, 8, ("few",))]
+    mine = [Table(f"{n}", n, 8, (f"{n}",)) for n in (rows, rows - 1, 100)]
     mesh = build_mesh(dp=size, cp=1, device=CPU)
     allowed = []
 
@@ -158,13 +158,15 @@ def allowed_kinds(size: int) -> list[list[str]]:
         allowed.append(given["sharding_types"])
         return ParameterConstraints(**given)
 
-    with patch.object(plan, "ParameterConstraints", constraints):
+    small = patch.object(plan, "SMALL_BYTES", 100 * 8 * 4 * size)
+    with patch.object(plan, "ParameterConstraints", constraints), small:
         shard_tables(mine, mesh, tokens_per_rank=100, optimizer="sgd", lr=0.1, eps=0, seed=0)
     return allowed
 
 
-def test_large_tables_are_cut_in_rows(run_in_world) -> None:
-    assert run_in_world(2, allowed_kinds, 2)[0] == [["row_wise"], ["table_wise"]]
+def test_large_tables_are_cut_in_rows_and_small_ones_whole(run_in_world) -> None:
+    large, between, small = run_in_world(2, allowed_kinds, 2)[0]
+    assert (large, between, small) == (["row_wise"], ["table_wise", "row_wise"], ["table_wise"])
 
 
 def first_values(size: int):
