@@ -277,8 +277,8 @@ class Trainer:
         if self.mesh.cp > 1:
             layout, exchange, why = self.sharding
             by = f" by {self.mesh.links.name}" if exchange == "ring" else ""
-            what = "sequences that must be cut" if self.config.parallel.keep_whole else "all sequences"
-            progress.say(f"keys and values of {what}: {layout} layout, {exchange}{by} ({why})")
+            some = "cut" if self.config.parallel.keep_whole else "all"
+            progress.say(f"keys and values of {some} sequences: {layout} layout, {exchange}{by} ({why})")
         if first:
             progress.say(f"resumed after step {first}")
         return progress
