@@ -10,8 +10,9 @@ bytes alone (the naive twins of the kernels keep no statistics, and need other m
 --longest asks for the longest L such that a batch of sequences of L tokens fits in --memory.
 Predictions ("simulated") cover cp = 1, 2, 4, 8 over the ring, all sequences cut; on a GPU, training
 steps with one L after another are run for cp = 1. The published lengths beside them (arXiv
-2508.04711) are for 80 GB GPUs without recomputation and a model of unknown size. The defaults are a model that, kept whole,
-fits about as much at cp = 1: 8 layers, width 512, 4 heads of 128, 256 sequences a cp group.
+2508.04711) are for 80 GB GPUs without recomputation and a model of unknown size. The defaults are a
+model that, kept whole, fits about as much at cp = 1: 8 layers, width 512, 4 heads of 128, 256
+sequences a cp group.
 Embedding tables, inputs and loss are not counted, nor what the allocator loses to fragments.
 """
 

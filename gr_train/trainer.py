@@ -278,7 +278,8 @@ class Trainer:
             layout, exchange, why = self.sharding
             by = f" by {self.mesh.links.name}" if exchange == "ring" else ""
             some = "cut" if self.config.parallel.keep_whole else "all"
-            progress.say(f"keys and values of {some} sequences: {layout} layout, {exchange}{by} ({why})")
+            how = f"{layout} layout, {exchange}{by} ({why})"
+            progress.say(f"keys and values of {some} sequences: {how}")
         if first:
             progress.say(f"resumed after step {first}")
         return progress
