@@ -67,10 +67,25 @@ class Line:
 
 def overlap(spans: Tensor, times: int) -> Tensor:
     """Where at least `times` of [m, 2] spans, in any order, lie over each other; 1: the union."""
+    points, depth = _depth(spans)
+    return _where(points, depth >= times)
+
+
+def alone(spans: Tensor) -> Tensor:
+    """Where exactly one of [m, 2] spans, in any order, lies."""
+    points, depth = _depth(spans)
+    return _where(points, depth == 1)
+
+
+def _depth(spans: Tensor) -> tuple[Tensor, Tensor]:
+    """The ends of all spans, rising, and how many lie behind each."""
     points, order = spans.T.flatten().sort(stable=True)  # starts come before ends at the same place
-    deep = torch.zeros(len(points) + 1, dtype=torch.int8)
-    deep[1:] = torch.where(order < len(spans), 1, -1).cumsum(0) >= times
-    turns = deep.diff()
+    return points, torch.where(order < len(spans), 1, -1).cumsum(0)
+
+
+def _where(points: Tensor, inside: Tensor) -> Tensor:
+    """Spans that begin at points from which on it is inside, and end where it is no longer."""
+    turns = torch.nn.functional.pad(inside.to(torch.int8), (1, 0)).diff()
     found = torch.stack([points[turns == 1], points[turns == -1]], 1)
     return found[found[:, 0] < found[:, 1]]
 

@@ -14,11 +14,20 @@ from kernels.transfer import copy_to
 from kernels.weighting import Weighting
 from parallel.relayout import Relayout
 from parallel.shard import Shard
-from parallel.spans import Line, count_out, overlap
+from parallel.spans import Line, alone, count_out, overlap
 
 # (query rows, lengths [B], num_targets [B]) -> int32 [rows, 4], as in `kernels.masks`.
 Mask = Callable[[Jagged, Tensor, Tensor], Tensor]
 Factors = tuple[float, float]  # alpha and scale of a `Weighting`
+
+
+@dataclass(frozen=True)
+class Halo:
+    """Rows that a rank's queries see beyond its own, and those of its own that others ask for."""
+
+    edge: Tensor  # int64, on the device: its own that others see
+    move: Relayout  # from every rank's edge to where the rows are seen
+    beyond: Jagged  # the rows that come, on the device
 
 
 @dataclass(frozen=True)
@@ -106,12 +115,31 @@ class Visibility:
         return [list(owners) for owners in zip(*self.meets, strict=True)]
 
     @cached_property
-    def halo(self) -> tuple[Relayout, Jagged]:
-        """The move that brings this rank the rows it sees, and where they are, on the device."""
-        shard = self.shard
+    def halo(self) -> Halo:
+        shard, line = self.shard, self.line
         assert shard.group is not None
-        move = Relayout.between(self.line, self.held, self.seen, shard.group, shard.device)
-        return move, self.line.jagged(self.seen, shard.rank, shard.device)
+        beyond = alone(torch.cat([self.seen, self.held]))  # rows of others, of every rank
+        ranks = torch.arange(shard.cp_size)
+        asked = overlap(beyond - (beyond[:, :1] // line.stride) * line.stride, 1)
+        asked = (asked + line.stride * ranks[:, None, None]).view(-1, 2)
+        edge = overlap(torch.cat([asked, self.held]), 2)
+        to = shard.group, shard.device
+        (rows, _) = Relayout.between(line, self.held, edge, *to).stays
+        move = Relayout.between(line, edge, beyond, *to)
+        return Halo(rows, move, line.jagged(beyond, shard.rank, shard.device))
+
+    def of_halo(self, factors: Factors) -> tuple[Weighting, Weighting]:
+        """Of this rank's queries and its own keys, and those beyond; always the same objects."""
+        if factors not in self._of_halo:
+            rows = self.shard.device_rows
+            keys = rows, self.halo.beyond
+            of_own, beyond = (Weighting(rows, x, self.intervals, *factors) for x in keys)
+            self._of_halo[factors] = of_own, beyond
+        return self._of_halo[factors]
+
+    @cached_property
+    def _of_halo(self) -> dict[Factors, tuple[Weighting, Weighting]]:
+        return {}
 
     @cached_property
     def most_rows(self) -> int:

@@ -1,16 +1,20 @@
 """Halo exchange: each rank sends only the key rows that the other ranks' queries see.
 
 For windowed and semi-local masks, whose traffic is then the window and not the sequence. The rows
-a rank sees are gathered in one jagged all-to-all, and attention runs on them in one call.
+that come are a second block of keys beside a rank's own, which nothing moves: HSTU attention adds
+up over blocks. Backward, their gradients go back to where they came from.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from kernels.attention import hstu_attention
-from parallel.relayout import relayout
+from kernels.attention import attention_forward, key_value_gradients, query_gradient
+from kernels.columns import empty_gradients
+from kernels.source import Source
 from parallel.visibility import Visibility
 
 
@@ -18,16 +22,34 @@ def halo_attention(
     q: Tensor, k: Tensor, v: Tensor, *, seen: Visibility, alpha: float, scale: float
 ) -> Tensor:
     """See `parallel.attention.context_parallel_attention`."""
-    move, keys = seen.halo
-    halo = relayout(torch.cat([k, v], -1), move)
-    halo_k, halo_v = halo.split([k.shape[2], v.shape[2]], dim=-1)
-    return hstu_attention(
-        q,
-        halo_k,
-        halo_v,
-        queries=seen.shard.device_rows,
-        keys=keys,
-        intervals=seen.intervals,
-        alpha=alpha,
-        scale=scale,
-    )
+    return _HaloAttention.apply(q, k, v, seen, (alpha, scale))
+
+
+class _HaloAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: Visibility, factors: tuple[float, float]
+    ) -> Tensor:
+        edge, move = seen.halo.edge, seen.halo.move
+        come = move.move(torch.cat([k[edge], v[edge]], -1))
+        beyond = come[..., : k.shape[2]].contiguous(), come[..., k.shape[2] :].contiguous()
+        ctx.save_for_backward(q, k, v, *beyond)
+        ctx.seen, ctx.weightings = seen, seen.of_halo(factors)
+        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        keys = zip(((k, v), beyond), ctx.weightings, strict=True)
+        return attention_forward(q, *(Source(*x) for x in keys), out=out)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, *beyond = ctx.saved_tensors
+        dq, dk, dv = empty_gradients(q, k, v)
+        own, of_beyond = ctx.weightings
+        go = key_value_gradients(*beyond, Source((q, dout), of_beyond))
+        edge, move = ctx.seen.halo.edge, ctx.seen.halo.move
+        back = move.reversed(len(edge)).move(torch.cat(go, -1))
+        keys = zip(((k, v), tuple(beyond)), ctx.weightings, strict=True)
+        query_gradient(dout, q, *(Source(*x) for x in keys), out=dq)
+        key_value_gradients(k, v, Source((q, dout), own), out=(dk, dv))
+        for grad, more in zip((dk, dv), back.split([k.shape[2], v.shape[2]], -1), strict=True):
+            grad[edge] = (grad[edge] + more).to(grad.dtype)
+        return dq, dk, dv, None, None
