@@ -44,14 +44,15 @@ class Visibility:
 
     @cached_property
     def all_intervals(self) -> tuple[Tensor, ...]:
-        """Of every rank's queries, on the device."""
+        """Of this rank's queries and those that others share with it, on the device."""
         shard, cp_size = self.shard, self.shard.cp_size
-        offsets = lengths_to_offsets(torch.cat([part.lengths() for part in shard.parts]))
-        offsets = copy_to(offsets, shard.device)
-        rows = Jagged(offsets, torch.cat([part.positions for part in shard.device_parts]))
+        counts = [self.piece(rank, 0, 1)[1] for rank in range(cp_size)]
+        parts = [part.piece(0, n) for part, n in zip(shard.parts, counts, strict=True)]
+        offsets = copy_to(lengths_to_offsets(torch.cat([x.lengths() for x in parts])), shard.device)
+        positions = [x.positions[:n] for x, n in zip(shard.device_parts, counts, strict=True)]
         of_sequences = shard.device_lengths, shard.device_num_targets
-        intervals = self.mask(rows, *(x.repeat(cp_size) for x in of_sequences))
-        return intervals.split([part.num_rows for part in shard.parts])
+        rows = Jagged(offsets, torch.cat(positions))
+        return self.mask(rows, *(x.repeat(cp_size) for x in of_sequences)).split(counts)
 
     @cached_property
     def whole_intervals(self) -> Tensor:
