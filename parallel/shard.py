@@ -192,7 +192,11 @@ class _Trade:
         group = deal(facts.costs, mesh.dp) if balanced else facts.reader // mesh.cp
         owner = torch.full_like(group, CUT)
         if keep_whole and mesh.cp > 1:
-            owner = _owners_in_groups(facts.lengths, group, mesh)
+            concerns_me = torch.zeros(mesh.dp, dtype=torch.bool)
+            concerns_me[group[facts.reader == mesh.rank]] = True
+            concerns_me[mesh.dp_rank] = True
+            some = concerns_me[group].nonzero()[:, 0]
+            owner[some] = _owners_in_groups(facts.lengths[some], group[some], mesh.cp)
         order = (2 * group + (owner != CUT)).argsort(stable=True)
         first_row = facts.lengths.cumsum(0) - facts.lengths  # of each sequence, as they were read
         group, owner, reader, lengths, num_targets, first_row = torch.stack(
@@ -228,12 +232,12 @@ class _Trade:
         return regroup(received, self.receives)
 
 
-def _owners_in_groups(lengths: Tensor, group: Tensor, mesh: Mesh) -> Tensor:
-    """`parallel.whole.owners` of sequences of any groups in any order: int64 [N] each."""
-    order = group.argsort(stable=True)
-    ranked = group[order]
-    place = torch.empty_like(group)
-    place[order] = torch.arange(len(group)) - torch.searchsorted(ranked, ranked)
-    padded = lengths.new_zeros(mesh.dp, int(place.max()) + 1 if len(place) else 0)
-    padded[group, place] = lengths
-    return owners(padded, mesh.cp)[group, place]
+def _owners_in_groups(lengths: Tensor, group: Tensor, cp: int) -> Tensor:
+    """`parallel.whole.owners` of sequences of some groups in any order: int64 [N] each."""
+    _, row, sizes = group.unique(return_inverse=True, return_counts=True)
+    order = row.argsort(stable=True)
+    place = torch.empty_like(row)
+    place[order] = torch.arange(len(row)) - (sizes.cumsum(0) - sizes)[row[order]]
+    padded = lengths.new_zeros(len(sizes), int(sizes.max()) if len(sizes) else 0)
+    padded[row, place] = lengths
+    return owners(padded, cp)[row, place]

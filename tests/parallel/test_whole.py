@@ -32,14 +32,16 @@ def test_ranks_stay_equal(lengths: list[int], ranks: int) -> None:
     assert float(shares(of_group, owner, ranks).max()) <= 1 + PRICE + 1e-9
 
 
-def test_groups_do_not_depend_on_each_other() -> None:
-    torch.manual_seed(0)
-    lengths = torch.randint(0, 9000, (5, 33)) * (torch.rand(5, 33) < 0.8)
-    together = owners(lengths, 4)
+@pytest.mark.parametrize("longest", [9000, 3])
+@pytest.mark.parametrize("count", [3, 33, 150])
+def test_groups_do_not_depend_on_each_other(count: int, longest: int) -> None:
+    """Nor on how many sequences others have: each rank asks for its own choice of groups."""
+    torch.manual_seed(count)
+    lengths = torch.randint(0, longest, (5, count)) * (torch.rand(5, count) < 0.8)
+    lengths[0, 0] = 20 * longest
+    together = owners(torch.nn.functional.pad(lengths, (0, 90)), 4)[:, :count]
     for group in range(5):
-        some = lengths[group][lengths[group] > 0]
-        alone = owners(some[None], 4)[0]
-        assert torch.equal(together[group][lengths[group] > 0], alone)
+        assert torch.equal(together[group], owners(lengths[group : group + 1], 4)[0])
 
 
 @pytest.mark.parametrize(
