@@ -73,9 +73,9 @@ class ModelConfig:
     # stays, for one more matrix product. Attention never runs twice.
     recompute: Literal["none", "projections"] = "none"
     recompute_layers: int | None = None  # only the first so many; default: all
-    # GiB that attention's backward may take for a moment to be faster: on Hopper, in 16 bits, not
-    # in a ring, where heads are wider than 128 or the mean sequence is under 512 tokens. Lower it
-    # if a job runs out of memory; 0: none.
+    # GiB that attention's backward may take for a moment to be faster: on Hopper, in 16 bits, where
+    # no sequence is cut and heads are wider than 128 or the mean sequence is under 512 tokens.
+    # Lower it if a job runs out of memory; 0: none.
     scratch_gib: float = 4.0
     time_buckets: int = 128  # log-spaced time gaps; 0: no time encoding
     mask: MaskConfig = field(default_factory=MaskConfig)

@@ -7,6 +7,7 @@ that needs some of the other ranks' rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from kernels.backend import accumulator
 from parallel.spans import Line, count_out, overlap
-from parallel.trade import trade_rows
+from parallel.trade import begin_trade
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,25 @@ class Relayout:
     def move(self, x: Tensor) -> Tensor:
         """Rows [source rows, ...] -> [target rows, ...]; what arrives at a row is summed, in at
         least float32 where several ranks may send one."""
+        return self.begin(x)()
+
+    def begin(self, x: Tensor) -> Callable[[], Tensor]:
+        """`move` beside what comes next: call what is returned for the rows."""
+        arrive = begin_trade(x[self.sends], self.send_splits, self.receive_splits, self.group)
         dtype = accumulator(x.dtype) if self.summing else x.dtype
         out = x.new_zeros(self.num_rows, *x.shape[1:], dtype=dtype)
         old, new = self.stays
         out[new] = x[old].to(dtype)
-        received = trade_rows(x[self.sends], self.send_splits, self.receive_splits, self.group)
-        by_rank = (received.split(self.receive_splits), self.receives.split(self.receive_splits))
-        for values, rows in zip(*by_rank, strict=True):
-            out[rows] += values
-        return out.to(x.dtype)
+
+        def finish() -> Tensor:
+            received = arrive().split(self.receive_splits)
+            for values, rows in zip(
+                received, self.receives.split(self.receive_splits), strict=True
+            ):
+                out[rows] += values
+            return out.to(x.dtype)
+
+        return finish
 
 
 def relayout(x: Tensor, plan: Relayout) -> Tensor:
@@ -103,6 +114,12 @@ class _Relayout(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         return ctx.back.move(dout), None
+
+
+def rows_within(line: Line, mine: Tensor, part: Tensor, device: torch.device) -> Tensor:
+    """Which rows of `mine` those of `part` are: spans of one rank, see Line.own. int64."""
+    rows = _Rows.shared(line, mine, part)
+    return count_out(rows.starts, rows.sizes, device)
 
 
 @dataclass(frozen=True)

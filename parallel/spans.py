@@ -72,7 +72,7 @@ def overlap(spans: Tensor, times: int) -> Tensor:
 
 
 def alone(spans: Tensor) -> Tensor:
-    """Where exactly one of [m, 2] spans, in any order, lies."""
+    """Where exactly one of [m, 2] spans, in any order, lies; what is left may touch."""
     points, depth = _depth(spans)
     return _where(points, depth == 1)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels.jagged import Jagged, lengths_to_offsets
 from kernels.transfer import copy_to
 from kernels.weighting import Weighting
-from parallel.relayout import Relayout
+from parallel.relayout import Relayout, rows_within
 from parallel.shard import Shard
 from parallel.spans import Line, alone, count_out, overlap
 
@@ -124,10 +124,10 @@ class Visibility:
         asked = overlap(beyond - (beyond[:, :1] // line.stride) * line.stride, 1)
         asked = (asked + line.stride * ranks[:, None, None]).view(-1, 2)
         edge = overlap(torch.cat([asked, self.held]), 2)
-        to = shard.group, shard.device
-        (rows, _) = Relayout.between(line, self.held, edge, *to).stays
-        move = Relayout.between(line, edge, beyond, *to)
-        return Halo(rows, move, line.jagged(beyond, shard.rank, shard.device))
+        own = line.own(self.held, shard.rank), line.own(edge, shard.rank)
+        move = Relayout.between(line, edge, beyond, shard.group, shard.device)
+        beyond_rows = line.jagged(beyond, shard.rank, shard.device)
+        return Halo(rows_within(line, *own, shard.device), move, beyond_rows)
 
     def of_halo(self, factors: Factors) -> tuple[Weighting, Weighting]:
         """Of this rank's queries and its own keys, and those beyond; always the same objects."""

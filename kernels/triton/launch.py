@@ -117,7 +117,7 @@ def gradients(
 
     Where that is faster, dq, and perhaps dk, take slopes that the launch for dv keeps, if the host
     knows how long a sequence may be and `scratch_limit` has room: for those of one head, or, where
-    dk has no launch of its own, of all. A ring finds dq and dk of different pairs: it does without.
+    dk has no launch of its own, of all. A ring, and a halo, find dq and dk of different pairs.
     """
     slopes = _Slopes.of(q, v, weighting)
     if slopes is None:

@@ -17,7 +17,8 @@ from parallel.trade import begin_trade, regroup, trade_rows
 
 @dataclass(frozen=True)
 class Way:
-    """How many rows go where: of each feature held here to each rank, and from each rank here.
+    """How many rows go where: of each feature held here to each rank, and from each rank here; and
+    which of their gradients are on their way back.
 
     dtype: that they travel in, None for their own.
     """
@@ -26,7 +27,9 @@ class Way:
     coming: list[int]  # [ranks]
     group: dist.ProcessGroup
     dtype: torch.dtype | None = None
-    _returning: list[tuple[Tensor, Callable[[], Tensor]]] = field(default_factory=list)
+    _returning: list[tuple[Tensor, Callable[[], Tensor]]] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     @property
     def leaving(self) -> list[int]:
@@ -42,7 +45,7 @@ class Way:
         Collective."""
         send = dfound.to(self.dtype or dfound.dtype)
         arrive = begin_trade(send, self.coming, self.leaving, self.group)
-        self._returning.append((dfound, arrive))
+        self._returning.append((dfound, arrive))  # held, or autograd could add to it meanwhile
 
     def go_back(self, dfound: Tensor) -> Tensor:
         if not self._returning:

@@ -2,7 +2,8 @@
 
 For windowed and semi-local masks, whose traffic is then the window and not the sequence. The rows
 that come are a second block of keys beside a rank's own, which nothing moves: HSTU attention adds
-up over blocks. Backward, their gradients go back to where they came from.
+up over blocks. Backward, their gradients go back to where they came from, beside the work on a
+rank's own.
 """
 
 from __future__ import annotations
@@ -44,12 +45,14 @@ class _HaloAttention(torch.autograd.Function):
         q, k, v, *beyond = ctx.saved_tensors
         dq, dk, dv = empty_gradients(q, k, v)
         own, of_beyond = ctx.weightings
-        go = key_value_gradients(*beyond, Source((q, dout), of_beyond))
+        empty = torch.empty_like(beyond[0]), torch.empty_like(beyond[1])
+        go = key_value_gradients(*beyond, Source((q, dout), of_beyond), out=empty)
         edge, move = ctx.seen.halo.edge, ctx.seen.halo.move
-        back = move.reversed(len(edge)).move(torch.cat(go, -1))
+        finish = move.reversed(len(edge)).begin(torch.cat(go, -1))
         keys = zip(((k, v), tuple(beyond)), ctx.weightings, strict=True)
         query_gradient(dout, q, *(Source(*x) for x in keys), out=dq)
         key_value_gradients(k, v, Source((q, dout), own), out=(dk, dv))
-        for grad, more in zip((dk, dv), back.split([k.shape[2], v.shape[2]], -1), strict=True):
-            grad[edge] = (grad[edge] + more).to(grad.dtype)
+        back = finish().split([k.shape[2], v.shape[2]], -1)
+        for grad, more in zip((dk, dv), back, strict=True):
+            grad[edge] += more
         return dq, dk, dv, None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from kernels.attention import hstu_attention
 from kernels.jagged import Jagged
+from kernels.masks import hstu_intervals
 from parallel.attention import EXCHANGES, context_parallel_attention
 from parallel.batch import JaggedBatch
 from parallel.exchange import ring
@@ -103,6 +105,41 @@ def test_a_ring_passes_ranks_that_see_nothing(run_in_world, name: str, layout: s
 def test_whole_sequences_beside_cut_ones(run_in_world, name: str, cp: int, exchange: str) -> None:
     results = run_in_world(cp, attend, cp, "zigzag", exchange, name, True)
     check_against_one_process(results, name)
+
+
+def halo_messages() -> tuple[list[tuple[torch.dtype, int]], list[float]]:
+    """What a window has a rank send, forward and backward; errors of out and gradients."""
+    mesh = build_mesh(dp=1, cp=2, device=CPU)
+    lengths = torch.tensor([200], dtype=torch.int32)[mesh.rank :]
+    batch = JaggedBatch(
+        lengths, torch.zeros_like(lengths), {"id": torch.zeros(lengths.sum()).long()}
+    )
+    shard = shard_batch(batch, LAYOUTS["contiguous"](2), mesh)
+    seen, sent = Visibility(shard, partial(hstu_intervals, window=9)), []
+    trade = dist.all_to_all_single
+
+    def spy(received, send, *args, **kwargs):
+        sent.append((send.dtype, send.numel()))
+        return trade(received, send, *args, **kwargs)
+
+    buffer = torch.randn(
+        100, 3, HEADS, 4
+    ).bfloat16()  # q, k and v side by side, as layers make them
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        qkv = [x.requires_grad_() for x in buffer.to(dtype).unbind(1)]
+        with patch.object(dist, "all_to_all_single", spy):
+            out = context_parallel_attention(*qkv, seen=seen, exchange="halo", **SCALES)
+            results.append([out, *torch.autograd.grad(out.sum(), qkv)])
+    dist.barrier(mesh.cp_group)
+    return sent[:2], [float((x - y).norm() / y.norm()) for x, y in zip(*results, strict=True)]
+
+
+def test_a_halo_sends_rows_and_gradients_of_a_window_in_their_dtype(run_in_world) -> None:
+    for rank, (sent, errors) in enumerate(run_in_world(2, halo_messages)):
+        rows = 9 * HEADS * (4 + 4)  # the second half sees so many rows of the first
+        assert sent == [(torch.bfloat16, rows * (1 - rank)), (torch.bfloat16, rows * rank)]
+        assert max(errors) < 1e-2
 
 
 def attend_over_nodes(cp: int, per_node: int, layout: str, name: str, keep_whole: bool = False):
