@@ -82,8 +82,8 @@ class Trainer:
             eps=config.embedding.eps,
             seed=config.train.seed,
         )
-        self.side = torch.cuda.Stream(self.device) if on_gpu else None
-        self.held: Prepared | None = None
+        self.side = torch.cuda.Stream(self.device) if on_gpu else None  # where batches are prepared
+        self.held: Prepared | None = None  # the last one that was used
         self.dense, self.parameters = dense, list(dense.parameters())
         self.model = Recommender(
             config.model,
