@@ -90,10 +90,8 @@ class Relayout:
         out[new] = x[old].to(dtype)
 
         def finish() -> Tensor:
-            received = arrive().split(self.receive_splits)
-            for values, rows in zip(
-                received, self.receives.split(self.receive_splits), strict=True
-            ):
+            by_rank = (x.split(self.receive_splits) for x in (arrive(), self.receives))
+            for values, rows in zip(*by_rank, strict=True):
                 out[rows] += values
             return out.to(x.dtype)
 

@@ -192,10 +192,7 @@ class _Trade:
         group = deal(facts.costs, mesh.dp) if balanced else facts.reader // mesh.cp
         owner = torch.full_like(group, CUT)
         if keep_whole and mesh.cp > 1:
-            concerns_me = torch.zeros(mesh.dp, dtype=torch.bool)
-            concerns_me[group[facts.reader == mesh.rank]] = True
-            concerns_me[mesh.dp_rank] = True
-            some = concerns_me[group].nonzero()[:, 0]
+            some = _that_concern_me(facts, group, mesh)
             owner[some] = _owners_in_groups(facts.lengths[some], group[some], mesh.cp)
         order = (2 * group + (owner != CUT)).argsort(stable=True)
         first_row = facts.lengths.cumsum(0) - facts.lengths  # of each sequence, as they were read
@@ -230,6 +227,14 @@ class _Trade:
         splits = [sum(rows) for rows in self.receives]
         received = trade_rows(payload[self.sends], self.send_splits, splits, world)
         return regroup(received, self.receives)
+
+
+def _that_concern_me(facts: _Facts, group: Tensor, mesh: Mesh) -> Tensor:
+    """The sequences of my own group, and of those that sequences I read go to: indices."""
+    groups = torch.zeros(mesh.dp, dtype=torch.bool)
+    groups[group[facts.reader == mesh.rank]] = True
+    groups[mesh.dp_rank] = True
+    return groups[group].nonzero()[:, 0]
 
 
 def _owners_in_groups(lengths: Tensor, group: Tensor, cp: int) -> Tensor:

@@ -20,9 +20,7 @@ def trade_rows(
 
     Splits are numbers of rows, each by rank of the group (None: all processes). Collective.
     """
-    received = send.new_empty(sum(receive_splits), *send.shape[1:])
-    dist.all_to_all_single(received, send, list(receive_splits), list(send_splits), group=group)
-    return received
+    return _trade(send, send_splits, receive_splits, group, beside=False)[0]
 
 
 def begin_trade(
@@ -32,15 +30,26 @@ def begin_trade(
     group: dist.ProcessGroup | None,
 ) -> Callable[[], Tensor]:
     """`trade_rows` beside what comes next: call what is returned for the rows."""
-    received = send.new_empty(sum(receive_splits), *send.shape[1:])
-    splits = list(receive_splits), list(send_splits)
-    work = dist.all_to_all_single(received, send, *splits, group=group, async_op=True)
+    received, work = _trade(send, send_splits, receive_splits, group, beside=True)
+    assert work is not None
 
     def arrive() -> Tensor:
         work.wait()
         return received
 
     return arrive
+
+
+def _trade(
+    send: Tensor,
+    send_splits: Sequence[int],
+    receive_splits: Sequence[int],
+    group: dist.ProcessGroup | None,
+    beside: bool,
+) -> tuple[Tensor, dist.Work | None]:
+    received = send.new_empty(sum(receive_splits), *send.shape[1:])
+    splits = list(receive_splits), list(send_splits)
+    return received, dist.all_to_all_single(received, send, *splits, group=group, async_op=beside)
 
 
 def regroup(x: Tensor, counts: Sequence[Sequence[int]]) -> Tensor:

@@ -131,16 +131,14 @@ class Visibility:
 
     def of_halo(self, factors: Factors) -> tuple[Weighting, Weighting]:
         """Of this rank's queries and its own keys, and those beyond; always the same objects."""
-        if factors not in self._of_halo:
-            rows = self.shard.device_rows
-            keys = rows, self.halo.beyond
-            of_own, beyond = (Weighting(rows, x, self.intervals, *factors) for x in keys)
-            self._of_halo[factors] = of_own, beyond
-        return self._of_halo[factors]
-
-    @cached_property
-    def _of_halo(self) -> dict[Factors, tuple[Weighting, Weighting]]:
-        return {}
+        rows = self.shard.device_rows
+        own, beyond = (
+            self._weightings.setdefault(
+                (id(rows), id(keys), factors), Weighting(rows, keys, self.intervals, *factors)
+            )
+            for keys in (rows, self.halo.beyond)
+        )
+        return own, beyond
 
     @cached_property
     def most_rows(self) -> int:

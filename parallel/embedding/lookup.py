@@ -44,7 +44,6 @@ class Routed:
         """Collective if the tables are sharded."""
         rows: list[Tensor] = []
         where: dict[str, tuple[int, Tensor]] = {}
-        ways = [part.way for part in self.parts]
         if isinstance(self.tables, ShardedEmbeddingCollection):
             dim = self.tables._embedding_configs[0].embedding_dim
             for lookup, ids, part in zip(self.tables._lookups, self.ids, self.parts, strict=True):
@@ -58,8 +57,8 @@ class Routed:
                 x = found.values()
                 where[name] = len(rows), torch.arange(len(x), dtype=torch.int32, device=x.device)
                 rows.append(x)
-        sent = {i: way.begin_return for i, way in enumerate(ways) if way.group.size() > 1}
-        return Found(rows, where, sent)
+        ways = enumerate(part.way for part in self.parts)
+        return Found(rows, where, {i: x.begin_return for i, x in ways if x.group.size() > 1})
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.attention import attention_forward, key_value_gradients, query_gradient
 from kernels.columns import empty_gradients
 from kernels.source import Source
+from kernels.weighting import Weighting
 from parallel.visibility import Visibility
 
 
@@ -37,8 +38,7 @@ class _HaloAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, *beyond)
         ctx.seen, ctx.weightings = seen, seen.of_halo(factors)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-        keys = zip(((k, v), beyond), ctx.weightings, strict=True)
-        return attention_forward(q, *(Source(*x) for x in keys), out=out)
+        return attention_forward(q, *_sources(ctx.weightings, (k, v), beyond), out=out)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -49,10 +49,14 @@ class _HaloAttention(torch.autograd.Function):
         go = key_value_gradients(*beyond, Source((q, dout), of_beyond), out=empty)
         edge, move = ctx.seen.halo.edge, ctx.seen.halo.move
         finish = move.reversed(len(edge)).begin(torch.cat(go, -1))
-        keys = zip(((k, v), tuple(beyond)), ctx.weightings, strict=True)
-        query_gradient(dout, q, *(Source(*x) for x in keys), out=dq)
+        query_gradient(dout, q, *_sources(ctx.weightings, (k, v), (*beyond,)), out=dq)
         key_value_gradients(k, v, Source((q, dout), own), out=(dk, dv))
         back = finish().split([k.shape[2], v.shape[2]], -1)
         for grad, more in zip((dk, dv), back, strict=True):
             grad[edge] += more
         return dq, dk, dv, None, None
+
+
+def _sources(weightings: tuple[Weighting, Weighting], *rows: tuple[Tensor, Tensor]) -> list[Source]:
+    """Keys and values of a rank's own, and those beyond."""
+    return [Source(*x) for x in zip(rows, weightings, strict=True)]

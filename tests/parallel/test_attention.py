@@ -111,9 +111,8 @@ def halo_messages() -> tuple[list[tuple[torch.dtype, int]], list[float]]:
     """What a window has a rank send, forward and backward; errors of out and gradients."""
     mesh = build_mesh(dp=1, cp=2, device=CPU)
     lengths = torch.tensor([200], dtype=torch.int32)[mesh.rank :]
-    batch = JaggedBatch(
-        lengths, torch.zeros_like(lengths), {"id": torch.zeros(lengths.sum()).long()}
-    )
+    ids = {"id": torch.zeros(int(lengths.sum()), dtype=torch.int64)}
+    batch = JaggedBatch(lengths, torch.zeros_like(lengths), ids)
     shard = shard_batch(batch, LAYOUTS["contiguous"](2), mesh)
     seen, sent = Visibility(shard, partial(hstu_intervals, window=9)), []
     trade = dist.all_to_all_single
@@ -122,9 +121,7 @@ def halo_messages() -> tuple[list[tuple[torch.dtype, int]], list[float]]:
         sent.append((send.dtype, send.numel()))
         return trade(received, send, *args, **kwargs)
 
-    buffer = torch.randn(
-        100, 3, HEADS, 4
-    ).bfloat16()  # q, k and v side by side, as layers make them
+    buffer = torch.randn(100, 3, HEADS, 4).bfloat16()  # q, k, v side by side, as layers make them
     results = []
     for dtype in (torch.bfloat16, torch.float64):
         qkv = [x.requires_grad_() for x in buffer.to(dtype).unbind(1)]
