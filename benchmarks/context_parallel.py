@@ -265,17 +265,20 @@ def longest(args: argparse.Namespace) -> list[dict]:
     budget = args.memory * 2**30
     aim = 0.92 * budget  # in use: the allocator needs room between
     total = torch.cuda.get_device_properties(device).total_memory
-    shortest, length = 1024 * world, 4096 * world
-    peak(shortest)  # makes what stays, such as the optimizer's state
-    used = {shortest: peak(shortest)}
-    for _ in range(3):  # along the line through the two longest, until it leads no further
+    peak(1024 * world)  # makes what stays, such as the optimizer's state
+    used: dict[int, float] = {}
+    length = 2048 * world
+    for _ in range(10):  # along the line through the two longest, until it leads no further
         start = time.perf_counter()
         used[length] = peak(length)
         took = time.perf_counter() - start
-        before, most = sorted(used)[-2:]
-        per_token = (used[most] - used[before]) / (most - before)
+        if trainer.mesh.rank == 0:
+            print(f"cp={world}: {length} tokens take {used[length] / 2**30:.2f} GiB", flush=True)
+        before, most = [0, *sorted(used)][-2:]
+        per_token = (used[most] - used.get(before, 0)) / (most - before)
         unit = 128 * world
-        length = int(most + (aim - used[most]) / per_token) // unit * unit
+        # Not far beyond what was tried: what takes most there need not do so here.
+        length = min(2 * most, int(most + (aim - used[most]) / per_token) // unit * unit)
         if length <= most:
             break
         if length > config.data.max_length:

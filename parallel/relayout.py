@@ -7,7 +7,7 @@ that needs some of the other ranks' rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,10 @@ from torch import Tensor
 from kernels.backend import accumulator
 from parallel.spans import Line, count_out, overlap
 from parallel.trade import begin_trade
+
+# Begins to bring rows [n, width] to every rank, so many each, and from each; call what is returned
+# for what every rank has sent.
+Trade = Callable[[Tensor, Sequence[int], Sequence[int]], Callable[[], Sequence[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Relayout:
     receives: Tensor  # rows of the target that other ranks hold, rank after rank
     receive_splits: list[int]
     num_rows: int  # of this rank in the target
-    group: dist.ProcessGroup
+    trade: Trade
     summing: bool = False  # on the way back, where several ranks' rows may become one
 
     @staticmethod
@@ -59,9 +63,8 @@ class Relayout:
         counts = [int(rows.sizes.sum()) for rows in lists]
         stay_old, stay_new, send, receive = count_out(starts, sizes, device).split(counts)
         send_splits, receive_splits = (rows.counts(group.size()) for rows in lists[2:])
-        return Relayout(
-            (stay_old, stay_new), send, send_splits, receive, receive_splits, num_rows, group
-        )
+        stays, trade = (stay_old, stay_new), _all_to_all(group)
+        return Relayout(stays, send, send_splits, receive, receive_splits, num_rows, trade)
 
     def reversed(self, num_rows: int) -> Relayout:
         """The move back, to the `num_rows` rows this rank held in the source."""
@@ -72,30 +75,62 @@ class Relayout:
             self.sends,
             self.send_splits,
             num_rows,
-            self.group,
+            self.trade,
             summing=True,
         )
 
     def move(self, x: Tensor) -> Tensor:
         """Rows [source rows, ...] -> [target rows, ...]; what arrives at a row is summed, in at
         least float32 where several ranks may send one."""
-        return self.begin(x)()
+        return self.begin(x)()[0]
 
-    def begin(self, x: Tensor) -> Callable[[], Tensor]:
-        """`move` beside what comes next: call what is returned for the rows."""
-        arrive = begin_trade(x[self.sends], self.send_splits, self.receive_splits, self.group)
-        dtype = accumulator(x.dtype) if self.summing else x.dtype
-        out = x.new_zeros(self.num_rows, *x.shape[1:], dtype=dtype)
+    def begin(self, *parts: Tensor) -> Callable[[], list[Tensor]]:
+        """`move` of several tensors in one message, beside what comes next: call what is returned
+        for their rows. They are columns of one buffer."""
+        arrive = self.trade(_columns(parts, self.sends), self.send_splits, self.receive_splits)
+        first, widths = parts[0], [_width(x) for x in parts]
+        shape = self.num_rows, sum(widths)
+        if self.summing:
+            out = first.new_zeros(shape, dtype=accumulator(first.dtype))
+        else:
+            out = first.new_empty(shape)  # every row arrives or stays
         old, new = self.stays
-        out[new] = x[old].to(dtype)
+        if len(old):
+            out[new] = _columns(parts, old).to(out.dtype)
 
-        def finish() -> Tensor:
-            by_rank = (x.split(self.receive_splits) for x in (arrive(), self.receives))
-            for values, rows in zip(*by_rank, strict=True):
-                out[rows] += values
-            return out.to(x.dtype)
+        def finish() -> list[Tensor]:
+            put = out.index_add_ if self.summing else out.index_copy_
+            to = self.receives.split(self.receive_splits)
+            for values, rows in zip(arrive(), to, strict=True):
+                if len(rows):  # all different: no sum depends on an order
+                    put(0, rows, values.to(out.dtype))
+            columns = out.to(first.dtype).split(widths, 1)
+            return [y.view(len(y), *x.shape[1:]) for x, y in zip(parts, columns, strict=True)]
 
         return finish
+
+
+def _columns(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """Those rows of tensors [n, ...], side by side."""
+    widths = [_width(x) for x in parts]
+    out = parts[0].new_empty(len(rows), sum(widths))
+    for x, columns in zip(parts, out.split(widths, 1), strict=True):
+        torch.index_select(x.reshape(len(x), columns.shape[1]), 0, rows, out=columns)
+    return out
+
+
+def _all_to_all(group: dist.ProcessGroup) -> Trade:
+    def begin(
+        send: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int]
+    ) -> Callable[[], Sequence[Tensor]]:
+        arrive = begin_trade(send, send_splits, receive_splits, group)
+        return lambda: arrive().split(list(receive_splits))
+
+    return begin
+
+
+def _width(x: Tensor) -> int:
+    return x.shape[1:].numel()
 
 
 def relayout(x: Tensor, plan: Relayout) -> Tensor:

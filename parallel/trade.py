@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.source import Arrival
+from parallel.transport import Transport
+
 
 def trade_rows(
     send: Tensor,
@@ -36,6 +39,43 @@ def begin_trade(
     def arrive() -> Tensor:
         work.wait()
         return received
+
+    return arrive
+
+
+def begin_swaps(
+    send: Tensor,
+    send_splits: Sequence[int],
+    receive_splits: Sequence[int],
+    *,
+    name: str,
+    link: Transport,
+    shifts: Sequence[int],
+    most: int,
+) -> Callable[[], list[Tensor]]:
+    """`begin_trade` by a cp group's link: the rows of each rank, in the link's inboxes.
+
+    name: of the messages. shifts: how many ranks further any rows go, rising. most: rows of the
+    largest message. All three the same on every rank. The next trade of this name may overwrite
+    what has come.
+    """
+    rank, size, width = link.group.rank(), link.group.size(), send.shape[1]
+    leaving = send.split(list(send_splits))
+    coming = [send.new_empty(0, width)] * size
+    arrivals: list[Arrival] = []
+    for shift in shifts:
+        to, source = (rank + shift) % size, (rank - shift) % size
+        inbox = f"{name} {shift} ranks away"
+        place = link.inbox(inbox, receive_splits[source] * width, most * width, send.dtype)
+        arrivals.append(link.swap(inbox, (leaving[to],), to, place, source))
+        coming[source] = place.view(-1, width)
+
+    def arrive() -> list[Tensor]:
+        for arrival in arrivals:
+            arrival.wait()
+        for message in leaving:
+            link.settle(message)
+        return coming
 
     return arrive
 

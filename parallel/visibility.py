@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -12,9 +12,10 @@ from torch import Tensor
 from kernels.jagged import Jagged, lengths_to_offsets
 from kernels.transfer import copy_to
 from kernels.weighting import Weighting
-from parallel.relayout import Relayout, rows_within
+from parallel.relayout import Relayout, Trade, rows_within
 from parallel.shard import Shard
 from parallel.spans import Line, alone, count_out, overlap
+from parallel.trade import begin_swaps
 
 # (query rows, lengths [B], num_targets [B]) -> int32 [rows, 4], as in `kernels.masks`.
 Mask = Callable[[Jagged, Tensor, Tensor], Tensor]
@@ -25,9 +26,10 @@ Factors = tuple[float, float]  # alpha and scale of a `Weighting`
 class Halo:
     """Rows that a rank's queries see beyond its own, and those of its own that others ask for."""
 
-    edge: Tensor  # int64, on the device: its own that others see
-    move: Relayout  # from every rank's edge to where the rows are seen
     beyond: Jagged  # the rows that come, on the device
+    come: Relayout  # from every rank's own to those
+    edge: Tensor  # int64, on the device: its own that others see
+    back: Relayout  # from where they are seen to every rank's edge
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,31 @@ class Visibility:
         asked = (asked + line.stride * ranks[:, None, None]).view(-1, 2)
         edge = overlap(torch.cat([asked, self.held]), 2)
         own = line.own(self.held, shard.rank), line.own(edge, shard.rank)
+        edge_rows = rows_within(line, *own, shard.device)
         move = Relayout.between(line, edge, beyond, shard.group, shard.device)
-        beyond_rows = line.jagged(beyond, shard.rank, shard.device)
-        return Halo(rows_within(line, *own, shard.device), move, beyond_rows)
+        come = replace(move, sends=edge_rows[move.sends], trade=self._halo_trade(beyond, 1))
+        back = replace(move.reversed(len(edge_rows)), trade=self._halo_trade(beyond, -1))
+        return Halo(line.jagged(beyond, shard.rank, shard.device), come, edge_rows, back)
+
+    def _halo_trade(self, beyond: Tensor, way: int) -> Trade:
+        """way: 1 for rows that come, -1 for what goes back."""
+        links, cp_size = self.shard.links, self.shard.cp_size
+        assert links is not None
+        sizes = torch.zeros(cp_size, dtype=torch.int64)
+        sizes.index_add_(0, beyond[:, 0] // self.line.stride, beyond[:, 1] - beyond[:, 0])
+        distances = {
+            way * (rank - owner) % cp_size
+            for rank, owners in enumerate(self.meets)
+            for owner in range(cp_size)
+            if owners[owner] and owner != rank
+        }
+        return partial(
+            begin_swaps,
+            name="halo" if way == 1 else "gradients of halo",
+            link=links.across or links.within,
+            shifts=sorted(distances),
+            most=int(sizes.max()),
+        )
 
     def of_halo(self, factors: Factors) -> tuple[Weighting, Weighting]:
         """Of this rank's queries and its own keys, and those beyond; always the same objects."""

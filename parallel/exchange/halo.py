@@ -8,6 +8,7 @@ rank's own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,9 +33,7 @@ class _HaloAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: Visibility, factors: tuple[float, float]
     ) -> Tensor:
-        edge, move = seen.halo.edge, seen.halo.move
-        come = move.move(torch.cat([k[edge], v[edge]], -1))
-        beyond = come[..., : k.shape[2]].contiguous(), come[..., k.shape[2] :].contiguous()
+        beyond = seen.halo.come.begin(k, v)()
         ctx.save_for_backward(q, k, v, *beyond)
         ctx.seen, ctx.weightings = seen, seen.of_halo(factors)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
@@ -44,19 +43,17 @@ class _HaloAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v, *beyond = ctx.saved_tensors
         dq, dk, dv = empty_gradients(q, k, v)
-        own, of_beyond = ctx.weightings
-        empty = torch.empty_like(beyond[0]), torch.empty_like(beyond[1])
-        go = key_value_gradients(*beyond, Source((q, dout), of_beyond), out=empty)
-        edge, move = ctx.seen.halo.edge, ctx.seen.halo.move
-        finish = move.reversed(len(edge)).begin(torch.cat(go, -1))
-        query_gradient(dout, q, *_sources(ctx.weightings, (k, v), (*beyond,)), out=dq)
+        (own, of_beyond), halo = ctx.weightings, ctx.seen.halo
+        of_k, of_v = empty_gradients(*beyond)
+        key_value_gradients(*beyond, Source((q, dout), of_beyond), out=(of_k, of_v))
+        returned = halo.back.begin(of_k, of_v)
+        query_gradient(dout, q, *_sources(ctx.weightings, (k, v), beyond), out=dq)
         key_value_gradients(k, v, Source((q, dout), own), out=(dk, dv))
-        back = finish().split([k.shape[2], v.shape[2]], -1)
-        for grad, more in zip((dk, dv), back, strict=True):
-            grad[edge] += more
+        for grad, more in zip((dk, dv), returned(), strict=True):
+            grad.index_add_(0, halo.edge, more)  # rows all different: no order of sums
         return dq, dk, dv, None, None
 
 
-def _sources(weightings: tuple[Weighting, Weighting], *rows: tuple[Tensor, Tensor]) -> list[Source]:
+def _sources(weightings: tuple[Weighting, Weighting], *rows: Sequence[Tensor]) -> list[Source]:
     """Keys and values of a rank's own, and those beyond."""
-    return [Source(*x) for x in zip(rows, weightings, strict=True)]
+    return [Source((k, v), of) for (k, v), of in zip(rows, weightings, strict=True)]

@@ -20,6 +20,7 @@ from parallel.exchange import ring
 from parallel.layout import LAYOUTS
 from parallel.mesh import build_mesh
 from parallel.shard import shard_batch
+from parallel.transport import Transport
 from parallel.visibility import Visibility
 from tests.kernels.cases import Case
 
@@ -115,17 +116,17 @@ def halo_messages() -> tuple[list[tuple[torch.dtype, int]], list[float]]:
     batch = JaggedBatch(lengths, torch.zeros_like(lengths), ids)
     shard = shard_batch(batch, LAYOUTS["contiguous"](2), mesh)
     seen, sent = Visibility(shard, partial(hstu_intervals, window=9)), []
-    trade = dist.all_to_all_single
+    swap = Transport.swap
 
-    def spy(received, send, *args, **kwargs):
-        sent.append((send.dtype, send.numel()))
-        return trade(received, send, *args, **kwargs)
+    def spy(transport, name, message, *ends):
+        sent.append((message[0].dtype, sum(part.numel() for part in message)))
+        return swap(transport, name, message, *ends)
 
     buffer = torch.randn(100, 3, HEADS, 4).bfloat16()  # q, k, v side by side, as layers make them
     results = []
     for dtype in (torch.bfloat16, torch.float64):
         qkv = [x.requires_grad_() for x in buffer.to(dtype).unbind(1)]
-        with patch.object(dist, "all_to_all_single", spy):
+        with patch.object(Transport, "swap", spy):
             out = context_parallel_attention(*qkv, seen=seen, exchange="halo", **SCALES)
             results.append([out, *torch.autograd.grad(out.sum(), qkv)])
     dist.barrier(mesh.cp_group)
@@ -139,9 +140,11 @@ def test_a_halo_sends_rows_and_gradients_of_a_window_in_their_dtype(run_in_world
         assert max(errors) < 1e-2
 
 
-def attend_over_nodes(cp: int, per_node: int, layout: str, name: str, keep_whole: bool = False):
+def attend_over_nodes(
+    cp: int, per_node: int, layout: str, name: str, keep_whole: bool = False, exchange: str = "ring"
+):
     with patch.dict(os.environ, LOCAL_WORLD_SIZE=str(per_node)):
-        return attend(cp, layout, "ring", name, keep_whole)
+        return attend(cp, layout, exchange, name, keep_whole)
 
 
 @pytest.mark.parametrize(("cp", "per_node"), [(2, 1), (3, 1), (4, 2), (6, 2), (6, 3)])
@@ -157,6 +160,13 @@ def attend_over_nodes(cp: int, per_node: int, layout: str, name: str, keep_whole
 def test_a_ring_of_rings(run_in_world, name: str, layout: str, cp: int, per_node: int) -> None:
     """Nodes of `per_node` ranks each."""
     results = run_in_world(cp, attend_over_nodes, cp, per_node, layout, name)
+    check_against_one_process(results, name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["targets", "window", "semi_local"])
+def test_a_halo_over_nodes(run_in_world, name: str, layout: str) -> None:
+    results = run_in_world(4, attend_over_nodes, 4, 2, layout, name, False, "halo")
     check_against_one_process(results, name)
 
 

@@ -1,4 +1,4 @@
-"""The ring over both transports on two GPUs, against one GPU; also buffers that grow."""
+"""Exchanges over both transports on two GPUs, against one GPU; also buffers that grow."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def tensors(rows: int, device: torch.device) -> list[torch.Tensor]:
     return list(x.to(device, torch.bfloat16))
 
 
-def ring(transport: str, exchange: str, keep_whole: bool) -> list[list[torch.Tensor]]:
+def attend(transport: str, exchange: str, keep_whole: bool) -> list[list[torch.Tensor]]:
     """Relative errors of out, dq, dk, dv on this rank, each batch twice.
 
-    transport: "nodes" for a ring over two nodes of one GPU each.
+    transport: "nodes" for two nodes of one GPU each.
     """
     device = local_device()
     with patch.dict(os.environ, LOCAL_WORLD_SIZE="1" if transport == "nodes" else "2"):
@@ -92,12 +92,14 @@ def test_messages_and_batches_share_no_group(run_in_world) -> None:
         ("nodes", "ring", True),
         ("send", "ring", False),
         ("send", "all_gather", False),
-        ("send", "halo", False),
+        ("copy", "halo", False),
+        ("copy", "halo", True),
+        ("nodes", "halo", False),
         ("send", "halo", True),
     ],
 )
 def test_two_gpus_equal_one(run_in_world, transport: str, exchange: str, keep_whole: bool) -> None:
-    for errors in run_in_world(2, ring, transport, exchange, keep_whole, gpus=True):
+    for errors in run_in_world(2, attend, transport, exchange, keep_whole, gpus=True):
         assert all(error < 4e-3 for batch in errors for error in batch), errors
 
 
