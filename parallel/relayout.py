@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -18,10 +19,6 @@ from torch import Tensor
 from kernels.backend import accumulator
 from parallel.spans import Line, count_out, overlap
 from parallel.trade import begin_trade
-
-# Begins to bring rows [n, width] to every rank, so many each, and from each; call what is returned
-# for what every rank has sent.
-Trade = Callable[[Tensor, Sequence[int], Sequence[int]], Callable[[], Sequence[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Relayout:
     receives: Tensor  # rows of the target that other ranks hold, rank after rank
     receive_splits: list[int]
     num_rows: int  # of this rank in the target
-    trade: Trade
+    trade: Callable[[Tensor, Sequence[int], Sequence[int]], Trade]  # begins one
     summing: bool = False  # on the way back, where several ranks' rows may become one
 
     @staticmethod
@@ -63,7 +60,7 @@ class Relayout:
         counts = [int(rows.sizes.sum()) for rows in lists]
         stay_old, stay_new, send, receive = count_out(starts, sizes, device).split(counts)
         send_splits, receive_splits = (rows.counts(group.size()) for rows in lists[2:])
-        stays, trade = (stay_old, stay_new), _all_to_all(group)
+        stays, trade = (stay_old, stay_new), partial(_AllToAll, group=group)
         return Relayout(stays, send, send_splits, receive, receive_splits, num_rows, trade)
 
     def reversed(self, num_rows: int) -> Relayout:
@@ -82,32 +79,75 @@ class Relayout:
     def move(self, x: Tensor) -> Tensor:
         """Rows [source rows, ...] -> [target rows, ...]; what arrives at a row is summed, in at
         least float32 where several ranks may send one."""
-        return self.begin(x)()[0]
+        return self.begin(x).finish()[0]
 
-    def begin(self, *parts: Tensor) -> Callable[[], list[Tensor]]:
-        """`move` of several tensors in one message, beside what comes next: call what is returned
-        for their rows. They are columns of one buffer."""
-        arrive = self.trade(_columns(parts, self.sends), self.send_splits, self.receive_splits)
-        first, widths = parts[0], [_width(x) for x in parts]
-        shape = self.num_rows, sum(widths)
-        if self.summing:
+    def begin(self, *parts: Tensor) -> Moving:
+        """`move` of several tensors in one message, beside what comes next."""
+        send = _columns(parts, self.sends)
+        return Moving(self, parts, self.trade(send, self.send_splits, self.receive_splits))
+
+
+class Trade(Protocol):
+    """Rows for every rank, and from each, on their way. Made of rows [n, width] that go, rank after
+    rank, how many each gets, and how many each sends."""
+
+    def arrive(self) -> Sequence[Tensor]:
+        """What has come from each rank."""
+
+    def settle(self) -> None:
+        """Once `arrive` is done: what is enqueued from now on may overwrite what was sent."""
+
+
+@dataclass(frozen=True)
+class Moving:
+    """Rows of several tensors on their way: `finish`, then `settle`."""
+
+    plan: Relayout
+    parts: Sequence[Tensor]
+    trade: Trade
+
+    def finish(self) -> list[Tensor]:
+        """The rows in the target, of each tensor: columns of one buffer."""
+        plan, first, widths = self.plan, self.parts[0], [_width(x) for x in self.parts]
+        shape = plan.num_rows, sum(widths)
+        if plan.summing:
             out = first.new_zeros(shape, dtype=accumulator(first.dtype))
         else:
             out = first.new_empty(shape)  # every row arrives or stays
-        old, new = self.stays
+        old, new = plan.stays
         if len(old):
-            out[new] = _columns(parts, old).to(out.dtype)
+            out[new] = _columns(self.parts, old).to(out.dtype)
+        put = out.index_add_ if plan.summing else out.index_copy_
+        to = plan.receives.split(plan.receive_splits)
+        for values, rows in zip(self.trade.arrive(), to, strict=True):
+            if len(rows):  # all different: no sum depends on an order
+                put(0, rows, values.to(out.dtype))
+        columns = out.to(first.dtype).split(widths, 1)
+        return [y.view(len(y), *x.shape[1:]) for x, y in zip(self.parts, columns, strict=True)]
 
-        def finish() -> list[Tensor]:
-            put = out.index_add_ if self.summing else out.index_copy_
-            to = self.receives.split(self.receive_splits)
-            for values, rows in zip(arrive(), to, strict=True):
-                if len(rows):  # all different: no sum depends on an order
-                    put(0, rows, values.to(out.dtype))
-            columns = out.to(first.dtype).split(widths, 1)
-            return [y.view(len(y), *x.shape[1:]) for x, y in zip(parts, columns, strict=True)]
+    def settle(self) -> None:
+        """See `Trade.settle`."""
+        self.trade.settle()
 
-        return finish
+
+class _AllToAll:
+    """A `Trade` by the process group."""
+
+    def __init__(
+        self,
+        send: Tensor,
+        send_splits: Sequence[int],
+        receive_splits: Sequence[int],
+        group: dist.ProcessGroup,
+    ) -> None:
+        self.splits = list(receive_splits)
+        self.received = begin_trade(send, send_splits, receive_splits, group)
+
+    def arrive(self) -> Sequence[Tensor]:
+        return self.received().split(self.splits)
+
+    def settle(self) -> None:
+        """It is one operation."""
 
 
 def _columns(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
@@ -117,16 +157,6 @@ def _columns(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
     for x, columns in zip(parts, out.split(widths, 1), strict=True):
         torch.index_select(x.reshape(len(x), columns.shape[1]), 0, rows, out=columns)
     return out
-
-
-def _all_to_all(group: dist.ProcessGroup) -> Trade:
-    def begin(
-        send: Tensor, send_splits: Sequence[int], receive_splits: Sequence[int]
-    ) -> Callable[[], Sequence[Tensor]]:
-        arrive = begin_trade(send, send_splits, receive_splits, group)
-        return lambda: arrive().split(list(receive_splits))
-
-    return begin
 
 
 def _width(x: Tensor) -> int:

@@ -12,10 +12,10 @@ from torch import Tensor
 from kernels.jagged import Jagged, lengths_to_offsets
 from kernels.transfer import copy_to
 from kernels.weighting import Weighting
-from parallel.relayout import Relayout, Trade, rows_within
+from parallel.relayout import Relayout, rows_within
 from parallel.shard import Shard
 from parallel.spans import Line, alone, count_out, overlap
-from parallel.trade import begin_swaps
+from parallel.trade import Swaps
 
 # (query rows, lengths [B], num_targets [B]) -> int32 [rows, 4], as in `kernels.masks`.
 Mask = Callable[[Jagged, Tensor, Tensor], Tensor]
@@ -133,7 +133,7 @@ class Visibility:
         back = replace(move.reversed(len(edge_rows)), trade=self._halo_trade(beyond, -1))
         return Halo(line.jagged(beyond, shard.rank, shard.device), come, edge_rows, back)
 
-    def _halo_trade(self, beyond: Tensor, way: int) -> Trade:
+    def _halo_trade(self, beyond: Tensor, way: int) -> Callable[..., Swaps]:
         """way: 1 for rows that come, -1 for what goes back."""
         links, cp_size = self.shard.links, self.shard.cp_size
         assert links is not None
@@ -146,7 +146,7 @@ class Visibility:
             if owners[owner] and owner != rank
         }
         return partial(
-            begin_swaps,
+            Swaps,
             name="halo" if way == 1 else "gradients of halo",
             link=links.across or links.within,
             shifts=sorted(distances),

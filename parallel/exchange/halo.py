@@ -33,11 +33,14 @@ class _HaloAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: Visibility, factors: tuple[float, float]
     ) -> Tensor:
-        beyond = seen.halo.come.begin(k, v)()
+        coming = seen.halo.come.begin(k, v)
+        beyond = coming.finish()
         ctx.save_for_backward(q, k, v, *beyond)
         ctx.seen, ctx.weightings = seen, seen.of_halo(factors)
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-        return attention_forward(q, *_sources(ctx.weightings, (k, v), beyond), out=out)
+        attention_forward(q, *_sources(ctx.weightings, (k, v), beyond), out=out)
+        coming.settle()
+        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -46,11 +49,12 @@ class _HaloAttention(torch.autograd.Function):
         (own, of_beyond), halo = ctx.weightings, ctx.seen.halo
         of_k, of_v = empty_gradients(*beyond)
         key_value_gradients(*beyond, Source((q, dout), of_beyond), out=(of_k, of_v))
-        returned = halo.back.begin(of_k, of_v)
+        returning = halo.back.begin(of_k, of_v)
         query_gradient(dout, q, *_sources(ctx.weightings, (k, v), beyond), out=dq)
         key_value_gradients(k, v, Source((q, dout), own), out=(dk, dv))
-        for grad, more in zip((dk, dv), returned(), strict=True):
+        for grad, more in zip((dk, dv), returning.finish(), strict=True):
             grad.index_add_(0, halo.edge, more)  # rows all different: no order of sums
+        returning.settle()
         return dq, dk, dv, None, None
 
 
