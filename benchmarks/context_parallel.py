@@ -2,7 +2,7 @@
 
     python -m benchmarks.context_parallel attention --cp 1 2 --lengths 1638-16384
     python -m benchmarks.context_parallel attention --cp 1 2 --exchange ring halo \
-        --lengths 65536 --mask semi-local --layout contiguous
+        --lengths 65536 --tokens 262144 --mask semi-local --layout contiguous
     python -m benchmarks.context_parallel step --cp 1 2 --config configs/long_sequence.yaml \
         data.max_length=16384 data.batch_size=8
     python -m benchmarks.context_parallel step --cp 1 --dp 2 --zipf 1.2 --config ... model...=...
