@@ -28,7 +28,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self.messages: list[int] = []  # of a ring, bytes each
+        self.messages: list[int] = []  # by a link, bytes each
 
     @contextmanager
     def counted(self) -> Iterator[None]:

@@ -276,18 +276,19 @@ def longest(args: argparse.Namespace) -> list[dict]:
             print(f"cp={world}: {length} tokens take {used[length] / 2**30:.2f} GiB", flush=True)
         before, most = [0, *sorted(used)][-2:]
         per_token = (used[most] - used.get(before, 0)) / (most - before)
-        unit = 128 * world
         # Not far beyond what was tried: what takes most there need not do so here.
-        length = min(2 * most, int(most + (aim - used[most]) / per_token) // unit * unit)
+        more = (aim - used[most]) / per_token if per_token > 0 else most
+        unit = 128 * world
+        length = int(most + min(most, more)) // unit * unit
         if length <= most:
             break
         if length > config.data.max_length:
             raise ValueError(
                 f"data.max_length: {config.data.max_length}; {length} would fit, ask for more"
             )
-        # Message buffers are not the allocator's; they are as large as they get by the second try.
+        # Message buffers are not the allocator's, and grow with the length until they are full.
         torch.cuda.empty_cache()
-        buffers = trainer.mesh.links.within.nbytes * min(2, length / most)
+        buffers = trainer.mesh.links.within.nbytes * length / most
         torch.cuda.set_per_process_memory_fraction((budget - buffers) / total)
     return [
         {

@@ -7,18 +7,17 @@ that needs some of the other ranks' rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from kernels.backend import accumulator
 from parallel.spans import Line, count_out, overlap
-from parallel.trade import begin_trade
+from parallel.swaps import Route, Swaps
+from parallel.transport import Links
 
 
 @dataclass(frozen=True)
@@ -35,33 +34,40 @@ class Relayout:
     receives: Tensor  # rows of the target that other ranks hold, rank after rank
     receive_splits: list[int]
     num_rows: int  # of this rank in the target
-    trade: Callable[[Tensor, Sequence[int], Sequence[int]], Trade]  # begins one
+    route: Route
     summing: bool = False  # on the way back, where several ranks' rows may become one
 
     @staticmethod
     def between(
-        line: Line, source: Tensor, target: Tensor, group: dist.ProcessGroup, device: torch.device
+        line: Line,
+        source: Tensor,
+        target: Tensor,
+        links: Links,
+        device: torch.device,
+        name: str = "rows",
     ) -> Relayout:
         """From the rows of `source` to those of `target`: spans on the line, of all ranks.
 
-        Raises ValueError if the target wants a position that no rank holds.
+        name: of the messages. Raises ValueError if the target wants a position that no rank holds.
         """
-        rank = group.rank()
+        counts = line.shared_rows(target, source)
+        route = Route.of(counts, links, name)
+        rank = route.link.group.rank()
         old, new = line.own(source, rank), line.own(target, rank)
         sends, receives = _Rows.shared(line, old, target), _Rows.shared(line, new, source)
         num_rows = int((new[:, 1] - new[:, 0]).sum())
-        if int(receives.sizes.sum()) != num_rows:
+        if int(counts[rank].sum()) != num_rows:
             raise ValueError("target: wants positions that no rank of the source holds")
         lists = [rows.where(rows.rank == rank) for rows in (sends, receives)]
         lists += [rows.where(rows.rank != rank) for rows in (sends, receives)]
         # All lists in one: one copy to the device and a few launches there.
         starts = torch.cat([rows.starts for rows in lists])
         sizes = torch.cat([rows.sizes for rows in lists])
-        counts = [int(rows.sizes.sum()) for rows in lists]
-        stay_old, stay_new, send, receive = count_out(starts, sizes, device).split(counts)
-        send_splits, receive_splits = (rows.counts(group.size()) for rows in lists[2:])
-        stays, trade = (stay_old, stay_new), partial(_AllToAll, group=group)
-        return Relayout(stays, send, send_splits, receive, receive_splits, num_rows, trade)
+        rows = count_out(starts, sizes, device)
+        stay_old, stay_new, send, receive = rows.split([int(x.sizes.sum()) for x in lists])
+        counts[rank, rank] = 0
+        splits = counts[:, rank].tolist(), counts[rank].tolist()
+        return Relayout((stay_old, stay_new), send, splits[0], receive, splits[1], num_rows, route)
 
     def reversed(self, num_rows: int) -> Relayout:
         """The move back, to the `num_rows` rows this rank held in the source."""
@@ -72,30 +78,31 @@ class Relayout:
             self.sends,
             self.send_splits,
             num_rows,
-            self.trade,
+            self.route.reversed(),
             summing=True,
         )
 
     def move(self, x: Tensor) -> Tensor:
         """Rows [source rows, ...] -> [target rows, ...]; what arrives at a row is summed, in at
         least float32 where several ranks may send one."""
-        return self.begin(x).finish()[0]
+        moving = self.begin(x)
+        (out,) = moving.finish()
+        moving.settle()
+        return out
 
     def begin(self, *parts: Tensor) -> Moving:
         """`move` of several tensors in one message, beside what comes next."""
-        send = _columns(parts, self.sends)
-        return Moving(self, parts, self.trade(send, self.send_splits, self.receive_splits))
-
-
-class Trade(Protocol):
-    """Rows for every rank, and from each, on their way. Made of rows [n, width] that go, rank after
-    rank, how many each gets, and how many each sends."""
-
-    def arrive(self) -> Sequence[Tensor]:
-        """What has come from each rank."""
-
-    def settle(self) -> None:
-        """Once `arrive` is done: what is enqueued from now on may overwrite what was sent."""
+        send, splits = _columns(parts, self.sends), (self.send_splits, self.receive_splits)
+        swaps = Swaps(send, *splits, self.route)
+        shape = self.num_rows, send.shape[1]
+        if self.summing:
+            out = send.new_zeros(shape, dtype=accumulator(send.dtype))
+        else:
+            out = send.new_empty(shape)  # every row arrives or stays
+        old, new = self.stays
+        if len(old):
+            out[new] = _columns(parts, old).to(out.dtype)
+        return Moving(self, [x.shape[1:] for x in parts], out, swaps)
 
 
 @dataclass(frozen=True)
@@ -103,64 +110,33 @@ class Moving:
     """Rows of several tensors on their way: `finish`, then `settle`."""
 
     plan: Relayout
-    parts: Sequence[Tensor]
-    trade: Trade
+    shapes: list[torch.Size]  # of a row of each
+    out: Tensor  # [rows of the target, all columns]
+    swaps: Swaps
 
     def finish(self) -> list[Tensor]:
         """The rows in the target, of each tensor: columns of one buffer."""
-        plan, first, widths = self.plan, self.parts[0], [_width(x) for x in self.parts]
-        shape = plan.num_rows, sum(widths)
-        if plan.summing:
-            out = first.new_zeros(shape, dtype=accumulator(first.dtype))
-        else:
-            out = first.new_empty(shape)  # every row arrives or stays
-        old, new = plan.stays
-        if len(old):
-            out[new] = _columns(self.parts, old).to(out.dtype)
+        plan, out = self.plan, self.out
         put = out.index_add_ if plan.summing else out.index_copy_
         to = plan.receives.split(plan.receive_splits)
-        for values, rows in zip(self.trade.arrive(), to, strict=True):
+        for values, rows in zip(self.swaps.arrive(), to, strict=True):
             if len(rows):  # all different: no sum depends on an order
                 put(0, rows, values.to(out.dtype))
-        columns = out.to(first.dtype).split(widths, 1)
-        return [y.view(len(y), *x.shape[1:]) for x, y in zip(self.parts, columns, strict=True)]
+        columns = out.to(self.swaps.dtype).split([shape.numel() for shape in self.shapes], 1)
+        return [x.view(len(x), *shape) for x, shape in zip(columns, self.shapes, strict=True)]
 
     def settle(self) -> None:
-        """See `Trade.settle`."""
-        self.trade.settle()
-
-
-class _AllToAll:
-    """A `Trade` by the process group."""
-
-    def __init__(
-        self,
-        send: Tensor,
-        send_splits: Sequence[int],
-        receive_splits: Sequence[int],
-        group: dist.ProcessGroup,
-    ) -> None:
-        self.splits = list(receive_splits)
-        self.received = begin_trade(send, send_splits, receive_splits, group)
-
-    def arrive(self) -> Sequence[Tensor]:
-        return self.received().split(self.splits)
-
-    def settle(self) -> None:
-        """It is one operation."""
+        """See `Swaps.settle`."""
+        self.swaps.settle()
 
 
 def _columns(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
     """Those rows of tensors [n, ...], side by side."""
-    widths = [_width(x) for x in parts]
+    widths = [x.shape[1:].numel() for x in parts]
     out = parts[0].new_empty(len(rows), sum(widths))
     for x, columns in zip(parts, out.split(widths, 1), strict=True):
         torch.index_select(x.reshape(len(x), columns.shape[1]), 0, rows, out=columns)
     return out
-
-
-def _width(x: Tensor) -> int:
-    return x.shape[1:].numel()
 
 
 def relayout(x: Tensor, plan: Relayout) -> Tensor:
@@ -208,6 +184,3 @@ class _Rows:
 
     def where(self, chosen: Tensor) -> _Rows:
         return _Rows(self.starts[chosen], self.sizes[chosen], self.rank[chosen])
-
-    def counts(self, ranks: int) -> list[int]:
-        return self.sizes.new_zeros(ranks).index_add_(0, self.rank, self.sizes).tolist()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.jagged import Jagged, lengths_to_offsets
@@ -55,6 +56,21 @@ class Line:
         index = torch.searchsorted(starts, spans[:, 0].contiguous(), right=True) - 1
         return index, starts[index]
 
+    def shared_rows(self, spans: Tensor, others: Tensor) -> Tensor:
+        """int64 [r, o]: how many rows of rank r's `spans` are also in rank o's `others`."""
+        ranks = len(self.starts)
+        rank = spans[:, 0] // self.stride
+        # The ends of every span, laid among each rank's others: how many rows of those lie before?
+        laid = spans - self.stride * (rank - torch.arange(ranks)[:, None])[..., None]
+        starts, ends = others.T.contiguous()
+        begun = torch.searchsorted(starts, laid)
+        rows_before = F.pad((ends - starts).cumsum(0), (1, 0))[begun]
+        rows_before -= (F.pad(ends, (1, 0))[begun] - laid).clamp_(
+            min=0
+        )  # of the last that has begun
+        found = torch.zeros(ranks, ranks, dtype=torch.int64)
+        return found.index_add_(1, rank, rows_before[..., 1] - rows_before[..., 0]).T
+
     def jagged(self, spans: Tensor, rank: int, device: torch.device) -> Jagged:
         """The rows of one rank, on the device."""
         own = self.own(spans, rank)
@@ -85,7 +101,7 @@ def _depth(spans: Tensor) -> tuple[Tensor, Tensor]:
 
 def _where(points: Tensor, inside: Tensor) -> Tensor:
     """Spans that begin at points from which on it is inside, and end where it is no longer."""
-    turns = torch.nn.functional.pad(inside.to(torch.int8), (1, 0)).diff()
+    turns = F.pad(inside.to(torch.int8), (1, 0)).diff()
     found = torch.stack([points[turns == 1], points[turns == -1]], 1)
     return found[found[:, 0] < found[:, 1]]
 

@@ -9,9 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.source import Arrival
-from parallel.transport import Transport
-
 
 def trade_rows(
     send: Tensor,
@@ -41,51 +38,6 @@ def begin_trade(
         return received
 
     return arrive
-
-
-class Swaps:
-    """Rows for every rank of a cp group, and from each, on their way by the group's link."""
-
-    def __init__(
-        self,
-        send: Tensor,
-        send_splits: Sequence[int],
-        receive_splits: Sequence[int],
-        *,
-        name: str,
-        link: Transport,
-        shifts: Sequence[int],
-        most: int,
-    ) -> None:
-        """send, and splits: as of `begin_trade`.
-
-        name: of the messages. shifts: how many ranks further any rows go, rising. most: rows of the
-        largest message. All three the same on every rank.
-        """
-        rank, size, width = link.group.rank(), link.group.size(), send.shape[1]
-        self.link, self.leaving = link, send.split(list(send_splits))
-        self.coming = [send.new_empty(0, width)] * size
-        self.arrivals: list[Arrival] = []
-        for shift in shifts:
-            to, source = (rank + shift) % size, (rank - shift) % size
-            inbox = f"{name} {shift} ranks away"
-            place = link.inbox(inbox, receive_splits[source] * width, most * width, send.dtype)
-            self.coming[source] = place.view(-1, width)
-            if send_splits[to] or receive_splits[source]:
-                arrival = link.swap(inbox, (self.leaving[to],), to, place, source)
-                self.arrivals += [arrival] * (receive_splits[source] > 0)
-
-    def arrive(self) -> list[Tensor]:
-        """What came from each rank, in the link's inboxes: until the next swaps of this name."""
-        for arrival in self.arrivals:
-            arrival.wait()
-        return self.coming
-
-    def settle(self) -> None:
-        """What is enqueued from now on may overwrite what was sent. Until then it must be kept;
-        later than `arrive`, so that nothing waits for ranks that are late to receive."""
-        for message in self.leaving:
-            self.link.settle(message)
 
 
 def _trade(

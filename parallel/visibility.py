@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from kernels.weighting import Weighting
 from parallel.relayout import Relayout, rows_within
 from parallel.shard import Shard
 from parallel.spans import Line, alone, count_out, overlap
-from parallel.trade import Swaps
 
 # (query rows, lengths [B], num_targets [B]) -> int32 [rows, 4], as in `kernels.masks`.
 Mask = Callable[[Jagged, Tensor, Tensor], Tensor]
@@ -100,17 +99,7 @@ class Visibility:
     @cached_property
     def meets(self) -> list[list[bool]]:
         """[rank][owner]: whether any query of `rank` sees any of the rows of `owner`."""
-        cp_size, stride = self.shard.cp_size, self.line.stride
-        rank = self.seen[:, 0] // stride
-        # Every span laid among those that an owner holds: it meets one that has begun, but not
-        # ended, before.
-        seen = self.seen - stride * (rank - torch.arange(cp_size)[:, None])[..., None]
-        begun = torch.searchsorted(self.held[:, 0].contiguous(), seen[..., 1].contiguous())
-        ended = torch.searchsorted(
-            self.held[:, 1].contiguous(), seen[..., 0].contiguous(), right=True
-        )
-        found = torch.zeros(cp_size, cp_size, dtype=torch.int64)
-        return found.index_add_(1, rank, begun - ended).T.bool().tolist()
+        return (self.line.shared_rows(self.seen, self.held) > 0).tolist()
 
     @cached_property
     def met_by(self) -> list[list[bool]]:
@@ -120,7 +109,7 @@ class Visibility:
     @cached_property
     def halo(self) -> Halo:
         shard, line = self.shard, self.line
-        assert shard.group is not None
+        assert shard.links is not None
         beyond = alone(torch.cat([self.seen, self.held]))  # rows of others, of every rank
         ranks = torch.arange(shard.cp_size)
         asked = overlap(beyond - (beyond[:, :1] // line.stride) * line.stride, 1)
@@ -128,30 +117,9 @@ class Visibility:
         edge = overlap(torch.cat([asked, self.held]), 2)
         own = line.own(self.held, shard.rank), line.own(edge, shard.rank)
         edge_rows = rows_within(line, *own, shard.device)
-        move = Relayout.between(line, edge, beyond, shard.group, shard.device)
-        come = replace(move, sends=edge_rows[move.sends], trade=self._halo_trade(beyond, 1))
-        back = replace(move.reversed(len(edge_rows)), trade=self._halo_trade(beyond, -1))
+        move = Relayout.between(line, edge, beyond, shard.links, shard.device, name="halo")
+        come, back = replace(move, sends=edge_rows[move.sends]), move.reversed(len(edge_rows))
         return Halo(line.jagged(beyond, shard.rank, shard.device), come, edge_rows, back)
-
-    def _halo_trade(self, beyond: Tensor, way: int) -> Callable[..., Swaps]:
-        """way: 1 for rows that come, -1 for what goes back."""
-        links, cp_size = self.shard.links, self.shard.cp_size
-        assert links is not None
-        sizes = torch.zeros(cp_size, dtype=torch.int64)
-        sizes.index_add_(0, beyond[:, 0] // self.line.stride, beyond[:, 1] - beyond[:, 0])
-        distances = {
-            way * (rank - owner) % cp_size
-            for rank, owners in enumerate(self.meets)
-            for owner in range(cp_size)
-            if owners[owner] and owner != rank
-        }
-        return partial(
-            Swaps,
-            name="halo" if way == 1 else "gradients of halo",
-            link=links.across or links.within,
-            shifts=sorted(distances),
-            most=int(sizes.max()),
-        )
 
     def of_halo(self, factors: Factors) -> tuple[Weighting, Weighting]:
         """Of this rank's queries and its own keys, and those beyond; always the same objects."""

@@ -50,6 +50,7 @@ class _HaloAttention(torch.autograd.Function):
         of_k, of_v = empty_gradients(*beyond)
         key_value_gradients(*beyond, Source((q, dout), of_beyond), out=(of_k, of_v))
         returning = halo.back.begin(of_k, of_v)
+        del of_k, of_v  # packed
         query_gradient(dout, q, *_sources(ctx.weightings, (k, v), beyond), out=dq)
         key_value_gradients(k, v, Source((q, dout), own), out=(dk, dv))
         for grad, more in zip((dk, dv), returning.finish(), strict=True):

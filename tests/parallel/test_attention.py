@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from kernels.attention import hstu_attention
 from kernels.jagged import Jagged
-from kernels.masks import hstu_intervals
+from kernels.masks import hstu_intervals, semi_local_intervals
 from parallel.attention import EXCHANGES, context_parallel_attention
 from parallel.batch import JaggedBatch
 from parallel.exchange import ring
@@ -36,6 +36,9 @@ CASES = {
         2,
         window=7,
         full_suffix=9,
+    ),
+    "plain_window": Case(
+        torch.tensor([150, 3, 64]), torch.zeros(3, dtype=torch.int32), 0, window=7
     ),
     "semi_local": Case(
         torch.tensor([150, 3, 64]), torch.tensor([5, 0, 1], dtype=torch.int32), 2, local=9, prefix=4
@@ -140,6 +143,34 @@ def test_a_halo_sends_rows_and_gradients_of_a_window_in_their_dtype(run_in_world
         assert max(errors) < 1e-2
 
 
+def prefix_gradients(cp: int) -> list[float]:
+    """Errors of dk and dv of a prefix that all ranks see, in bfloat16."""
+    mesh = build_mesh(dp=1, cp=cp, device=CPU)
+    lengths = torch.tensor([64 * cp], dtype=torch.int32)[: 1 - mesh.rank]
+    ids = {"id": torch.zeros(int(lengths.sum()), dtype=torch.int64)}
+    batch = JaggedBatch(lengths, torch.zeros_like(lengths), ids)
+    shard = shard_batch(batch, LAYOUTS["contiguous"](cp), mesh)
+    mask = partial(semi_local_intervals, local=2, prefix=16)
+    torch.manual_seed(0)
+    whole = torch.rand(4, 64 * cp, HEADS, 8).bfloat16()  # all positive: sums grow
+    own = shard.whole_rows[shard.rank]
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float64):
+        *qkv, dout = (x[own].to(dtype) for x in whole)
+        qkv = [x.requires_grad_() for x in qkv]
+        out = context_parallel_attention(
+            *qkv, seen=Visibility(shard, mask), exchange="halo", **SCALES
+        )
+        gradients.append(torch.autograd.grad(out, qkv[1:], dout))
+    dist.barrier(mesh.cp_group)
+    return [float((x - y)[:16].norm() / y[:16].norm()) for x, y in zip(*gradients, strict=True)]
+
+
+def test_a_halo_sums_gradients_in_float32(run_in_world) -> None:
+    """Each of seven messages is rounded, and their sum."""
+    assert max(run_in_world(8, prefix_gradients, 8)[0]) < 2.5e-3
+
+
 def attend_over_nodes(
     cp: int, per_node: int, layout: str, name: str, keep_whole: bool = False, exchange: str = "ring"
 ):
@@ -164,7 +195,7 @@ def test_a_ring_of_rings(run_in_world, name: str, layout: str, cp: int, per_node
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["targets", "window", "semi_local"])
+@pytest.mark.parametrize("name", ["targets", "plain_window", "semi_local"])
 def test_a_halo_over_nodes(run_in_world, name: str, layout: str) -> None:
     results = run_in_world(4, attend_over_nodes, 4, 2, layout, name, False, "halo")
     check_against_one_process(results, name)

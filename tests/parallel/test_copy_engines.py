@@ -1,4 +1,4 @@
-"""The ring over copy engines, on a CPU: what it enqueues, where, and what waits for what.
+"""The ring and the halo over copy engines, on a CPU: what they enqueue, and what waits for what.
 
 Streams, events and counters are taken down as a graph instead of run, one rank after another. Two
 uses of the same memory, one of them a write, must be ordered by it; and no wait may be for itself.
@@ -21,10 +21,11 @@ from torch import Tensor
 from kernels.masks import hstu_intervals
 from kernels.source import Arrival, Source
 from parallel import transport
-from parallel.exchange import ring
+from parallel.exchange import halo, ring
 from parallel.exchange.ring_pass import RingPass
 from parallel.layout import LAYOUTS
 from parallel.shard import Shard
+from parallel.swaps import Swaps
 from parallel.transport import CopyEngines, Links, Message, SendReceive
 from parallel.visibility import Visibility
 from parallel.watchdog import Watchdog
@@ -229,14 +230,20 @@ class Copies(torch.overrides.TorchFunctionMode):
 
     def __init__(self, device: Device) -> None:
         super().__init__()
-        self.device = device
+        self.device, self.packed = device, list[Tensor]()
 
     def __torch_function__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         if function is Tensor.copy_:
             self.device.use((args[1],), (args[0],))
-        return function(*args, **(kwargs or {}))
+        elif function in (Tensor.index_copy_, Tensor.index_add_):
+            self.device.use((args[0], args[3]), (args[0],))
+        elif function is torch.index_select:  # a message is packed
+            self.device.use((args[0],), (kwargs["out"],))
+            self.packed.append(kwargs["out"])
+        return function(*args, **kwargs)
 
 
 def run_rank(
@@ -249,10 +256,13 @@ def run_rank(
     copies: bool,
     heads: int,
     whole: bool,
+    attention: Any,
 ) -> list[Any]:
     """Two layers forward and backward, batch after batch. Returns all memory, to be kept."""
 
-    def forward(q: Tensor, *sources: Source, add: Tensor | None, out: Tensor | None) -> Tensor:
+    def forward(
+        q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor | None
+    ) -> Tensor:
         out = torch.empty(q.shape) if out is None else out
         kept.append(out)
         if any(source.arrival and source.arrival.signal() for source in sources):
@@ -265,12 +275,15 @@ def run_rank(
         device.use((dout,), ())
         return forward(q, *sources, **kwargs)
 
-    def keys(k: Tensor, v: Tensor, *sources: Source, add: Any, out: Any) -> tuple[Tensor, Tensor]:
+    def keys(
+        k: Tensor, v: Tensor, *sources: Source, add: Any = None, out: Any
+    ) -> tuple[Tensor, Tensor]:
         out = out or (torch.empty(k.shape), torch.empty(v.shape))
         kept.append(out)
         device.use((k, v, *(add or ())), out, sources)
         return out
 
+    kernels = dict(attention_forward=forward, query_gradient=query, key_value_gradients=keys)
     kept: list[Any] = []
     rank = node * size + device.rank
     group: Any = Group(size, device.rank)
@@ -286,10 +299,9 @@ def run_rank(
         patch.object(transport.symmetric_memory, "empty", lambda n, **kw: torch.empty(n, **kw)),
         patch.object(transport.symmetric_memory, "rendezvous", device.meet),
         patch.object(dist, "get_global_rank", lambda _, rank: rank),
-        patch.object(ring, "attention_forward", forward),
-        patch.object(ring, "query_gradient", query),
-        patch.object(ring, "key_value_gradients", keys),
-        Copies(device),
+        patch.multiple(ring, **kernels),
+        patch.multiple(halo, **kernels),
+        Copies(device) as copied,
     ):
         watchdog = Watchdog(rank, timedelta(hours=1), CPU)
         link = CopyEngines(group, CPU, watchdog) if copies else Network(device, group, watchdog)
@@ -308,12 +320,16 @@ def run_rank(
             shape = (shard.rows.num_rows, heads, 8)
             qkv = [torch.zeros(shape).requires_grad_() for _ in range(3)]
             for _ in range(2):
-                out = ring.ring_attention(*qkv, seen=seen, alpha=1.0, scale=1.0)
-                device.use((), tuple(x.detach() for x in qkv))  # freed, and others' by now
+                out = attention(*qkv, seen=seen, alpha=1.0, scale=1.0)
+                # Freed, and others' by now.
+                device.use((), (*copied.packed, *(x.detach() for x in qkv)))
+                kept += copied.packed
+                copied.packed = []
                 dout = torch.zeros(out.shape)
                 grads = torch.autograd.grad(out, qkv, dout)
-                device.use(grads, (dout, *(x.detach() for x in qkv)))
-                kept += [out, dout, *grads]
+                device.use(grads, (*copied.packed, dout, *(x.detach() for x in qkv)))
+                kept += [out, dout, *grads, *copied.packed]
+                copied.packed = []
             kept += qkv
     return kept
 
@@ -325,6 +341,7 @@ def take_down(
     copies: bool = True,
     heads: int = 1,
     whole: bool = False,
+    attention: Any = ring.ring_attention,
 ) -> Graph:
     """size: ranks of a node. copies: by copy engines; else all of it is sent and received. whole:
     only the first sequence of a batch is cut."""
@@ -334,7 +351,7 @@ def take_down(
         for place in range(size):
             device = Device(graph, place, buffers)
             batches = [[90, 7, 0], [60, 40], [3, 1]]
-            of_rank = layout, batches, node, nodes, copies, heads, whole
+            of_rank = layout, batches, node, nodes, copies, heads, whole, attention
             kept.append(run_rank(device, size, *of_rank))
     assert kept
     return graph
@@ -373,6 +390,16 @@ def test_so_they_are_beside_whole_sequences(nodes: int) -> None:
 @pytest.mark.parametrize(("size", "nodes"), [(2, 2), (2, 3), (3, 2)])
 def test_so_they_are_over_nodes(size: int, nodes: int, layout: str) -> None:
     assert not take_down(size, layout, nodes).races()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("copies", [True, False])
+@pytest.mark.parametrize(("size", "nodes"), [(2, 1), (3, 1), (4, 1), (2, 2)])
+def test_so_they_are_in_a_halo(size: int, nodes: int, copies: bool, layout: str) -> None:
+    for whole in (False, True):
+        graph = take_down(size, layout, nodes, copies, 2, whole, halo.halo_attention)
+        assert graph.heard
+        assert not graph.races()
 
 
 def test_the_last_message_stands_for_all_before_it() -> None:
@@ -416,6 +443,20 @@ def too_soon(arrival: Any) -> tuple[Tensor, int] | None:
 def test_what_is_not_waited_for_is_a_race(owner: type, name: str, instead: Any) -> None:
     with patch.object(owner, name, instead):
         assert take_down(3, "contiguous", nodes=2 if owner is RingPass else 1).races()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (transport._Copy, "wait"),  # rows would be taken before they have come
+        (CopyEngines, "settle"),  # messages be freed before they have left
+        (Swaps, "settle"),
+        (Stream, "wait_event"),
+    ],
+)
+def test_so_it_is_in_a_halo(owner: type, name: str) -> None:
+    with patch.object(owner, name, no_wait):
+        assert take_down(3, "contiguous", attention=halo.halo_attention).races()
 
 
 def test_so_is_a_message_that_nobody_told_of() -> None:

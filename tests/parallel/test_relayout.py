@@ -30,7 +30,7 @@ def rows_of(part: Jagged) -> torch.Tensor:
 
 def plan_move(old: list[Jagged], new: list[Jagged], mesh: Mesh) -> Relayout:
     line = Line.of(LENGTHS, mesh.cp)
-    return Relayout.between(line, line.spans(old), line.spans(new), mesh.cp_group, CPU)
+    return Relayout.between(line, line.spans(old), line.spans(new), mesh.links, CPU)
 
 
 def move(cp: int, source: str, target: str, keep: int):
