@@ -58,9 +58,10 @@ from kernels.masks import hstu_intervals, interval_lengths, semi_local_intervals
 from parallel.attention import EXCHANGES, context_parallel_attention
 from parallel.batch import JaggedBatch
 from parallel.layout import LAYOUTS, Layout
+from parallel.links import Links
 from parallel.mesh import build_mesh, local_device
+from parallel.send_receive import SendReceive
 from parallel.shard import Shard, shard_batch
-from parallel.transport import Links, SendReceive
 from parallel.visibility import Mask, Visibility
 from parallel.watchdog import Watchdog
 

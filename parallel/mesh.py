@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.transport import Links, build_links
+from parallel.links import Links, build_links
 from parallel.watchdog import Watchdog
 
 

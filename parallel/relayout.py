@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from kernels.backend import accumulator
+from parallel.links import Links
 from parallel.spans import Line, count_out, overlap
 from parallel.swaps import Route, Swaps
-from parallel.transport import Links
 
 
 @dataclass(frozen=True)

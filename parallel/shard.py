@@ -20,10 +20,10 @@ from kernels.transfer import copy_together
 from parallel.balance import deal
 from parallel.batch import JaggedBatch
 from parallel.layout import Layout
+from parallel.links import Links
 from parallel.mesh import Mesh
 from parallel.spans import count_out
 from parallel.trade import regroup, trade_rows
-from parallel.transport import Links
 from parallel.whole import CUT, owners
 
 ROOM = 128  # for the sizes of so many sequences of each process: one message, if none reads more

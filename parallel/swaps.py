@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from kernels.source import Arrival
-from parallel.transport import Links, Transport
+from parallel.links import Links
+from parallel.transport import Transport
 
 
 @dataclass(frozen=True)

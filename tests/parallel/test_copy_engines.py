@@ -20,13 +20,16 @@ from torch import Tensor
 
 from kernels.masks import hstu_intervals
 from kernels.source import Arrival, Source
-from parallel import transport
+from parallel import copy_engines, symmetric
+from parallel.copy_engines import CopyEngines
 from parallel.exchange import halo, ring
 from parallel.exchange.ring_pass import RingPass
 from parallel.layout import LAYOUTS
+from parallel.links import Links
+from parallel.send_receive import SendReceive
 from parallel.shard import Shard
 from parallel.swaps import Swaps
-from parallel.transport import CopyEngines, Links, Message, SendReceive
+from parallel.transport import Message
 from parallel.visibility import Visibility
 from parallel.watchdog import Watchdog
 from parallel.whole import CUT
@@ -292,12 +295,12 @@ def run_rank(
         patch.object(torch.cuda, "current_stream", lambda *_: device.current),
         patch.object(torch.cuda, "set_stream", device.set_stream),
         patch.object(torch.cuda, "synchronize", device.synchronize),
-        patch.object(transport, "write_value", device.write_value),
-        patch.object(transport, "wait_value", device.wait_value),
-        patch.object(transport, "copy_rows", device.copy_rows),
-        patch.object(transport, "reorders_writes", lambda _: False),
-        patch.object(transport.symmetric_memory, "empty", lambda n, **kw: torch.empty(n, **kw)),
-        patch.object(transport.symmetric_memory, "rendezvous", device.meet),
+        patch.object(symmetric, "write_value", device.write_value),
+        patch.object(symmetric, "wait_value", device.wait_value),
+        patch.object(copy_engines, "copy_rows", device.copy_rows),
+        patch.object(copy_engines, "reorders_writes", lambda _: False),
+        patch.object(symmetric.symmetric_memory, "empty", lambda n, **kw: torch.empty(n, **kw)),
+        patch.object(symmetric.symmetric_memory, "rendezvous", device.meet),
         patch.object(dist, "get_global_rank", lambda _, rank: rank),
         patch.multiple(ring, **kernels),
         patch.multiple(halo, **kernels),
@@ -433,8 +436,8 @@ def too_soon(arrival: Any) -> tuple[Tensor, int] | None:
 @pytest.mark.parametrize(
     ("owner", "name", "instead"),
     [
-        (transport._Copy, "wait", no_wait),  # attention would read what has not arrived
-        (transport._Copy, "signal", too_soon),  # also where a kernel looks itself
+        (copy_engines._Copy, "wait", no_wait),  # attention would read what has not arrived
+        (copy_engines._Copy, "signal", too_soon),  # also where a kernel looks itself
         (CopyEngines, "join", no_wait),  # keys would be freed before they are copied
         (Stream, "wait_event", no_wait),  # and messages written before they are computed
         (RingPass, "arrive", no_wait),  # or those of the node before passed on too early
@@ -448,7 +451,7 @@ def test_what_is_not_waited_for_is_a_race(owner: type, name: str, instead: Any) 
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (transport._Copy, "wait"),  # rows would be taken before they have come
+        (copy_engines._Copy, "wait"),  # rows would be taken before they have come
         (CopyEngines, "settle"),  # messages be freed before they have left
         (Swaps, "settle"),
         (Stream, "wait_event"),
@@ -464,12 +467,12 @@ def test_so_is_a_message_that_nobody_told_of() -> None:
         counters.heard[rank] += 1
         return counters.mine[rank], 1
 
-    with patch.object(transport._Counters, "wait", deaf):
+    with patch.object(symmetric._Counters, "wait", deaf):
         assert take_down(3, "contiguous").races()
 
 
 def test_a_wait_for_what_comes_later_is_a_deadlock() -> None:
-    tell, late = transport._Counters.tell, list[Callable[[], None]]()
+    tell, late = symmetric._Counters.tell, list[Callable[[], None]]()
 
     def tell_late(*args: Any) -> None:
         late.append(lambda: tell(*args))
@@ -477,7 +480,7 @@ def test_a_wait_for_what_comes_later_is_a_deadlock() -> None:
             late.pop(0)()
 
     with (
-        patch.object(transport._Counters, "tell", tell_late),
+        patch.object(symmetric._Counters, "tell", tell_late),
         pytest.raises((CycleError, KeyError)),
     ):
         take_down(2, "zigzag").races()

@@ -18,10 +18,12 @@ from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals
 from parallel.attention import context_parallel_attention
 from parallel.batch import JaggedBatch
+from parallel.copy_engines import CopyEngines
 from parallel.layout import ZigzagLayout
+from parallel.links import Links
 from parallel.mesh import build_mesh, local_device
+from parallel.send_receive import SendReceive
 from parallel.shard import shard_batch
-from parallel.transport import CopyEngines, Links, SendReceive
 from parallel.visibility import Visibility
 
 BATCHES = [[700, 3, 0, 1], [2000, 513, 40], [5, 9]]  # the second outgrows the first one's buffers
