@@ -170,8 +170,8 @@ def attention(args: argparse.Namespace) -> list[dict]:
 
         row = measure(call, args, exchange, shard.links)
         name = exchange
-        if shard.links is not None and exchange == "ring":
-            name = f"ring, {'simulated' if args.simulated else shard.links.name}"
+        if shard.links is not None and exchange in ("ring", "halo"):
+            name = f"{exchange}, {'simulated' if args.simulated else shard.links.name}"
         row |= {"exchange": name if world > 1 else "-"}
         row |= {"flops": flops, "tokens": int(lengths.sum())}
         rows.append(row)
