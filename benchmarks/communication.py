@@ -39,9 +39,10 @@ class Traffic:
         def counting_swap(
             transport: Transport, name: str, message: Message, to: int | None, *rest: Any
         ) -> Any:
-            if to is not None:
-                self.messages.append(sum(part.nbytes for part in message))
-                self.bytes += self.messages[-1]
+            size = sum(part.nbytes for part in message)
+            if to is not None and size:
+                self.messages.append(size)
+                self.bytes += size
             return swap(transport, name, message, to, *rest)
 
         def counting(name: str) -> Callable[..., Any]:

@@ -64,12 +64,10 @@ class Line:
         laid = spans - self.stride * (rank - torch.arange(ranks)[:, None])[..., None]
         starts, ends = others.T.contiguous()
         begun = torch.searchsorted(starts, laid)
-        rows_before = F.pad((ends - starts).cumsum(0), (1, 0))[begun]
-        rows_before -= (F.pad(ends, (1, 0))[begun] - laid).clamp_(
-            min=0
-        )  # of the last that has begun
+        before = F.pad((ends - starts).cumsum(0), (1, 0))[begun]
+        before -= (F.pad(ends, (1, 0))[begun] - laid).clamp_(min=0)  # the last may end behind
         found = torch.zeros(ranks, ranks, dtype=torch.int64)
-        return found.index_add_(1, rank, rows_before[..., 1] - rows_before[..., 0]).T
+        return found.index_add_(1, rank, before[..., 1] - before[..., 0]).T
 
     def jagged(self, spans: Tensor, rank: int, device: torch.device) -> Jagged:
         """The rows of one rank, on the device."""

@@ -37,7 +37,7 @@ class Route:
 
 
 class Swaps:
-    """On their way."""
+    """Rows on their way along a route."""
 
     def __init__(
         self,
@@ -53,19 +53,17 @@ class Swaps:
         self.leaving = send.split(list(send_splits))
         self.coming = [send.new_empty(0, width)] * size
         self.arrivals: list[Arrival] = []
+        ways = []
         for shift, most in route.most_rows.items():  # first all inboxes: while they grow, all wait
-            source = (rank - shift) % size
-            numel = receive_splits[source] * width
-            place = link.inbox(_inbox(route, shift), numel, most * width, send.dtype)
-            self.coming[source] = place.view(-1, width)
-        for shift in route.most_rows:
             to, source = (rank + shift) % size, (rank - shift) % size
-            ends = to if send_splits[to] else None, source if receive_splits[source] else None
-            if ends == (None, None):
-                continue
-            message, place = (self.leaving[to],), self.coming[source].view(-1)
-            arrival = link.swap(_inbox(route, shift), message, ends[0], place, ends[1])
-            if receive_splits[source]:
+            name, numel = f"{route.name} {shift} ranks away", receive_splits[source] * width
+            place = link.inbox(name, numel, most * width, send.dtype)
+            self.coming[source] = place.view(-1, width)
+            if numel or send_splits[to]:
+                ways.append((name, (self.leaving[to],), to, place, source))
+        for way in ways:
+            arrival = link.swap(*way)
+            if receive_splits[way[-1]]:
                 self.arrivals.append(arrival)
 
     def arrive(self) -> list[Tensor]:
@@ -79,7 +77,3 @@ class Swaps:
         later than `arrive`: who only sends need not wait for ranks that are late to receive."""
         for message in self.leaving:
             self.link.settle(message)
-
-
-def _inbox(route: Route, shift: int) -> str:
-    return f"{route.name} {shift} ranks away"

@@ -124,13 +124,8 @@ class Visibility:
     def of_halo(self, factors: Factors) -> tuple[Weighting, Weighting]:
         """Of this rank's queries and its own keys, and those beyond; always the same objects."""
         rows = self.shard.device_rows
-        own, beyond = (
-            self._weightings.setdefault(
-                (id(rows), id(keys), factors), Weighting(rows, keys, self.intervals, *factors)
-            )
-            for keys in (rows, self.halo.beyond)
-        )
-        return own, beyond
+        own = self._weighting(rows, rows, factors, lambda: self.intervals)
+        return own, self._weighting(rows, self.halo.beyond, factors, lambda: self.intervals)
 
     @cached_property
     def most_rows(self) -> int:
@@ -145,11 +140,11 @@ class Visibility:
     def of_my_queries(self, owner: int, piece: int, pieces: int, factors: Factors) -> Weighting:
         """Of this rank's queries and a piece of the keys of `owner`."""
         keys = self._rows(owner, piece, pieces)
-        return self._weighting(self.shard.rank, 0, 1, keys, factors)
+        return self._of_piece(self.shard.rank, 0, 1, keys, factors)
 
     def of_my_keys(self, owner: int, piece: int, pieces: int, factors: Factors) -> Weighting:
         """Of a piece of the queries of `owner` and this rank's keys."""
-        return self._weighting(owner, piece, pieces, self.shard.device_rows, factors)
+        return self._of_piece(owner, piece, pieces, self.shard.device_rows, factors)
 
     def piece(self, owner: int, piece: int, pieces: int) -> tuple[int, int]:
         """First and last row + 1 of a piece of what this rank works on of `owner`: all rows of its
@@ -158,16 +153,24 @@ class Visibility:
         rows = self.shard.rows.num_rows if mine else self.shard.num_shared[owner]
         return piece_of(rows, piece, pieces)
 
-    def _weighting(
+    def _of_piece(
         self, rank: int, piece: int, pieces: int, keys: Jagged, factors: Factors
     ) -> Weighting:
-        """Of a piece of a rank's queries and of some rank's `keys`; always the same object."""
-        queries = self._rows(rank, piece, pieces)
+        """Of a piece of a rank's queries and of some rank's `keys`."""
+
+        def intervals() -> Tensor:
+            start, end = self.piece(rank, piece, pieces)
+            return self.all_intervals[rank][start:end]
+
+        return self._weighting(self._rows(rank, piece, pieces), keys, factors, intervals)
+
+    def _weighting(
+        self, queries: Jagged, keys: Jagged, factors: Factors, intervals: Callable[[], Tensor]
+    ) -> Weighting:
+        """Always the same object for the same rows. intervals: of the queries, if it is new."""
         key = id(queries), id(keys), factors
         if key not in self._weightings:
-            start, end = self.piece(rank, piece, pieces)
-            intervals = self.all_intervals[rank][start:end]
-            self._weightings[key] = Weighting(queries, keys, intervals, *factors)
+            self._weightings[key] = Weighting(queries, keys, intervals(), *factors)
         return self._weightings[key]
 
     @cached_property

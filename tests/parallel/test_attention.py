@@ -18,8 +18,8 @@ from parallel.attention import EXCHANGES, context_parallel_attention
 from parallel.batch import JaggedBatch
 from parallel.exchange import ring
 from parallel.layout import LAYOUTS
-from parallel.mesh import build_mesh
-from parallel.shard import shard_batch
+from parallel.mesh import Mesh, build_mesh
+from parallel.shard import Shard, shard_batch
 from parallel.transport import Transport
 from parallel.visibility import Visibility
 from tests.kernels.cases import Case
@@ -111,13 +111,18 @@ def test_whole_sequences_beside_cut_ones(run_in_world, name: str, cp: int, excha
     check_against_one_process(results, name)
 
 
-def halo_messages() -> tuple[list[tuple[torch.dtype, int]], list[float]]:
-    """What a window has a rank send, forward and backward; errors of out and gradients."""
-    mesh = build_mesh(dp=1, cp=2, device=CPU)
-    lengths = torch.tensor([200], dtype=torch.int32)[mesh.rank :]
+def one_sequence(length: int, cp: int) -> tuple[Shard, Mesh]:
+    """Of a batch that rank 0 reads, in contiguous parts."""
+    mesh = build_mesh(dp=1, cp=cp, device=CPU)
+    lengths = torch.tensor([length] if mesh.rank == 0 else [], dtype=torch.int32)
     ids = {"id": torch.zeros(int(lengths.sum()), dtype=torch.int64)}
     batch = JaggedBatch(lengths, torch.zeros_like(lengths), ids)
-    shard = shard_batch(batch, LAYOUTS["contiguous"](2), mesh)
+    return shard_batch(batch, LAYOUTS["contiguous"](cp), mesh), mesh
+
+
+def halo_messages() -> tuple[list[tuple[torch.dtype, int]], list[float]]:
+    """What a window has a rank send, forward and backward; errors of out and gradients."""
+    shard, mesh = one_sequence(200, 2)
     seen, sent = Visibility(shard, partial(hstu_intervals, window=9)), []
     swap = Transport.swap
 
@@ -145,11 +150,7 @@ def test_a_halo_sends_rows_and_gradients_of_a_window_in_their_dtype(run_in_world
 
 def prefix_gradients(cp: int) -> list[float]:
     """Errors of dk and dv of a prefix that all ranks see, in bfloat16."""
-    mesh = build_mesh(dp=1, cp=cp, device=CPU)
-    lengths = torch.tensor([64 * cp], dtype=torch.int32)[: 1 - mesh.rank]
-    ids = {"id": torch.zeros(int(lengths.sum()), dtype=torch.int64)}
-    batch = JaggedBatch(lengths, torch.zeros_like(lengths), ids)
-    shard = shard_batch(batch, LAYOUTS["contiguous"](cp), mesh)
+    shard, mesh = one_sequence(64 * cp, cp)
     mask = partial(semi_local_intervals, local=2, prefix=16)
     torch.manual_seed(0)
     whole = torch.rand(4, 64 * cp, HEADS, 8).bfloat16()  # all positive: sums grow

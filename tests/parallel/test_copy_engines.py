@@ -248,6 +248,11 @@ class Copies(torch.overrides.TorchFunctionMode):
             self.packed.append(kwargs["out"])
         return function(*args, **kwargs)
 
+    def take_packed(self) -> list[Tensor]:
+        """Messages since the last call."""
+        packed, self.packed = self.packed, []
+        return packed
+
 
 def run_rank(
     device: Device,
@@ -324,15 +329,13 @@ def run_rank(
             qkv = [torch.zeros(shape).requires_grad_() for _ in range(3)]
             for _ in range(2):
                 out = attention(*qkv, seen=seen, alpha=1.0, scale=1.0)
-                # Freed, and others' by now.
-                device.use((), (*copied.packed, *(x.detach() for x in qkv)))
-                kept += copied.packed
-                copied.packed = []
+                gone = [*copied.take_packed(), *(x.detach() for x in qkv)]
+                device.use((), tuple(gone))  # freed, and others' by now
                 dout = torch.zeros(out.shape)
                 grads = torch.autograd.grad(out, qkv, dout)
-                device.use(grads, (*copied.packed, dout, *(x.detach() for x in qkv)))
-                kept += [out, dout, *grads, *copied.packed]
-                copied.packed = []
+                gone += [*copied.take_packed(), dout]
+                device.use(grads, tuple(gone))
+                kept += [out, *grads, *gone]
             kept += qkv
     return kept
 
