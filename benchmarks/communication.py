@@ -6,10 +6,13 @@ For `benchmarks.context_parallel`.
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +23,9 @@ from parallel.transport import Message, Transport
 
 BEGIN = "spin_kernel"
 REST = 400_000_000  # cycles, some 0.2 s
+ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
 COMMUNICATION = re.compile("nccl|Memcpy", re.IGNORECASE)
+ORDINARY_GAP = 8  # us between two kernels: at cp = 1 hardly any is longer
 
 
 class Traffic:
@@ -78,12 +83,14 @@ def _leaving(name: str, given: dict[str, Any], group: Any) -> int:
     return send.nbytes - splits[group.rank()] * send[:1].nbytes
 
 
-def idle_share(call: Callable[[], object], calls: int, trace: str | None) -> float:
-    """Of the time that so many calls take, how much the GPU does not compute in.
+def idle_shares(call: Callable[[], object], calls: int, trace: str | None) -> tuple[float, float]:
+    """Of the time that so many calls take: in how much the GPU does not compute, and in how much
+    only because others let it wait.
 
-    It may copy, run NCCL's kernels, wait for another rank or for the host. A rest and two calls
-    come before them: when profilers have started, ranks are not in step, and their hosts not ahead.
-    trace: file to keep what the profiler saw in.
+    It may copy, run NCCL's kernels, wait for another rank or for the host. Where the next kernel
+    had been enqueued, and the gap is longer than those between any two kernels, it is neither the
+    host nor the GPU itself. A rest and two calls come before them: when profilers have started,
+    ranks are not in step, and their hosts not ahead. trace: file to keep what the profiler saw in.
     """
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profiler:
@@ -96,19 +103,34 @@ def idle_share(call: Callable[[], object], calls: int, trace: str | None) -> flo
         torch.cuda.synchronize()
     if trace and dist.get_rank() == 0:
         profiler.export_chrome_trace(trace)
-    events = [
-        event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA
-    ]
-    first = max(event.time_range.end for event in events if BEGIN in event.name)
-    events = [event for event in events if event.time_range.start >= first]
-    last = max(event.time_range.end for event in events)
-    computing, until = 0.0, first
-    for event in sorted(events, key=lambda event: event.time_range.start):
-        if not COMMUNICATION.search(event.name):
-            start, end = event.time_range.start, event.time_range.end
-            computing += max(0.0, end - max(start, until))
-            until = max(until, end)
-    return 1 - computing / (last - first)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        return shares_of_trace(json.loads(file.read_text())["traceEvents"])
+
+
+def shares_of_trace(events: list[dict[str, Any]]) -> tuple[float, float]:
+    """See `idle_shares`; from a profiler's trace, of what comes after its last `BEGIN`."""
+    events = [event for event in events if event.get("ph") == "X"]
+    enqueued = {
+        event["args"]["correlation"]: event["ts"] + event["dur"]
+        for event in events
+        if event.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in event["args"]
+    }
+    on_gpu = [event for event in events if event.get("cat") in ON_GPU]
+    first = max(event["ts"] + event["dur"] for event in on_gpu if BEGIN in event["name"])
+    on_gpu = [event for event in on_gpu if event["ts"] >= first]
+    last = max(event["ts"] + event["dur"] for event in on_gpu)
+    idle, exposed, until = 0.0, 0.0, first
+    for event in sorted(on_gpu, key=lambda event: event["ts"]):
+        if COMMUNICATION.search(event["name"]):
+            continue
+        start = event["ts"]
+        idle += max(0.0, start - until)
+        waited = start - max(until, enqueued.get(event["args"].get("correlation"), first))
+        exposed += waited if waited > ORDINARY_GAP else 0.0
+        until = max(until, start + event["dur"])
+    return (idle + last - until) / (last - first), exposed / (last - first)
 
 
 def link_curve(transport: Transport) -> list[tuple[int, float]]:

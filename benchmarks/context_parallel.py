@@ -12,13 +12,15 @@ One process a GPU, started anew for every cp; one table. At cp = 1 each of the G
 side by side, and the mean counts: no two GPUs are equally fast, and a group goes with the slowest.
 `efficiency` is time at cp = 1 over cp times the time here. `idle` is the share of the time in which
 the GPU computes nothing, from a profiler's trace: it copies, waits for another GPU or, also at
-cp = 1, for the host; `sent` is what a rank sends, the messages' own bytes; `host` the time until a
-call has been enqueued. Times are medians of the slowest rank; FLOPs count as in
-`benchmarks.attention` (backward 2.5 times forward), of matrix products 6 a weight and token; MFU is
-their share of 989 TFLOP/s, the dense bf16 peak of H100 and H200. `longest` is the length at which
-data.batch_size equal sequences use 92 % of --memory GiB a GPU: tried, with no more memory than
-that, along the line through the peaks of shorter ones. There and in `attention` (but with
---keep-whole) all sequences are cut; in `step` those that parallel.keep_whole leaves to be.
+cp = 1, for the host. `exposed` is what of it others are to blame for: the next kernel has been
+enqueued, and the gap is longer than those between any two kernels. `sent` is what a rank sends, the
+messages' own bytes; `host` the time until a call has been enqueued. Times are medians of the
+slowest rank; FLOPs count as in `benchmarks.attention` (backward 2.5 times forward), of matrix
+products 6 a weight and token; MFU is their share of 989 TFLOP/s, the dense bf16 peak of H100 and
+H200. `longest` is the length at which data.batch_size equal sequences use 92 % of --memory GiB a
+GPU: tried, with no more memory than that, along the line through the peaks of shorter ones. There
+and in `attention` (but with --keep-whole) all sequences are cut; in `step` those that
+parallel.keep_whole leaves to be.
 
 --simulate 4 8 adds rank 0 of groups of that size, alone on one GPU, whose messages go nowhere: what
 it computes. `link ms` is what a ring's messages take one after another on an idle link, by the
@@ -46,7 +48,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.attention import Work, milliseconds
-from benchmarks.communication import Traffic, idle_share, link_curve
+from benchmarks.communication import Traffic, idle_shares, link_curve
 from benchmarks.processes import measured
 from gr_train.ahead import Ahead
 from gr_train.config import load_config
@@ -79,6 +81,7 @@ COLUMNS = {  # of the table: title and format
     "sent MB": ".1f",
     "link ms": ".2f",
     "idle %": ".1f",
+    "exposed %": ".1f",
     "peak GiB": ".2f",
 }
 PEAK_TFLOPS = 989  # of H100 and H200, SXM: dense bf16
@@ -88,7 +91,7 @@ WARMUP = {"attention": 300}  # two seconds: a GPU that is still cool runs faster
 def measure(
     call: Callable[[], object], args: argparse.Namespace, name: str, links: Links | None
 ) -> dict[str, Any]:
-    """ms, bytes sent, exposed share and peak memory of one call on this rank."""
+    """ms, bytes sent, idle and exposed shares and peak memory of one call on this rank."""
     for _ in range(WARMUP.get(args.what, 5) if args.warmup is None else args.warmup):
         call()
     freeze_objects()  # as the trainer does
@@ -106,13 +109,15 @@ def measure(
     mean = (time.perf_counter() - start) * 1000 / args.repeats
     peak = torch.cuda.max_memory_allocated() + (links.within.nbytes if links else 0)
     trace = f"{args.trace}-{name}-cp{args.worker}.json.gz" if args.trace else None
+    idle, exposed = idle_shares(call, 3, trace)
     return {
         "ms": max(ms, mean) if args.what == "step" else ms,
         "host ms": enqueued * 1000 / args.repeats,
         "sent MB": traffic.bytes / 1e6,
         "messages": traffic.messages,
         "peak GiB": peak / 2**30,
-        "idle %": 100 * idle_share(call, 3, trace),
+        "idle %": 100 * idle,
+        "exposed %": 100 * exposed,
     }
 
 

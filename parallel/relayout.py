@@ -92,38 +92,49 @@ class Relayout:
 
     def begin(self, *parts: Tensor) -> Moving:
         """`move` of several tensors in one message, beside what comes next."""
-        send, splits = _columns(parts, self.sends), (self.send_splits, self.receive_splits)
-        swaps = Swaps(send, *splits, self.route)
-        shape = self.num_rows, send.shape[1]
-        if self.summing:
-            out = send.new_zeros(shape, dtype=accumulator(send.dtype))
-        else:
-            out = send.new_empty(shape)  # every row arrives or stays
-        old, new = self.stays
-        if len(old):
-            out[new] = _columns(parts, old).to(out.dtype)
-        return Moving(self, [x.shape[1:] for x in parts], out, swaps)
+        send = _columns(parts, self.sends)
+        swaps = Swaps(send, self.send_splits, self.receive_splits, self.route)
+        return Moving(self, parts, swaps)
 
 
 @dataclass(frozen=True)
 class Moving:
-    """Rows of several tensors on their way: `finish`, then `settle`."""
+    """Rows of several tensors on their way: `finish` or `read`, then `settle`."""
 
     plan: Relayout
-    shapes: list[torch.Size]  # of a row of each
-    out: Tensor  # [rows of the target, all columns]
+    parts: tuple[Tensor, ...]
     swaps: Swaps
 
     def finish(self) -> list[Tensor]:
         """The rows in the target, of each tensor: columns of one buffer."""
-        plan, out = self.plan, self.out
+        plan, dtype = self.plan, self.swaps.dtype
+        shape = plan.num_rows, sum(x.shape[1:].numel() for x in self.parts)
+        if plan.summing:
+            out = self.parts[0].new_zeros(shape, dtype=accumulator(dtype))
+        else:
+            out = self.parts[0].new_empty(shape)  # every row arrives or stays
+        old, new = plan.stays
+        if len(old):
+            out[new] = _columns(self.parts, old).to(out.dtype)
         put = out.index_add_ if plan.summing else out.index_copy_
-        to = plan.receives.split(plan.receive_splits)
+        to = plan.receives.split_with_sizes(plan.receive_splits)
         for values, rows in zip(self.swaps.arrive(), to, strict=True):
-            if len(rows):  # all different: no sum depends on an order
+            if rows.numel():  # all different: no sum depends on an order
                 put(0, rows, values.to(out.dtype))
-        columns = out.to(self.swaps.dtype).split([shape.numel() for shape in self.shapes], 1)
-        return [x.view(len(x), *shape) for x, shape in zip(columns, self.shapes, strict=True)]
+        return self._parts_of(out.to(dtype))
+
+    def read(self) -> list[Tensor]:
+        """What `finish` returns, until the next move by this route: where one rank sends all rows
+        they stay in the link's inbox."""
+        plan = self.plan
+        if not 0 < plan.num_rows == max(plan.receive_splits) == sum(plan.receive_splits):
+            return self.finish()
+        (rows,) = (x for x in self.swaps.arrive() if x.numel())
+        return self._parts_of(rows)
+
+    def _parts_of(self, rows: Tensor) -> list[Tensor]:
+        columns = rows.split_with_sizes([x.shape[1:].numel() for x in self.parts], 1)
+        return [c.view(-1, *x.shape[1:]) for c, x in zip(columns, self.parts, strict=True)]
 
     def settle(self) -> None:
         """See `Swaps.settle`."""
@@ -134,7 +145,7 @@ def _columns(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
     """Those rows of tensors [n, ...], side by side."""
     widths = [x.shape[1:].numel() for x in parts]
     out = parts[0].new_empty(len(rows), sum(widths))
-    for x, columns in zip(parts, out.split(widths, 1), strict=True):
+    for x, columns in zip(parts, out.split_with_sizes(widths, 1), strict=True):
         torch.index_select(x.reshape(len(x), columns.shape[1]), 0, rows, out=columns)
     return out
 

@@ -59,6 +59,13 @@ class Line:
     def shared_rows(self, spans: Tensor, others: Tensor) -> Tensor:
         """int64 [r, o]: how many rows of rank r's `spans` are also in rank o's `others`."""
         ranks = len(self.starts)
+        found = torch.zeros(ranks, ranks, dtype=torch.int64)
+        rank = spans[:, 0] // self.stride
+        return found.index_add_(1, rank, self.rows_of_each(spans, others)).T
+
+    def rows_of_each(self, spans: Tensor, others: Tensor) -> Tensor:
+        """int64 [o, n]: how many rows of each of n spans are also in rank o's `others`."""
+        ranks = len(self.starts)
         rank = spans[:, 0] // self.stride
         # The ends of every span, laid among each rank's others: how many rows of those lie before?
         laid = spans - self.stride * (rank - torch.arange(ranks)[:, None])[..., None]
@@ -66,8 +73,7 @@ class Line:
         begun = torch.searchsorted(starts, laid)
         before = F.pad((ends - starts).cumsum(0), (1, 0))[begun]
         before -= (F.pad(ends, (1, 0))[begun] - laid).clamp_(min=0)  # the last may end behind
-        found = torch.zeros(ranks, ranks, dtype=torch.int64)
-        return found.index_add_(1, rank, before[..., 1] - before[..., 0]).T
+        return before[..., 1] - before[..., 0]
 
     def jagged(self, spans: Tensor, rank: int, device: torch.device) -> Jagged:
         """The rows of one rank, on the device."""

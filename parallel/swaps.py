@@ -33,7 +33,7 @@ class Route:
     def reversed(self) -> Route:
         size = self.link.group.size()
         most_rows = {size - shift: rows for shift, rows in reversed(self.most_rows.items())}
-        return replace(self, name=f"gradients of {self.name}", most_rows=most_rows)
+        return replace(self, name=f"sums for {self.name}", most_rows=most_rows)
 
 
 class Swaps:
@@ -50,7 +50,7 @@ class Swaps:
         link, width = route.link, send.shape[1]
         rank, size = link.group.rank(), link.group.size()
         self.link, self.dtype = link, send.dtype
-        self.leaving = send.split(list(send_splits))
+        self.leaving = send.split_with_sizes(list(send_splits))
         self.coming = [send.new_empty(0, width)] * size
         self.arrivals: list[Arrival] = []
         ways = []

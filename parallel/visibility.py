@@ -22,21 +22,43 @@ Factors = tuple[float, float]  # alpha and scale of a `Weighting`
 
 
 @dataclass(frozen=True)
-class Halo:
-    """Rows that a rank's queries see beyond its own, and those of its own that others ask for."""
+class Visit:
+    """Rows of every rank that others need, and the sums for them that come back."""
 
-    beyond: Jagged  # the rows that come, on the device
-    come: Relayout  # from every rank's own to those
-    edge: Tensor  # int64, on the device: its own that others see
-    back: Relayout  # from where they are seen to every rank's edge
+    rows: Tensor  # int64, on the device: this rank's own that go
+    guests: Jagged  # the others' that come, on the device
+    go: Relayout  # from every rank's own to where they are guests
+    back: Relayout  # from there to every rank's `rows`
+
+
+@dataclass(frozen=True)
+class Wide:
+    """Queries that see so much that they go to the keys: contextual tokens and targets."""
+
+    visit: Visit
+    intervals: Tensor  # of the guests, on the device
+    near: Tensor  # of this rank's queries as far as its own do not go
+
+
+@dataclass(frozen=True)
+class Halo:
+    """What ranks need of each other, each query meeting each key once."""
+
+    keys: Visit  # that near queries see
+    wide: Wide | None  # None if no rank has any that see another's keys
 
 
 @dataclass(frozen=True)
 class Visibility:
-    """A shard and the mask over it. What an exchange does not ask for is never computed."""
+    """A shard and the mask over it. What an exchange does not ask for is never computed.
+
+    num_contextual: tokens at the front of each sequence that may see all of it, as targets may. The
+    mask knows that by itself; told as well, a halo need not bring them whole sequences.
+    """
 
     shard: Shard
     mask: Mask
+    num_contextual: int = 0
 
     @cached_property
     def intervals(self) -> Tensor:
@@ -71,14 +93,18 @@ class Visibility:
 
     @cached_property
     def seen(self) -> Tensor:
-        """The rows that any of a rank's queries sees, for every rank, as spans of the line.
+        """The rows that any of a rank's queries sees, for every rank, as spans of the line."""
+        return overlap(torch.cat([self.held, self._keys_of(self.held)]), 1)
+
+    def _keys_of(self, queries: Tensor) -> Tensor:
+        """What spans of queries see, int64 [2 n, 2]: of each in turn two spans, perhaps empty.
 
         The two ends of a span of queries tell what all of it sees: see `kernels.masks`.
         """
         shard, cp_size = self.shard, self.shard.cp_size
-        sequence, starts = self.line.sequences(self.held)
+        sequence, starts = self.line.sequences(queries)
         spans = torch.bincount(sequence, minlength=self.line.starts.numel())
-        ends = self.held - starts[:, None]
+        ends = queries - starts[:, None]
         ends[:, 1] -= 1
         first, last = (
             self.mask(
@@ -91,10 +117,9 @@ class Visibility:
             .unbind(-1)
         )
         nowhere = self.line.stride  # an empty interval starts there
-        lowest = torch.where(first < last, first, nowhere).amin(1)
-        between = torch.stack([lowest, last.amax(1)], -1) + starts[:, None, None]
-        between = between.view(-1, 2)
-        return overlap(torch.cat([self.held, between[between[:, 0] < between[:, 1]]]), 1)
+        lowest, highest = torch.where(first < last, first, nowhere).amin(1), last.amax(1)
+        keys = torch.stack([torch.minimum(lowest, highest), highest], -1)
+        return (keys + starts[:, None, None]).view(-1, 2)
 
     @cached_property
     def meets(self) -> list[list[bool]]:
@@ -108,24 +133,57 @@ class Visibility:
 
     @cached_property
     def halo(self) -> Halo:
+        line, held = self.line, self.held
+        wide, keys = self._wide_queries, self._keys_of(self._wide_queries)
+        rank = wide[:, 0] // line.stride
+        meets = line.rows_of_each(keys, held).unflatten(1, (len(wide), 2)).sum(2) > 0
+        meets[rank, torch.arange(len(wide))] = False
+        host, query = meets.nonzero().T
+        guests = overlap(wide[query] + line.stride * (host - rank[query])[:, None], 1)
+        stay = alone(torch.cat([held, wide[meets.any(0)]]))
+        beyond = alone(torch.cat([overlap(torch.cat([held, self._keys_of(stay)]), 1), held]))
+        return Halo(self._visit(beyond, "keys"), self._wide(guests) if len(guests) else None)
+
+    @cached_property
+    def _wide_queries(self) -> Tensor:
+        """Contextual tokens and targets, of every rank, as spans of the line."""
+        lengths = self.shard.lengths
+        history = lengths - self.shard.num_targets
+        contextual = history.clamp(max=self.num_contextual)
+        ends = torch.stack([torch.zeros_like(lengths), contextual, history, lengths], 1)
+        spans = (ends + self.line.starts[..., None]).view(-1, 2)
+        return overlap(torch.cat([spans, self.held]), 2)
+
+    def _wide(self, guests: Tensor) -> Wide:
+        """guests: as of `_visit`."""
+        visit, near = self._visit(guests, "queries"), self.intervals.clone()
+        near[visit.rows, ::2] = near[visit.rows, 1::2]  # empty, but tiles are cut by the ends
+        return Wide(visit, self._on_device(visit.guests), near)
+
+    def _visit(self, guests: Tensor, name: str) -> Visit:
+        """guests: the rows of others that each rank gets, as spans of the line."""
         shard, line = self.shard, self.line
         assert shard.links is not None
-        beyond = alone(torch.cat([self.seen, self.held]))  # rows of others, of every rank
         ranks = torch.arange(shard.cp_size)
-        asked = overlap(beyond - (beyond[:, :1] // line.stride) * line.stride, 1)
+        asked = overlap(guests - (guests[:, :1] // line.stride) * line.stride, 1)
         asked = (asked + line.stride * ranks[:, None, None]).view(-1, 2)
-        edge = overlap(torch.cat([asked, self.held]), 2)
-        own = line.own(self.held, shard.rank), line.own(edge, shard.rank)
-        edge_rows = rows_within(line, *own, shard.device)
-        move = Relayout.between(line, edge, beyond, shard.links, shard.device, name="halo")
-        come, back = replace(move, sends=edge_rows[move.sends]), move.reversed(len(edge_rows))
-        return Halo(line.jagged(beyond, shard.rank, shard.device), come, edge_rows, back)
+        going = overlap(torch.cat([asked, self.held]), 2)
+        own = line.own(self.held, shard.rank), line.own(going, shard.rank)
+        rows = rows_within(line, *own, shard.device)
+        move = Relayout.between(line, going, guests, shard.links, shard.device, name=name)
+        go, back = replace(move, sends=rows[move.sends]), move.reversed(len(rows))
+        return Visit(rows, line.jagged(guests, shard.rank, shard.device), go, back)
 
-    def of_halo(self, factors: Factors) -> tuple[Weighting, Weighting]:
-        """Of this rank's queries and its own keys, and those beyond; always the same objects."""
-        rows = self.shard.device_rows
+    def of_halo(self, factors: Factors) -> tuple[Weighting, Weighting, Weighting | None]:
+        """Of this rank's queries and its own keys, and those beyond; of guests and its own keys.
+        Always the same objects."""
+        rows, halo = self.shard.device_rows, self.halo
         own = self._weighting(rows, rows, factors, lambda: self.intervals)
-        return own, self._weighting(rows, self.halo.beyond, factors, lambda: self.intervals)
+        wide, beyond = halo.wide, halo.keys.guests
+        if wide is None:
+            return own, self._weighting(rows, beyond, factors, lambda: self.intervals), None
+        near = self._weighting(rows, beyond, factors, lambda: wide.near)
+        return own, near, self._weighting(wide.visit.guests, rows, factors, lambda: wide.intervals)
 
     @cached_property
     def most_rows(self) -> int:

@@ -143,7 +143,7 @@ class Recommender:
         if negatives is not None:
             ids["negative"] = negatives
             negatives = copy_to(negatives, shard.device)
-        seen = Visibility(shard, self.mask)
+        seen = Visibility(shard, self.mask, len(self.info.contextual))
         make_ready(seen, self.exchange)
         size = 1 if self.world is None else self.world.size()
         factor = size / max(inputs.num_labels, 1)

@@ -4,11 +4,16 @@ For windowed and semi-local masks, whose traffic is then the window and not the 
 that come are a second block of keys beside a rank's own, which nothing moves: HSTU attention adds
 up over blocks. Backward, their gradients go back to where they came from, beside the work on a
 rank's own.
+
+Contextual tokens and targets see whole sequences, whatever the window. They are few, so they go
+where the keys are, and what they find there comes back: their outputs, then their gradients. The
+work on such guests runs beside that on a rank's own queries.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +23,7 @@ from kernels.attention import attention_forward, key_value_gradients, query_grad
 from kernels.columns import empty_gradients
 from kernels.source import Source
 from kernels.weighting import Weighting
-from parallel.visibility import Visibility
+from parallel.visibility import Visibility, Wide
 
 
 def halo_attention(
@@ -33,32 +38,89 @@ class _HaloAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, seen: Visibility, factors: tuple[float, float]
     ) -> Tensor:
-        coming = seen.halo.come.begin(k, v)
-        beyond = coming.finish()
-        ctx.save_for_backward(q, k, v, *beyond)
-        ctx.seen, ctx.weightings = seen, seen.of_halo(factors)
-        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
-        attention_forward(q, *_sources(ctx.weightings, (k, v), beyond), out=out)
+        halo = seen.halo
+        ctx.halo, ctx.weightings = halo, seen.of_halo(factors)
+        *of_own, of_guests = ctx.weightings
+        link = halo.keys.go.route.link
+        link.begin()
+        guests = halo.wide and _Guests(halo.wide, q)
+        coming = halo.keys.go.begin(k, v)
+        out, beyond = q.new_empty(q.shape[0], q.shape[1], v.shape[2]), list[Tensor]()
+
+        def attend() -> None:
+            beyond.extend(coming.finish())
+            attention_forward(q, *_sources(of_own, (k, v), beyond), out=out)
+
+        if guests:
+            keys = Source((k, v), of_guests)
+            guests.arrive()
+            link.beside(partial(guests.find, lambda rows: attention_forward(rows, keys)), attend)
+        else:
+            attend()
+        link.join()
         coming.settle()
+        if guests:
+            guests.add_found_to(out)
+        ctx.save_for_backward(q, k, v, *beyond, *([guests.rows] if guests else []))
         return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v, *beyond = ctx.saved_tensors
+        q, k, v, beyond_k, beyond_v, *guest_q = ctx.saved_tensors
+        beyond, halo = (beyond_k, beyond_v), ctx.halo
+        *of_own, of_guests = ctx.weightings
+        own, of_beyond = of_own
         dq, dk, dv = empty_gradients(q, k, v)
-        (own, of_beyond), halo = ctx.weightings, ctx.seen.halo
+        link = halo.keys.go.route.link
+        link.begin()
+        guests = halo.wide and _Guests(halo.wide, dout)
         of_k, of_v = empty_gradients(*beyond)
         key_value_gradients(*beyond, Source((q, dout), of_beyond), out=(of_k, of_v))
-        returning = halo.back.begin(of_k, of_v)
-        del of_k, of_v  # packed
-        query_gradient(dout, q, *_sources(ctx.weightings, (k, v), beyond), out=dq)
-        key_value_gradients(k, v, Source((q, dout), own), out=(dk, dv))
-        for grad, more in zip((dk, dv), returning.finish(), strict=True):
-            grad.index_add_(0, halo.edge, more)  # rows all different: no order of sums
+        returning = halo.keys.back.begin(of_k, of_v)
+        queries = [Source((q, dout), own)]
+
+        def differentiate() -> None:
+            query_gradient(dout, q, *_sources(of_own, (k, v), beyond), out=dq)
+            key_value_gradients(k, v, *queries, out=(dk, dv))
+
+        if guests:
+            keys = Source((k, v), of_guests)
+            queries.append(Source((*guest_q, guests.arrive()), of_guests))
+            find = partial(guests.find, lambda rows: query_gradient(rows, *guest_q, keys))
+            link.beside(find, differentiate)
+        else:
+            differentiate()
+        link.join()
+        for grad, more in zip((dk, dv), returning.read(), strict=True):
+            grad.index_add_(0, halo.keys.rows, more)  # rows all different: no order of sums
         returning.settle()
+        if guests:
+            guests.add_found_to(dq)
         return dq, dk, dv, None, None
 
 
-def _sources(weightings: tuple[Weighting, Weighting], *rows: Sequence[Tensor]) -> list[Source]:
+class _Guests:
+    """Wide queries on their visit: what other ranks send here, and what this rank's find there."""
+
+    def __init__(self, wide: Wide, rows: Tensor) -> None:
+        self.visit = wide.visit
+        self.coming = self.visit.go.begin(rows)
+
+    def arrive(self) -> Tensor:
+        (self.rows,) = self.coming.finish()
+        return self.rows
+
+    def find(self, kernel: Any) -> None:
+        """In float32, and send it back."""
+        self.returning = self.visit.back.begin(kernel(self.rows))
+
+    def add_found_to(self, x: Tensor) -> None:
+        (found,) = self.returning.read()
+        x.index_add_(0, self.visit.rows, found.to(x.dtype))
+        self.coming.settle()
+        self.returning.settle()
+
+
+def _sources(weightings: Sequence[Weighting], *rows: Sequence[Tensor]) -> list[Source]:
     """Keys and values of a rank's own, and those beyond."""
     return [Source((k, v), of) for (k, v), of in zip(rows, weightings, strict=True)]

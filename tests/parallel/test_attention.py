@@ -76,7 +76,7 @@ def attend(cp: int, layout: str, exchange: str, name: str, keep_whole: bool = Fa
     *qkv, dout = (x[shard.whole_rows[shard.rank]] for x in qkvd(int(shard.lengths.sum())))
     qkv = [x.requires_grad_() for x in qkv]
     out = context_parallel_attention(
-        *qkv, seen=Visibility(shard, case.mask), exchange=exchange, **SCALES
+        *qkv, seen=Visibility(shard, case.mask, case.num_contextual), exchange=exchange, **SCALES
     )
     gradients = torch.autograd.grad(out, qkv, dout)
     dist.barrier(mesh.cp_group)  # what this rank still sends is lost if its links go

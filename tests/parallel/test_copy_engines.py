@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 from unittest.mock import patch
@@ -265,11 +266,12 @@ def run_rank(
     heads: int,
     whole: bool,
     attention: Any,
+    contextual: int,
 ) -> list[Any]:
     """Two layers forward and backward, batch after batch. Returns all memory, to be kept."""
 
     def forward(
-        q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor | None
+        q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         out = torch.empty(q.shape) if out is None else out
         kept.append(out)
@@ -324,7 +326,8 @@ def run_rank(
             parts = LAYOUTS[layout](size * nodes).parts(lengths, owners)
             none = torch.zeros_like(lengths)
             shard = Shard(lengths, none, parts, {}, everybody, rank, CPU, links)
-            seen = Visibility(shard, lambda *a: hstu_intervals(*a, window=30))
+            mask = partial(hstu_intervals, window=30, num_contextual=contextual)
+            seen = Visibility(shard, mask, contextual)
             shape = (shard.rows.num_rows, heads, 8)
             qkv = [torch.zeros(shape).requires_grad_() for _ in range(3)]
             for _ in range(2):
@@ -348,6 +351,7 @@ def take_down(
     heads: int = 1,
     whole: bool = False,
     attention: Any = ring.ring_attention,
+    contextual: int = 0,
 ) -> Graph:
     """size: ranks of a node. copies: by copy engines; else all of it is sent and received. whole:
     only the first sequence of a batch is cut."""
@@ -357,7 +361,7 @@ def take_down(
         for place in range(size):
             device = Device(graph, place, buffers)
             batches = [[90, 7, 0], [60, 40], [3, 1]]
-            of_rank = layout, batches, node, nodes, copies, heads, whole, attention
+            of_rank = layout, batches, node, nodes, copies, heads, whole, attention, contextual
             kept.append(run_rank(device, size, *of_rank))
     assert kept
     return graph
@@ -401,9 +405,13 @@ def test_so_they_are_over_nodes(size: int, nodes: int, layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("copies", [True, False])
 @pytest.mark.parametrize(("size", "nodes"), [(2, 1), (3, 1), (4, 1), (2, 2)])
-def test_so_they_are_in_a_halo(size: int, nodes: int, copies: bool, layout: str) -> None:
+@pytest.mark.parametrize("contextual", [0, 2])
+def test_so_they_are_in_a_halo(
+    contextual: int, size: int, nodes: int, copies: bool, layout: str
+) -> None:
     for whole in (False, True):
-        graph = take_down(size, layout, nodes, copies, 2, whole, halo.halo_attention)
+        of = layout, nodes, copies, 2, whole, halo.halo_attention, contextual
+        graph = take_down(size, *of)
         assert graph.heard
         assert not graph.races()
 
@@ -452,17 +460,18 @@ def test_what_is_not_waited_for_is_a_race(owner: type, name: str, instead: Any) 
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"),
+    ("owner", "name", "copies"),
     [
-        (copy_engines._Copy, "wait"),  # rows would be taken before they have come
-        (CopyEngines, "settle"),  # messages be freed before they have left
-        (Swaps, "settle"),
-        (Stream, "wait_event"),
+        (copy_engines._Copy, "wait", True),  # rows would be taken before they have come
+        (Swaps, "settle", False),  # messages be freed before the network has sent them
+        (Stream, "wait_event", True),
     ],
 )
-def test_so_it_is_in_a_halo(owner: type, name: str) -> None:
+@pytest.mark.parametrize("contextual", [0, 2])
+def test_so_it_is_in_a_halo(contextual: int, owner: type, name: str, copies: bool) -> None:
+    of = "contiguous", 1, copies, 1, False, halo.halo_attention, contextual
     with patch.object(owner, name, no_wait):
-        assert take_down(3, "contiguous", attention=halo.halo_attention).races()
+        assert take_down(3, *of).races()
 
 
 def test_so_is_a_message_that_nobody_told_of() -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -52,9 +53,10 @@ def attend(transport: str, exchange: str, keep_whole: bool) -> list[list[torch.T
     for lengths in [batch for batch in BATCHES for _ in range(2)]:
         mine = torch.tensor(lengths[mesh.rank :: 2], dtype=torch.int32)
         ids = {"id": torch.zeros(int(mine.sum()), dtype=torch.int64)}
-        batch = JaggedBatch(mine, torch.zeros_like(mine), ids)
+        batch = JaggedBatch(mine, (mine > 3).int(), ids)
         shard = shard_batch(batch, ZigzagLayout(2), mesh, keep_whole=keep_whole)
-        seen = Visibility(shard, hstu_intervals)
+        mask = partial(hstu_intervals, num_contextual=2, window=300)
+        seen = Visibility(shard, mask, num_contextual=2)
         *qkv, dout = tensors(int(shard.lengths.sum()), device)
         own = shard.whole_rows[shard.rank]
         mine_qkv = [x[own].requires_grad_() for x in qkv]
@@ -62,7 +64,7 @@ def attend(transport: str, exchange: str, keep_whole: bool) -> list[list[torch.T
         got = [out, *torch.autograd.grad(out, mine_qkv, dout[own])]
 
         rows = Jagged.whole(shard.device_lengths, int(shard.lengths.sum()))
-        intervals = hstu_intervals(rows, shard.device_lengths, shard.device_num_targets)
+        intervals = mask(rows, shard.device_lengths, shard.device_num_targets)
         whole = [x.float().requires_grad_() for x in qkv]
         out = hstu_attention(*whole, queries=rows, keys=rows, intervals=intervals, **FACTORS)
         want = [out, *torch.autograd.grad(out, whole, dout.float())]
