@@ -5,6 +5,7 @@ For `benchmarks.context_parallel`.
 
 from __future__ import annotations
 
+import gzip
 import inspect
 import json
 import re
@@ -12,7 +13,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,12 +101,11 @@ def idle_shares(call: Callable[[], object], calls: int, trace: str | None) -> tu
         for _ in range(calls):
             call()
         torch.cuda.synchronize()
-    if trace and dist.get_rank() == 0:
-        profiler.export_chrome_trace(trace)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(file))
-        return shares_of_trace(json.loads(file.read_text())["traceEvents"])
+    with tempfile.TemporaryDirectory() as folder:  # a profiler saves once
+        file = trace if trace and dist.get_rank() == 0 else f"{folder}/trace.json.gz"
+        profiler.export_chrome_trace(file)
+        with gzip.open(file) as saved:
+            return shares_of_trace(json.load(saved)["traceEvents"])
 
 
 def shares_of_trace(events: list[dict[str, Any]]) -> tuple[float, float]:
