@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from kernels.jagged import Jagged
 from kernels.masks import semi_local_intervals
 from kernels.naive import visible
 from parallel.layout import LAYOUTS
+from parallel.links import Links
+from parallel.send_receive import SendReceive
 from parallel.shard import Shard
 from parallel.visibility import Visibility
 from tests.kernels.cases import Case, cases
@@ -66,3 +70,17 @@ def test_a_halo_is_the_window_and_not_the_sequence() -> None:
         needed = seen.line.jagged(seen.seen, rank, CPU)
         foreign = (~torch.isin(needed.positions, part.positions)).sum()
         assert 0 <= foreign <= 0.05 * 32_768
+
+
+def test_tokens_that_see_all_of_it_do_not_ask_for_a_sequence() -> None:
+    """Contextual tokens and targets visit the rank whose keys they see, which sees a window."""
+    lengths, num_targets = torch.tensor([[65_536], [3]], dtype=torch.int32)
+    mask = partial(semi_local_intervals, num_contextual=2, local=1024, prefix=128)
+    for rank, (keys, queries) in enumerate([(0, 3), (1023 + 128, 2)]):
+        group = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: 2)
+        links = Links(SendReceive(group, CPU, None))  # type: ignore[arg-type]
+        shard = make_shard(lengths, num_targets, "contiguous", 2)
+        halo = Visibility(replace(shard, rank=rank, links=links), mask, num_contextual=2).halo
+        assert halo.wide is not None
+        assert halo.keys.guests.num_rows == keys
+        assert halo.wide.visit.guests.num_rows == queries
