@@ -37,7 +37,7 @@ class Wide:
 
     visit: Visit
     intervals: Tensor  # of the guests, on the device
-    near: Tensor  # of this rank's queries as far as its own do not go
+    near: Tensor  # of this rank's queries on keys beyond its own: empty for those that go
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ class Visibility:
     @cached_property
     def halo(self) -> Halo:
         line, held = self.line, self.held
-        wide, keys = self._wide_queries, self._keys_of(self._wide_queries)
+        wide = self._wide_queries()
+        keys = self._keys_of(wide)
         rank = wide[:, 0] // line.stride
         meets = line.rows_of_each(keys, held).unflatten(1, (len(wide), 2)).sum(2) > 0
         meets[rank, torch.arange(len(wide))] = False
@@ -144,7 +145,6 @@ class Visibility:
         beyond = alone(torch.cat([overlap(torch.cat([held, self._keys_of(stay)]), 1), held]))
         return Halo(self._visit(beyond, "keys"), self._wide(guests) if len(guests) else None)
 
-    @cached_property
     def _wide_queries(self) -> Tensor:
         """Contextual tokens and targets, of every rank, as spans of the line."""
         lengths = self.shard.lengths

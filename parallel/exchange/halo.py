@@ -51,12 +51,12 @@ class _HaloAttention(torch.autograd.Function):
             beyond.extend(coming.finish())
             attention_forward(q, *_sources(of_own, (k, v), beyond), out=out)
 
+        find = None
         if guests:
             keys = Source((k, v), of_guests)
             guests.arrive()
-            link.beside(partial(guests.find, lambda rows: attention_forward(rows, keys)), attend)
-        else:
-            attend()
+            find = partial(guests.find, lambda rows: attention_forward(rows, keys))
+        link.beside(find, attend)
         link.join()
         coming.settle()
         if guests:
@@ -83,13 +83,12 @@ class _HaloAttention(torch.autograd.Function):
             query_gradient(dout, q, *_sources(of_own, (k, v), beyond), out=dq)
             key_value_gradients(k, v, *queries, out=(dk, dv))
 
+        find = None
         if guests:
             keys = Source((k, v), of_guests)
             queries.append(Source((*guest_q, guests.arrive()), of_guests))
             find = partial(guests.find, lambda rows: query_gradient(rows, *guest_q, keys))
-            link.beside(find, differentiate)
-        else:
-            differentiate()
+        link.beside(find, differentiate)
         link.join()
         for grad, more in zip((dk, dv), returning.read(), strict=True):
             grad.index_add_(0, halo.keys.rows, more)  # rows all different: no order of sums
