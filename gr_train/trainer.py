@@ -83,7 +83,7 @@ class Trainer:
             seed=config.train.seed,
         )
         self.side = torch.cuda.Stream(self.device) if on_gpu else None  # where batches are prepared
-        self.held: Prepared | None = None  # the last one that was used
+        self.used: list[Prepared] = []  # whose memory the GPU may still read
         self.dense, self.parameters = dense, list(dense.parameters())
         self.model = Recommender(
             config.model,
@@ -147,10 +147,12 @@ class Trainer:
         return self._finish(progress, loss, meter.tokens_per_s)
 
     def prepare(self, step: int, batch: JaggedBatch) -> Prepared:
-        """The host's part of a step. Its copies and masks are the GPU's, beside the step before."""
+        """The host's part of a step. Its copies and masks are the GPU's, beside the steps before."""
         if self.side is not None:
-            # Memory that it takes again was last read by what is enqueued by now: see `step`.
+            # Their memory may be taken again: what reads it is enqueued, so this stream waits for it.
+            used, self.used = self.used, []
             self.side.wait_stream(torch.cuda.default_stream(self.device))
+            used.clear()
         with torch.cuda.stream(self.side):
             return self.model.prepare(self.shard(batch), self._negatives(step))
 
@@ -160,13 +162,15 @@ class Trainer:
         """One update. Returns this rank's loss, whose mean over ranks is the global loss.
 
         meanwhile: called once the forward pass is enqueued. In the backward pass a GPU is slower
-        than its host, in the forward it may not be: the next batch is best made then.
+        than its host, in the forward it may not be: the next batches are best made then.
         """
         if self.side is not None:
             torch.cuda.default_stream(self.device).wait_stream(self.side)
-        self.held = batch  # the last one is let go only now that nothing is prepared in its memory
         with self.mesh.watchdog.doing(f"step {step}"):
-            return self._step(batch, meanwhile)
+            loss = self._step(batch, meanwhile)
+        if self.side is not None:
+            self.used.append(batch)  # for `prepare`, perhaps in another thread, to let go
+        return loss
 
     def _step(self, batch: Prepared, meanwhile: Callable[[], None] | None) -> Tensor:
         follow_schedule(self.table_optimizer, self.config.embedding.lr, self.schedule)
@@ -188,7 +192,7 @@ class Trainer:
         return shard_batch(batch, self.layout, self.mesh, keep_whole=keep_whole)
 
     def _batches(self, first: int) -> Ahead[_Batch]:
-        """Of the steps after `first`. On a GPU each can be made while the one before trains."""
+        """Of the steps after `first`. On a GPU they can be made while those before train."""
         loader, steps = iter(self.loader), itertools.count(first + 1)
 
         def make() -> _Batch:

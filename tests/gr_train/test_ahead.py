@@ -1,4 +1,4 @@
-"""Making the next batch beside a step: order, one ahead and no more, errors; no waits on a GPU."""
+"""Making the next batches beside a step: order, how many ahead, errors; no waits on a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gr_train.ahead import Ahead
+from gr_train.ahead import DEPTH, Ahead
 from gr_train.config import load_config
 from gr_train.trainer import Trainer
 
@@ -33,22 +33,42 @@ def test_in_order_and_no_more_than_asked_for(threaded: bool) -> None:
     assert (threading.current_thread() in threads) != threaded
 
 
-def test_one_ahead_once_settled() -> None:
+def test_so_many_ahead_once_settled() -> None:
     made: list[int] = []
 
     def make() -> int:
         made.append(len(made))
         return made[-1]
 
-    ahead = Ahead(make, 10, threaded=True)
+    ahead, expected = Ahead(make, 10, threaded=True), 0
     for used, number in enumerate(ahead):
         assert number == used
-        assert made == list(range(used + 1))  # none before it is asked for, or begun
-        if used % 2:
+        expected = max(expected, used + 1)
+        assert len(made) == expected  # none before it is asked for, or begun
+        if used % 3 == 0:
             ahead.begin()
             ahead.settle()
-            assert made == list(range(min(used + 2, 10)))
+            expected = min(used + 1 + DEPTH, 10)
+            assert len(made) == expected
     assert len(made) == 10
+
+
+def test_one_is_there_while_the_next_is_being_made() -> None:
+    numbers, go_on = itertools.count(), threading.Event()
+
+    def make() -> int:
+        number = next(numbers)
+        if number == 2:
+            assert go_on.wait(30)
+        return number
+
+    ahead = Ahead(make, 3, threaded=True)
+    results = iter(ahead)
+    assert next(results) == 0
+    ahead.begin()
+    assert next(results) == 1
+    go_on.set()
+    assert list(results) == [2]
 
 
 def test_an_error_reaches_the_user() -> None:
@@ -65,7 +85,7 @@ def test_an_error_reaches_the_user() -> None:
 def steps(run_dir: str, overrides: list[str], ahead: bool) -> list[float]:
     """Losses of steps that, once all is compiled and buffers have grown, must not wait for the GPU.
 
-    ahead: each batch is made beside the step before.
+    ahead: batches are made beside the steps before.
     """
     world = torch.cuda.device_count()
     shared = [
