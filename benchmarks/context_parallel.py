@@ -11,16 +11,15 @@
 One process a GPU, started anew for every cp; one table. At cp = 1 each of the GPUs works alone, all
 side by side, and the mean counts: no two GPUs are equally fast, and a group goes with the slowest.
 `efficiency` is time at cp = 1 over cp times the time here. `idle` is the share of the time in which
-the GPU computes nothing, from a profiler's trace: it copies, waits for another GPU or, also at
-cp = 1, for the host. `exposed` is what of it others are to blame for: the next kernel has been
-enqueued, and the gap is longer than those between any two kernels. `sent` is what a rank sends, the
-messages' own bytes; `host` the time until a call has been enqueued. Times are medians of the
-slowest rank; FLOPs count as in `benchmarks.attention` (backward 2.5 times forward), of matrix
-products 6 a weight and token; MFU is their share of 989 TFLOP/s, the dense bf16 peak of H100 and
-H200. `longest` is the length at which data.batch_size equal sequences use 92 % of --memory GiB a
-GPU: tried, with no more memory than that, along the line through the peaks of shorter ones. There
-and in `attention` (but with --keep-whole) all sequences are cut; in `step` those that
-parallel.keep_whole leaves to be.
+the GPU computes nothing, from a profiler's trace: it copies, waits for another GPU or, at cp=1 too,
+for the host. `exposed` is what of it others are to blame for: the next kernel has been enqueued,
+and the gap is longer than those between any two kernels. `sent` is what a rank sends, the messages'
+own bytes; `host` the time until a call has been enqueued. Times are medians of the slowest rank;
+FLOPs count as in `benchmarks.attention` (backward 2.5 times forward), of matrix products 6 a weight
+and token; MFU is their share of the GPU's dense bf16 peak, where that is known. `longest` is the
+length at which data.batch_size equal sequences use 92 % of --memory GiB a GPU: tried, with no more
+memory than that, along the line through the peaks of shorter ones. There and in `attention` (but
+with --keep-whole) all sequences are cut; in `step` those that parallel.keep_whole leaves to be.
 
 --simulate 4 8 adds rank 0 of groups of that size, alone on one GPU, whose messages go nowhere: what
 it computes. `link ms` is what a ring's messages take one after another on an idle link, by the
@@ -84,7 +83,11 @@ COLUMNS = {  # of the table: title and format
     "exposed %": ".1f",
     "peak GiB": ".2f",
 }
-PEAK_TFLOPS = 989  # of H100 and H200, SXM: dense bf16
+PEAK_TFLOPS = {  # dense bf16, as published
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H200": 989,
+}
 WARMUP = {"attention": 300}  # two seconds: a GPU that is still cool runs faster than in training
 
 
@@ -174,10 +177,11 @@ def attention(args: argparse.Namespace) -> list[dict]:
             torch.autograd.grad(out, tensors, dout)
 
         row = measure(call, args, exchange, shard.links)
-        name = exchange
-        if shard.links is not None and exchange in ("ring", "halo"):
-            name = f"{exchange}, {'simulated' if args.simulated else shard.links.name}"
-        row |= {"exchange": name if world > 1 else "-"}
+        name = exchange if world > 1 else "-"
+        link = shard.links.name_for(exchange) if shard.links else ""
+        if world > 1 and link:
+            name += ", simulated" if args.simulated else f", {link}"
+        row |= {"exchange": name}
         row |= {"flops": flops, "tokens": int(lengths.sum())}
         rows.append(row)
     if world > 1 and not args.simulated and shard.links is not None:
@@ -336,6 +340,7 @@ def launch(args: argparse.Namespace) -> list[dict]:
     for cp in args.simulate:
         rows += measured(args, cp, simulated=True)
     curve = next((row["link"] for row in rows if "link" in row), None)
+    peak = PEAK_TFLOPS.get(torch.cuda.get_device_name())
     for row in rows:
         seconds = row["ms"] / 1e3
         row["tokens/s"] = row["tokens"] / seconds
@@ -343,7 +348,8 @@ def launch(args: argparse.Namespace) -> list[dict]:
             row["longer"] = row["longest L"] / rows[0]["longest L"]
             continue
         row["TFLOP/s a GPU"] = row["flops"] / seconds / 1e12
-        row["MFU %"] = 100 * row["TFLOP/s a GPU"] / PEAK_TFLOPS
+        if peak:
+            row["MFU %"] = 100 * row["TFLOP/s a GPU"] / peak
         if curve and row["messages"]:
             sizes, times = (list(x) for x in zip(*curve, strict=True))
             row["link ms"] = float(np.interp(row["messages"], sizes, times).sum())

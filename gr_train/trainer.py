@@ -147,9 +147,9 @@ class Trainer:
         return self._finish(progress, loss, meter.tokens_per_s)
 
     def prepare(self, step: int, batch: JaggedBatch) -> Prepared:
-        """The host's part of a step. Its copies and masks are the GPU's, beside the steps before."""
+        """The host's part of a step. Copies and masks are the GPU's, beside the steps before."""
         if self.side is not None:
-            # Their memory may be taken again: what reads it is enqueued, so this stream waits for it.
+            # Their memory may be taken again: what reads it is enqueued, and waited for.
             used, self.used = self.used, []
             self.side.wait_stream(torch.cuda.default_stream(self.device))
             used.clear()
@@ -280,7 +280,8 @@ class Trainer:
         )
         if self.mesh.cp > 1:
             layout, exchange, why = self.sharding
-            by = f" by {self.mesh.links.name}" if exchange == "ring" else ""
+            link = self.mesh.links.name_for(exchange)
+            by = f" by {link}" if link else ""
             some = "cut" if self.config.parallel.keep_whole else "all"
             how = f"{layout} layout, {exchange}{by} ({why})"
             progress.say(f"keys and values of {some} sequences: {how}")

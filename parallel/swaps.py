@@ -28,7 +28,7 @@ class Route:
             if rank != owner:
                 shift = (rank - owner) % len(counts)
                 most_rows[shift] = max(most_rows.get(shift, 0), int(counts[rank, owner]))
-        return Route(links.across or links.within, name, dict(sorted(most_rows.items())))
+        return Route(links.direct, name, dict(sorted(most_rows.items())))
 
     def reversed(self) -> Route:
         size = self.link.group.size()

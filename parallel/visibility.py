@@ -37,14 +37,14 @@ class Wide:
 
     visit: Visit
     intervals: Tensor  # of the guests, on the device
-    near: Tensor  # of this rank's queries on keys beyond its own: empty for those that go
 
 
 @dataclass(frozen=True)
 class Halo:
     """What ranks need of each other, each query meeting each key once."""
 
-    keys: Visit  # that near queries see
+    keys: Visit  # that other queries see
+    intervals: Tensor  # of this rank's queries on such keys: empty for those that go
     wide: Wide | None  # None if no rank has any that see another's keys
 
 
@@ -135,15 +135,19 @@ class Visibility:
     def halo(self) -> Halo:
         line, held = self.line, self.held
         wide = self._wide_queries()
-        keys = self._keys_of(wide)
         rank = wide[:, 0] // line.stride
-        meets = line.rows_of_each(keys, held).unflatten(1, (len(wide), 2)).sum(2) > 0
+        meets = line.rows_of_each(self._keys_of(wide), held).unflatten(1, (len(wide), 2)).sum(2) > 0
         meets[rank, torch.arange(len(wide))] = False
         host, query = meets.nonzero().T
         guests = overlap(wide[query] + line.stride * (host - rank[query])[:, None], 1)
         stay = alone(torch.cat([held, wide[meets.any(0)]]))
         beyond = alone(torch.cat([overlap(torch.cat([held, self._keys_of(stay)]), 1), held]))
-        return Halo(self._visit(beyond, "keys"), self._wide(guests) if len(guests) else None)
+        keys = self._visit(beyond, "keys")
+        if not len(guests):
+            return Halo(keys, self.intervals, None)
+        visit, rest = self._visit(guests, "queries"), self.intervals.clone()
+        rest[visit.rows, ::2] = rest[visit.rows, 1::2]  # empty, but tiles are cut by the ends
+        return Halo(keys, rest, Wide(visit, self._on_device(visit.guests)))
 
     def _wide_queries(self) -> Tensor:
         """Contextual tokens and targets, of every rank, as spans of the line."""
@@ -153,12 +157,6 @@ class Visibility:
         ends = torch.stack([torch.zeros_like(lengths), contextual, history, lengths], 1)
         spans = (ends + self.line.starts[..., None]).view(-1, 2)
         return overlap(torch.cat([spans, self.held]), 2)
-
-    def _wide(self, guests: Tensor) -> Wide:
-        """guests: as of `_visit`."""
-        visit, near = self._visit(guests, "queries"), self.intervals.clone()
-        near[visit.rows, ::2] = near[visit.rows, 1::2]  # empty, but tiles are cut by the ends
-        return Wide(visit, self._on_device(visit.guests), near)
 
     def _visit(self, guests: Tensor, name: str) -> Visit:
         """guests: the rows of others that each rank gets, as spans of the line."""
@@ -177,13 +175,13 @@ class Visibility:
     def of_halo(self, factors: Factors) -> tuple[Weighting, Weighting, Weighting | None]:
         """Of this rank's queries and its own keys, and those beyond; of guests and its own keys.
         Always the same objects."""
-        rows, halo = self.shard.device_rows, self.halo
+        rows, halo, wide = self.shard.device_rows, self.halo, self.halo.wide
         own = self._weighting(rows, rows, factors, lambda: self.intervals)
-        wide, beyond = halo.wide, halo.keys.guests
+        beyond = self._weighting(rows, halo.keys.guests, factors, lambda: halo.intervals)
         if wide is None:
-            return own, self._weighting(rows, beyond, factors, lambda: self.intervals), None
-        near = self._weighting(rows, beyond, factors, lambda: wide.near)
-        return own, near, self._weighting(wide.visit.guests, rows, factors, lambda: wide.intervals)
+            return own, beyond, None
+        guests = self._weighting(wide.visit.guests, rows, factors, lambda: wide.intervals)
+        return own, beyond, guests
 
     @cached_property
     def most_rows(self) -> int:
