@@ -1,6 +1,7 @@
 """Block shapes, shipped instead of tuned at run time: the first step of a job compiles and goes.
 
-Hopper's rows were measured; the others keep within 99 KiB of shared memory and 255 registers.
+Hopper's were measured. The others fit into 99 KiB of shared memory, as Ada's and consumer
+Blackwell's multiprocessors have; there, wide heads spill registers.
 """
 
 from __future__ import annotations
@@ -76,8 +77,12 @@ CONSERVATIVE = {
     128: Config(128, 64, Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2)),
     256: Config(128, 64, Blocks(64, 32, 8, 1), Blocks(64, 16, 8, 1), Blocks(16, 64, 8, 1)),
 }
-# Float32, as three tf32 products each: correct before fast.
-SINGLE = Config(64, 64, Blocks(64, 32, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 64, 4, 1))
+# Float32, as three tf32 products each: correct before fast, and small enough for every GPU.
+SINGLE = {
+    64: Config(64, 64, Blocks(64, 32, 4, 1), Blocks(64, 32, 4, 1), Blocks(32, 64, 4, 1)),
+    128: Config(64, 64, Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 1)),
+    256: Config(64, 64, Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1)),
+}
 
 
 def config_for(
@@ -85,7 +90,7 @@ def config_for(
 ) -> Config:
     """The configuration for head dims up to `dim` and so many query rows, those of all heads."""
     if dtype == torch.float32 or device.type == "cpu":
-        return SINGLE
+        return SINGLE[max(64, dim)]
     if not _is_hopper(device):
         return CONSERVATIVE[max(64, dim)]
     if dim <= 128 and mean_length < SHORT:

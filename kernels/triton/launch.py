@@ -155,7 +155,8 @@ class _Slopes:
         # What one launch less saves is little, and lost by launches of fewer heads.
         if most < (heads if blocks.key is None else 1):
             return None
-        return _Slopes(blocks, cdiv(heads, cdiv(heads, most)), key_parts, query_parts)
+        # All or one: any other number would have to be compiled for, perhaps late in a job.
+        return _Slopes(blocks, heads if most >= heads else 1, key_parts, query_parts)
 
 
 def _gradients_by_slopes(

@@ -41,7 +41,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tiles, of several blocks and segments, in a short sequence. dv has its own launch."""
     block = configs.Blocks(16, 16, 4, 1)
     monkeypatch.setattr(tiles, "LEAST", 1)
-    monkeypatch.setattr(configs, "SINGLE", configs.Config(32, 16, block, block, block, block))
+    monkeypatch.setitem(configs.SINGLE, 64, configs.Config(32, 16, block, block, block, block))
 
 
 @dataclass
@@ -261,7 +261,7 @@ def test_two_sources(
 def test_parts_of_several_blocks_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of dk and dv, in segments."""
     block = configs.Blocks(16, 16, 4, 1)
-    monkeypatch.setattr(configs, "SINGLE", configs.Config(64, 32, block, block, block))
+    monkeypatch.setitem(configs.SINGLE, 64, configs.Config(64, 32, block, block, block))
     whole, _, _ = tokens()
     problem(whole, whole, masks()["semi-local"], heads=2).check()
 
@@ -283,6 +283,8 @@ def test_any_intervals() -> None:
     [
         ((64, 32), 2, torch.float32, 1e-5),
         ((24, 40), 1, torch.float32, 1e-5),
+        ((128, 64), 1, torch.float32, 1e-5),
+        ((40, 256), 1, torch.float32, 1e-5),
         ((32, 32), 2, torch.float16, 3e-3),
         ((32, 32), 1, torch.bfloat16, 3e-3),
     ],

@@ -1,0 +1,74 @@
+"""Compiles attention's kernels, as they would be launched, for a GPU that need not be there.
+
+    python -m tests.kernels.compiling 86
+
+Writes a line for each: dtype, head dim, kernel, bytes of shared memory, columns of tensor memory. A
+process of its own, since Triton either compiles or interprets.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from kernels.jagged import Jagged
+from kernels.masks import hstu_intervals
+from kernels.source import Source
+from kernels.triton import configs, launch
+from kernels.triton.launcher import Launcher
+from kernels.weighting import Weighting
+
+HEADS, LENGTH = 2, 25_000  # neither short nor few, see `configs`
+ATTENTION = {"forward_kernel", "query_kernel", "key_value_kernel", "query_slopes_kernel"}
+
+
+class Elsewhere:
+    """What Triton asks of a driver to compile."""
+
+    def __init__(self, capability: int) -> None:
+        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+
+
+def compile_attention(dim: int, dtype: torch.dtype) -> None:
+    lengths = torch.tensor([LENGTH], dtype=torch.int32)
+    rows = Jagged.whole(lengths)
+    intervals = hstu_intervals(rows, lengths, torch.zeros_like(lengths))
+    weighting = Weighting(rows, rows, intervals, 1.0, 1.0)
+    q, k, v, dout = torch.empty(4, rows.num_rows, HEADS, dim, dtype=dtype)
+    out, dq, dk, dv = torch.empty(4, rows.num_rows, HEADS, dim, dtype=dtype)
+    launch.forward(q, Source((k, v), weighting), out=out)
+    launch.gradients(dout, q, k, v, weighting, out=(dq, dk, dv))
+    as_in_a_ring = torch.empty(out.shape, dtype=torch.float32)
+    launch.forward(q, *[Source((k, v), weighting)] * 2, add=as_in_a_ring, out=as_in_a_ring)
+
+
+def main(capability: int) -> None:
+    driver.set_active(Elsewhere(capability))
+
+    def show(self: Launcher, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+        name = self.kernel.fn.__name__
+        if name in ATTENTION:
+            metadata = self.kernel.warmup(*args, grid=grid, **constants).metadata
+            columns = getattr(metadata, "tmem_size", 0)
+            print(dtype, dim, name, metadata.shared, columns, flush=True)
+
+    gpu = SimpleNamespace(type="cuda")
+    config_for, hopper = configs.config_for, capability == 90
+    Launcher._launch = show  # type: ignore[method-assign]
+    configs._is_hopper = lambda device: hopper  # type: ignore[assignment]
+    launch.config_for = lambda *problem: config_for(*problem[:-1], gpu)  # type: ignore
+    launch._Walk.is_cuda = property(lambda self: True, lambda self, value: None)  # type: ignore
+    for dtype in torch.bfloat16, torch.float32:
+        for dim in 128, 256:
+            compile_attention(dim, dtype)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
