@@ -401,6 +401,8 @@ def main() -> None:
 
     if (args.dp > 1 or args.zipf) and args.what != "step":
         parser.error("--dp, --zipf: for step alone")
+    if args.simulate and args.what != "attention":
+        parser.error("--simulate: for attention alone")
     gpus = max(args.cp) * args.dp
     if torch.cuda.device_count() < gpus:
         parser.error(f"{gpus} GPUs wanted, this machine has {torch.cuda.device_count()}")
