@@ -47,6 +47,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.attention import Work, milliseconds
+from benchmarks.balance import zipf_events
 from benchmarks.communication import Traffic, idle_shares, link_curve
 from benchmarks.processes import measured
 from gr_train.ahead import Ahead
@@ -240,7 +241,7 @@ def draw_zipf_lengths(exponent: float) -> None:
     max_events cut to it; the event that is only a label comes on top."""
 
     def num_events(source: SyntheticSource, rng: np.random.Generator) -> int:
-        return min(int(rng.zipf(exponent)), source.config.max_events - 1) + 1
+        return int(zipf_events(rng, exponent, source.config.max_events - 1)) + 1
 
     SyntheticSource._num_events = num_events  # type: ignore[assignment, method-assign]
 
