@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import random
 import statistics
@@ -239,7 +240,15 @@ def measure(rows: list[dict], calls: dict[Key, Call], rounds: int, repeats: int)
             row[f"{direction}_tflops"] = factor * row["flops"] / ms / 1e9
 
 
-def plot(rows: list[dict], path: str) -> None:
+def chart(path: str) -> str:
+    """--plot's file, refused before anything is measured if nothing can draw it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install -e '.[plot]'")
+    return path
+
+
+def plot(rows: list[dict], path: str, directions: tuple[str, str]) -> None:
+    """Bars of TFLOP/s, both ways: a group for each work, in it a bar for each kernel."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -248,7 +257,7 @@ def plot(rows: list[dict], path: str) -> None:
     works = list(dict.fromkeys(row["work"] for row in rows))
     kernels = list(dict.fromkeys(row["kernel"] for row in rows))
     figure, axes = pyplot.subplots(2, 1, figsize=(2 + 1.4 * len(works), 7), sharex=True)
-    for axis, direction in zip(axes, ("forward", "backward"), strict=True):
+    for axis, direction in zip(axes, directions, strict=True):
         for i, kernel in enumerate(kernels):
             mine = [row for row in rows if row["kernel"] == kernel]
             at = [works.index(row["work"]) + 0.8 * i / len(kernels) for row in mine]
@@ -276,7 +285,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=6, help="timed calls a round")
     parser.add_argument("--json", help="file for all numbers")
-    parser.add_argument("--plot", help="file for a bar chart, .png or .svg")
+    parser.add_argument("--plot", type=chart, help="file for a bar chart, .png or .svg")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this machine has no GPU")
@@ -310,7 +319,7 @@ def main() -> None:
         with open(args.json, "w") as file:
             json.dump(dict(gpu=gpu, versions=versions, dtype=args.dtype, rows=rows), file, indent=1)
     if args.plot:
-        plot(rows, args.plot)
+        plot(rows, args.plot, ("forward", "backward"))
 
 
 if __name__ == "__main__":
