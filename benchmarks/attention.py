@@ -38,7 +38,7 @@ class Work:
     name: str
     lengths: str  # "4096", or "410-4096" for uniform
     tokens: int = 65536  # sequences are drawn until there are this many
-    mask: str = "causal"  # causal, hstu (with the next three), semi-local (local, prefix)
+    mask: str = "causal"  # or window, hstu (the next three) or semi-local (local, prefix)
     contextual: int = 0
     targets: int = 0
     window: int = 0
@@ -54,6 +54,13 @@ class Work:
         while sum(lengths) < self.tokens:
             lengths.append(rng.randint(int(low), int(high or low)))
         return lengths
+
+    def intervals(self, queries: Jagged, lengths: Tensor, num_targets: Tensor) -> Tensor:
+        """int32 [rows, 4]: which keys each query sees; see `kernels.masks`."""
+        whole = (queries, lengths, num_targets)
+        if self.mask == "semi-local":
+            return semi_local_intervals(*whole, local=self.local, prefix=self.prefix)
+        return hstu_intervals(*whole, num_contextual=self.contextual, window=self.window)
 
 
 WORKS = [
@@ -78,18 +85,7 @@ class Problem:
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device="cuda")
         self.targets = lengths.clamp(max=work.targets)
         self.rows = Jagged.whole(lengths, sum(self.lengths), max(self.lengths))
-        if work.mask == "semi-local":
-            self.intervals = semi_local_intervals(
-                self.rows, lengths, self.targets, local=work.local, prefix=work.prefix
-            )
-        else:
-            self.intervals = hstu_intervals(
-                self.rows,
-                lengths,
-                self.targets,
-                num_contextual=work.contextual,
-                window=work.window,
-            )
+        self.intervals = work.intervals(self.rows, lengths, self.targets)
         shape = (self.rows.num_rows, work.heads, work.dim)
         self.q, self.k, self.v, self.dout = (
             torch.randn(shape, device="cuda", dtype=dtype) for _ in range(4)

@@ -56,7 +56,7 @@ from gr_train.data.synthetic import SyntheticSource
 from gr_train.model.mask import mask_intervals
 from gr_train.model.recommender import Prepared
 from gr_train.trainer import Trainer, freeze_objects
-from kernels.masks import hstu_intervals, interval_lengths, semi_local_intervals
+from kernels.masks import interval_lengths
 from parallel.attention import EXCHANGES, context_parallel_attention
 from parallel.batch import JaggedBatch
 from parallel.layout import LAYOUTS, Layout
@@ -64,7 +64,7 @@ from parallel.links import Links
 from parallel.mesh import build_mesh, local_device
 from parallel.send_receive import SendReceive
 from parallel.shard import Shard, shard_batch
-from parallel.visibility import Mask, Visibility
+from parallel.visibility import Visibility
 from parallel.watchdog import Watchdog
 
 COLUMNS = {  # of the table: title and format
@@ -140,7 +140,7 @@ def simulated_shard(lengths: Tensor, layout: Layout, device: torch.device) -> Sh
 def attention(args: argparse.Namespace) -> list[dict]:
     """The rows of one cp: every exchange on the same sequences."""
     device, world = local_device(), int(args.worker)
-    work = Work("", args.lengths, args.tokens, args.mask, heads=args.heads, dim=args.dim)
+    work = Work("", args.lengths, args.tokens, args.mask, local=args.local, prefix=args.prefix)
     lengths = torch.tensor(work.draw_lengths(), dtype=torch.int32)
     layout = LAYOUTS[args.layout](world)
     if args.simulated:
@@ -151,10 +151,7 @@ def attention(args: argparse.Namespace) -> list[dict]:
         ids = {"id": torch.zeros(int(mine.sum()), dtype=torch.int64)}
         batch = JaggedBatch(mine, torch.zeros_like(mine), ids)
         shard = shard_batch(batch, layout, mesh, keep_whole=args.keep_whole)
-    mask: Mask = hstu_intervals
-    if args.mask == "semi-local":
-        mask = partial(semi_local_intervals, local=args.local, prefix=args.prefix)
-    seen = Visibility(shard, mask)
+    seen = Visibility(shard, work.intervals)
     torch.manual_seed(shard.rank)
     shape = (shard.rows.num_rows, args.heads, args.dim)
     q, k, v, dout = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(4))
