@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import random
 import statistics
@@ -37,7 +38,7 @@ class Work:
     name: str
     lengths: str  # "4096", or "410-4096" for uniform
     tokens: int = 65536  # sequences are drawn until there are this many
-    mask: str = "causal"  # causal, hstu (with the next three), semi-local (local, prefix)
+    mask: str = "causal"  # or window, hstu (the next three) or semi-local (local, prefix)
     contextual: int = 0
     targets: int = 0
     window: int = 0
@@ -53,6 +54,13 @@ class Work:
         while sum(lengths) < self.tokens:
             lengths.append(rng.randint(int(low), int(high or low)))
         return lengths
+
+    def intervals(self, queries: Jagged, lengths: Tensor, num_targets: Tensor) -> Tensor:
+        """int32 [rows, 4]: which keys each query sees; see `kernels.masks`."""
+        whole = (queries, lengths, num_targets)
+        if self.mask == "semi-local":
+            return semi_local_intervals(*whole, local=self.local, prefix=self.prefix)
+        return hstu_intervals(*whole, num_contextual=self.contextual, window=self.window)
 
 
 WORKS = [
@@ -77,18 +85,7 @@ class Problem:
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device="cuda")
         self.targets = lengths.clamp(max=work.targets)
         self.rows = Jagged.whole(lengths, sum(self.lengths), max(self.lengths))
-        if work.mask == "semi-local":
-            self.intervals = semi_local_intervals(
-                self.rows, lengths, self.targets, local=work.local, prefix=work.prefix
-            )
-        else:
-            self.intervals = hstu_intervals(
-                self.rows,
-                lengths,
-                self.targets,
-                num_contextual=work.contextual,
-                window=work.window,
-            )
+        self.intervals = work.intervals(self.rows, lengths, self.targets)
         shape = (self.rows.num_rows, work.heads, work.dim)
         self.q, self.k, self.v, self.dout = (
             torch.randn(shape, device="cuda", dtype=dtype) for _ in range(4)
@@ -239,7 +236,15 @@ def measure(rows: list[dict], calls: dict[Key, Call], rounds: int, repeats: int)
             row[f"{direction}_tflops"] = factor * row["flops"] / ms / 1e9
 
 
-def plot(rows: list[dict], path: str) -> None:
+def chart(path: str) -> str:
+    """--plot's file, refused before anything is measured if nothing can draw it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("needs matplotlib: pip install -e '.[plot]'")
+    return path
+
+
+def plot(rows: list[dict], path: str, directions: tuple[str, str]) -> None:
+    """Bars of TFLOP/s, both ways: a group for each work, in it a bar for each kernel."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -248,7 +253,7 @@ def plot(rows: list[dict], path: str) -> None:
     works = list(dict.fromkeys(row["work"] for row in rows))
     kernels = list(dict.fromkeys(row["kernel"] for row in rows))
     figure, axes = pyplot.subplots(2, 1, figsize=(2 + 1.4 * len(works), 7), sharex=True)
-    for axis, direction in zip(axes, ("forward", "backward"), strict=True):
+    for axis, direction in zip(axes, directions, strict=True):
         for i, kernel in enumerate(kernels):
             mine = [row for row in rows if row["kernel"] == kernel]
             at = [works.index(row["work"]) + 0.8 * i / len(kernels) for row in mine]
@@ -276,7 +281,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=6, help="timed calls a round")
     parser.add_argument("--json", help="file for all numbers")
-    parser.add_argument("--plot", help="file for a bar chart, .png or .svg")
+    parser.add_argument("--plot", type=chart, help="file for a bar chart, .png or .svg")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this machine has no GPU")
@@ -310,7 +315,7 @@ def main() -> None:
         with open(args.json, "w") as file:
             json.dump(dict(gpu=gpu, versions=versions, dtype=args.dtype, rows=rows), file, indent=1)
     if args.plot:
-        plot(rows, args.plot)
+        plot(rows, args.plot, ("forward", "backward"))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,11 @@ def idle_shares(call: Callable[[], object], calls: int, trace: str | None) -> tu
 
 
 def shares_of_trace(events: list[dict[str, Any]]) -> tuple[float, float]:
-    """See `idle_shares`; from a profiler's trace, of what comes after its last `BEGIN`."""
+    """See `idle_shares`; from a profiler's trace, of what comes after its last `BEGIN`.
+
+    What others make a rank wait after its last kernel that computes counts as idle, not as
+    exposed: no later kernel tells it from the messages' own time.
+    """
     events = [event for event in events if event.get("ph") == "X"]
     enqueued = {
         event["args"]["correlation"]: event["ts"] + event["dur"]

@@ -47,6 +47,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.attention import Work, milliseconds
+from benchmarks.balance import zipf_events
 from benchmarks.communication import Traffic, idle_shares, link_curve
 from benchmarks.processes import measured
 from gr_train.ahead import Ahead
@@ -55,7 +56,7 @@ from gr_train.data.synthetic import SyntheticSource
 from gr_train.model.mask import mask_intervals
 from gr_train.model.recommender import Prepared
 from gr_train.trainer import Trainer, freeze_objects
-from kernels.masks import hstu_intervals, interval_lengths, semi_local_intervals
+from kernels.masks import interval_lengths
 from parallel.attention import EXCHANGES, context_parallel_attention
 from parallel.batch import JaggedBatch
 from parallel.layout import LAYOUTS, Layout
@@ -63,7 +64,7 @@ from parallel.links import Links
 from parallel.mesh import build_mesh, local_device
 from parallel.send_receive import SendReceive
 from parallel.shard import Shard, shard_batch
-from parallel.visibility import Mask, Visibility
+from parallel.visibility import Visibility
 from parallel.watchdog import Watchdog
 
 COLUMNS = {  # of the table: title and format
@@ -139,7 +140,7 @@ def simulated_shard(lengths: Tensor, layout: Layout, device: torch.device) -> Sh
 def attention(args: argparse.Namespace) -> list[dict]:
     """The rows of one cp: every exchange on the same sequences."""
     device, world = local_device(), int(args.worker)
-    work = Work("", args.lengths, args.tokens, args.mask, heads=args.heads, dim=args.dim)
+    work = Work("", args.lengths, args.tokens, args.mask, local=args.local, prefix=args.prefix)
     lengths = torch.tensor(work.draw_lengths(), dtype=torch.int32)
     layout = LAYOUTS[args.layout](world)
     if args.simulated:
@@ -150,10 +151,7 @@ def attention(args: argparse.Namespace) -> list[dict]:
         ids = {"id": torch.zeros(int(mine.sum()), dtype=torch.int64)}
         batch = JaggedBatch(mine, torch.zeros_like(mine), ids)
         shard = shard_batch(batch, layout, mesh, keep_whole=args.keep_whole)
-    mask: Mask = hstu_intervals
-    if args.mask == "semi-local":
-        mask = partial(semi_local_intervals, local=args.local, prefix=args.prefix)
-    seen = Visibility(shard, mask)
+    seen = Visibility(shard, work.intervals)
     torch.manual_seed(shard.rank)
     shape = (shard.rows.num_rows, args.heads, args.dim)
     q, k, v, dout = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(4))
@@ -240,7 +238,7 @@ def draw_zipf_lengths(exponent: float) -> None:
     max_events cut to it; the event that is only a label comes on top."""
 
     def num_events(source: SyntheticSource, rng: np.random.Generator) -> int:
-        return min(int(rng.zipf(exponent)), source.config.max_events - 1) + 1
+        return int(zipf_events(rng, exponent, source.config.max_events - 1)) + 1
 
     SyntheticSource._num_events = num_events  # type: ignore[assignment, method-assign]
 
@@ -401,6 +399,8 @@ def main() -> None:
 
     if (args.dp > 1 or args.zipf) and args.what != "step":
         parser.error("--dp, --zipf: for step alone")
+    if args.simulate and args.what != "attention":
+        parser.error("--simulate: for attention alone")
     gpus = max(args.cp) * args.dp
     if torch.cuda.device_count() < gpus:
         parser.error(f"{gpus} GPUs wanted, this machine has {torch.cuda.device_count()}")

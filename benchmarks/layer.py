@@ -3,16 +3,20 @@
     python -m benchmarks.layer                                    # width 1024, 4 heads of 256
     python -m benchmarks.layer --lengths 410-4096 --width 512 --dim 128 --dropout 0.1
     python -m benchmarks.layer --policy projections --kernels --json out.json
+    python -m benchmarks.layer --lengths 32768 --mask causal semi-local window --plot out.png
 
 Random data under bf16 autocast, by default with a bf16 residual stream as in training. Times of the
 whole are CUDA events, the median; its split into attention, matrix products and the rest is the sum
 of the kernels' own times in a profile. `plain` is the same layer in PyTorch's operations around the
-same attention. Attention's plan, made once per batch for all layers, is not in the times.
+same attention. Attention's plan, made once per batch for all layers, is not in the times. FLOPs are
+counted from the mask's intervals as in `benchmarks.attention`, of matrix products 2 a weight and
+token forward, 6 in all; what is computed again does not count.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -26,17 +30,18 @@ from torch import Tensor, nn
 import kernels.triton.backward
 import kernels.triton.forward
 import kernels.triton.slopes
-from benchmarks.attention import Work, milliseconds
+from benchmarks.attention import Work, chart, milliseconds, plot
 from gr_train.config import ModelConfig
 from gr_train.model.hstu import HSTULayer
 from kernels.jagged import Jagged
-from kernels.masks import hstu_intervals
+from kernels.masks import interval_lengths
 from kernels.triton.launcher import Launcher
 from parallel.attention import context_parallel_attention
 from parallel.shard import Shard
 from parallel.visibility import Visibility
 
 POLICIES = ("plain", "none", "projections")
+MASKS = ("causal", "semi-local", "window")
 MATMUL = re.compile("gemm|nvjet|cutlass|xmma|splitk", re.IGNORECASE)
 ATTENTION = {
     name
@@ -79,12 +84,20 @@ def build(policy: str, args: argparse.Namespace, lengths: list[int]) -> nn.Modul
     return layer(config, max(lengths), "ring").cuda()
 
 
-def make_batch(lengths: list[int]) -> Visibility:
-    """A whole batch on one GPU, under the causal mask."""
-    host = torch.tensor(lengths, dtype=torch.int32)
+def make_batch(work: Work) -> Visibility:
+    """A whole batch on one GPU."""
+    host = torch.tensor(work.draw_lengths(), dtype=torch.int32)
     none = torch.zeros_like(host)
     shard = Shard(host, none, (Jagged.whole(host),), {}, None, 0, torch.device("cuda"))
-    return Visibility(shard, hstu_intervals)
+    return Visibility(shard, work.intervals)
+
+
+def count_flops(work: Work, width: int, seen: Visibility) -> tuple[float, float]:
+    """Of a layer's forward, and of all of a step."""
+    inner, rows = work.heads * work.dim, seen.shard.rows.num_rows
+    attention = 4 * inner * float(interval_lengths(seen.intervals).sum().double())
+    matmuls = 2 * 5 * width * inner * rows
+    return attention + matmuls, 3.5 * attention + 3 * matmuls
 
 
 def profile(call: Callable[[], object], steps: int = 3) -> Counter[str]:
@@ -107,10 +120,10 @@ def kind(kernel: str) -> str:
     return "matmul" if MATMUL.search(kernel) else "rest"
 
 
-def measure(policy: str, args: argparse.Namespace, lengths: list[int]) -> dict:
-    layer = build(policy, args, lengths)
-    seen = make_batch(lengths)
-    tokens = sum(lengths)
+def measure(policy: str, args: argparse.Namespace, work: Work) -> dict:
+    seen = make_batch(work)
+    layer = build(policy, args, seen.shard.lengths.tolist())
+    tokens = seen.shard.rows.num_rows
     dtype = getattr(torch, args.residual)
     x = torch.randn(tokens, args.width, device="cuda", dtype=dtype, requires_grad=True)
     dout = torch.randn_like(x)
@@ -139,11 +152,15 @@ def measure(policy: str, args: argparse.Namespace, lengths: list[int]) -> dict:
     split: Counter[str] = Counter()
     for name, ms in kernels_ms.items():
         split[kind(name)] += ms  # type: ignore[assignment]
+    forward_flops, step_flops = count_flops(work, args.width, seen)
     return dict(
+        work=work.name,
         policy=policy,
         tokens=tokens,
         total_ms=total,
         forward_ms=alone,
+        forward_tflops=forward_flops / alone / 1e9,
+        step_tflops=step_flops / total / 1e9,
         **{f"{part}_ms": split[part] for part in ("attention", "matmul", "rest")},
         rest_share=split["rest"] / split.total(),
         saved_bytes_per_token=saved / tokens,
@@ -162,29 +179,49 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256, help="of a head")
     parser.add_argument("--lengths", default="4096", help="4096, or 410-4096 for uniform")
     parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--mask", nargs="+", choices=MASKS, default=["causal"])
+    parser.add_argument("--window", type=int, default=1024, help="of the mask of that name")
+    parser.add_argument("--local", type=int, default=Work.local, help="of semi-local")
+    parser.add_argument("--prefix", type=int, default=Work.prefix, help="of semi-local")
     parser.add_argument("--residual", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--kernels", action="store_true", help="every kernel's time too")
     parser.add_argument("--json", help="file for all numbers")
+    parser.add_argument("--plot", type=chart, help="file for a bar chart, .png or .svg")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this machine has no GPU")
 
-    lengths = Work("layer", args.lengths, args.tokens).draw_lengths()
+    works = [
+        Work(
+            mask,
+            args.lengths,
+            args.tokens,
+            mask,
+            window=args.window if mask == "window" else 0,
+            local=args.local,
+            prefix=args.prefix,
+            heads=args.heads,
+            dim=args.dim,
+        )
+        for mask in args.mask
+    ]
     gpu, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}"
     print(
         f"{gpu}, {versions}: width {args.width}, {args.heads} heads of {args.dim}, lengths "
-        f"{args.lengths}, {sum(lengths)} tokens, {args.residual} residual stream, "
+        f"{args.lengths}, {sum(works[0].draw_lengths())} tokens, {args.residual} residual stream, "
         f"dropout {args.dropout:g}\n"
-        f"{'policy':12} {'ms':>8} {'forward':>8} {'attention':>10} {'matmul':>8} {'rest':>8}"
-        f" {'rest %':>7} {'saved B/token':>14} {'peak B/token':>13}"
+        f"{'mask':10} {'policy':12} {'ms':>8} {'TFLOP/s':>8} {'forward':>8} {'TFLOP/s':>8}"
+        f" {'attention':>10} {'matmul':>8} {'rest':>8} {'rest %':>7}"
+        f" {'saved B/token':>14} {'peak B/token':>13}"
     )
     rows = []
-    for policy in args.policy:
-        rows.append(row := measure(policy, args, lengths))
+    for work, policy in itertools.product(works, args.policy):
+        rows.append(row := measure(policy, args, work))
         print(
-            f"{policy:12} {row['total_ms']:8.3f} {row['forward_ms']:8.3f}"
+            f"{work.name:10} {policy:12} {row['total_ms']:8.3f} {row['step_tflops']:8.0f}"
+            f" {row['forward_ms']:8.3f} {row['forward_tflops']:8.0f}"
             f" {row['attention_ms']:10.3f} {row['matmul_ms']:8.3f} {row['rest_ms']:8.3f}"
             f" {100 * row['rest_share']:7.1f} {row['saved_bytes_per_token']:14.0f}"
             f" {row['peak_bytes_per_token']:13.0f}",
@@ -196,6 +233,9 @@ def main() -> None:
     if args.json:
         with open(args.json, "w") as file:
             json.dump(dict(gpu=gpu, versions=versions, args=vars(args), rows=rows), file, indent=1)
+    if args.plot:
+        bars = [row | {"kernel": row["policy"]} for row in rows]
+        plot(bars, args.plot, ("forward", "step"))
 
 
 if __name__ == "__main__":

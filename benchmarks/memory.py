@@ -5,7 +5,9 @@
     python -m benchmarks.memory --longest --json out.json
 
 Predicted term by term, and measured: on a GPU kept bytes and the backward's peak, without one kept
-bytes alone (the naive twins of the kernels keep no statistics, and need other memory).
+bytes alone (the naive twins of the kernels keep no statistics, and need other memory). A GPU's are
+all that its allocator counts: the weights cast to bf16 too, which have a line of their own since
+they are as large for few tokens as for many.
 
 --longest asks for the longest L such that a batch of sequences of L tokens fits in --memory.
 Predictions ("simulated") cover cp = 1, 2, 4, 8 over the ring, all sequences cut; on a GPU, training
@@ -36,6 +38,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.memory_terms import (
     ACTIVATED,
     ATTENDED,
+    CAST,
     FORGOTTEN,
     GATED,
     HIDDEN,
@@ -44,6 +47,7 @@ from benchmarks.memory_terms import (
     STEP,
     Model,
     X,
+    casts,
     kept,
     longest,
     peak,
@@ -76,6 +80,8 @@ class Storages(TorchDispatchMode):
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self.add(x)
+        if function is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter):
+            self.name(out, CAST)
         return out
 
     def add(self, x: Tensor) -> int:
@@ -125,7 +131,10 @@ def forward(layers: nn.Sequential, x: Tensor, seen: Visibility) -> Tensor:
 
 
 def measure(model: Model, policy: str, tokens: int, length: int) -> dict[str, float]:
-    """Of one layer: bytes a token that are held after its forward, and the backward's peak."""
+    """Of one layer: bytes a token that are held after its forward, and the backward's peak.
+
+    CAST is in bytes.
+    """
     model = replace(model, layers=1, cp=1)
     (layer,) = layers = build(model, policy, length)
     seen = make_batch(max(1, tokens // length), length)
@@ -160,7 +169,9 @@ def measure(model: Model, policy: str, tokens: int, length: int) -> dict[str, fl
     storages.name(out, "not the layer's")
     held = storages.held()
     del held["not the layer's"]
-    measured = {term: n / rows for term, n in held.items()} | {"kept": held.total() / rows}
+    cast = held.pop(CAST)
+    measured = {term: n / rows for term, n in held.items()}
+    measured |= {"kept": held.total() / rows, CAST: cast}
     if DEVICE.type == "cuda":
         measured["kept"] = (torch.cuda.memory_allocated() - before - out.nbytes) / rows
         torch.cuda.reset_peak_memory_stats()
@@ -213,7 +224,7 @@ def measure_terms(model: Model, tokens: int, length: int) -> tuple[Table, dict[s
         alone, single = replace(model, layers=1, cp=1), replace(model, cp=1)
         results[policy] = dict(
             predicted=kept(model, policy)
-            | {"kept": sum(kept(model, policy).values())}
+            | {"kept": sum(kept(model, policy).values()), CAST: casts(model)}
             | {f"backward: {term}": n for term, n in workspace(model).items()}
             | {"peak of one layer": sum(peak(alone, policy).values())}
             | {f"peak of {model.layers} layers": sum(peak(single, policy).values())}
@@ -227,7 +238,7 @@ def measure_terms(model: Model, tokens: int, length: int) -> tuple[Table, dict[s
             columns.append(column)
     for term in results["none"]["predicted"]:
         cells = (f"{column[term]:,.0f}" if term in column else "" for column in columns)
-        table.add_row(term, *cells, end_section=term == "kept")
+        table.add_row(term, *cells, end_section=term == CAST)
     return table, results
 
 

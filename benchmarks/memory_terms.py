@@ -22,6 +22,7 @@ X, NORMED, HIDDEN, ACTIVATED = (
     "V, Q, K",
 )
 ATTENDED, GATED, STATISTICS = "attention's output", "gated output", "statistics of the norms"
+CAST = "weights cast to bf16, in bytes"  # of a layer, however many its tokens
 FORGOTTEN = {"none": (), "projections": (NORMED, HIDDEN, ACTIVATED, GATED)}  # by policy
 
 
@@ -44,14 +45,19 @@ class Model:
         return self.width * self.residual.itemsize
 
     @property
+    def weights(self) -> int:
+        """Of a layer's matrices."""
+        return self.width * 5 * self.heads * self.dim
+
+    @property
     def fixed(self) -> int:
         """Bytes, however long the sequences, if no ring's message has two heads.
 
-        Weights, their gradients and AdamW's two moments, all float32; the ring's buffers: up to two
-        inboxes of keys, and of queries. And attention's float32 sums of dk and dv in segments: at
-        most 128 tiles.
+        Weights, their gradients and AdamW's two moments, all float32, and `casts`; the ring's
+        buffers: up to two inboxes of keys, and of queries. And attention's float32 sums of dk and
+        dv in segments: at most 128 tiles.
         """
-        weights = 16 * self.layers * self.width * 5 * self.heads * self.dim
+        weights = self.layers * (16 * self.weights + casts(self))
         messages = 2 * min(2, self.cp - 1)
         sums = 2 * 4 * 128 * (128 if self.dim > 128 else 64) * self.heads * self.dim
         return weights + sums + (int(GROWTH * MESSAGE_BYTES) * messages if self.cp > 1 else 0)
@@ -69,6 +75,11 @@ def kept(model: Model, policy: str) -> dict[str, int]:
         STATISTICS: 16,
     }
     return {term: n for term, n in terms.items() if term not in FORGOTTEN[policy]}
+
+
+def casts(model: Model) -> int:
+    """Bytes, however many tokens, that one layer keeps besides: its matrices in bf16."""
+    return 2 * model.weights
 
 
 def workspace(model: Model, pieces: int = 1) -> dict[str, int]:
