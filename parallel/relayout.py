@@ -94,7 +94,8 @@ class Relayout:
         """`move` of several tensors in one message, beside what comes next."""
         send = _columns(parts, self.sends)
         swaps = Swaps(send, self.send_splits, self.receive_splits, self.route)
-        return Moving(self, parts, swaps)
+        staying = _columns(parts, self.stays[0])
+        return Moving(self, [x.shape[1:] for x in parts], staying, swaps)
 
 
 @dataclass(frozen=True)
@@ -102,20 +103,20 @@ class Moving:
     """Rows of several tensors on their way: `finish` or `read`, then `settle`."""
 
     plan: Relayout
-    parts: tuple[Tensor, ...]
+    shapes: list[torch.Size]  # of a row of each
+    staying: Tensor  # rows of plan.stays, packed
     swaps: Swaps
 
     def finish(self) -> list[Tensor]:
         """The rows in the target, of each tensor: columns of one buffer."""
         plan, dtype = self.plan, self.swaps.dtype
-        shape = plan.num_rows, sum(x.shape[1:].numel() for x in self.parts)
+        shape = plan.num_rows, self.staying.shape[1]
         if plan.summing:
-            out = self.parts[0].new_zeros(shape, dtype=accumulator(dtype))
+            out = self.staying.new_zeros(shape, dtype=accumulator(dtype))
         else:
-            out = self.parts[0].new_empty(shape)  # every row arrives or stays
-        old, new = plan.stays
-        if len(old):
-            out[new] = _columns(self.parts, old).to(out.dtype)
+            out = self.staying.new_empty(shape)  # every row arrives or stays
+        if len(self.staying):
+            out[plan.stays[1]] = self.staying.to(out.dtype)
         put = out.index_add_ if plan.summing else out.index_copy_
         to = plan.receives.split_with_sizes(plan.receive_splits)
         for values, rows in zip(self.swaps.arrive(), to, strict=True):
@@ -133,8 +134,8 @@ class Moving:
         return self._parts_of(rows)
 
     def _parts_of(self, rows: Tensor) -> list[Tensor]:
-        columns = rows.split_with_sizes([x.shape[1:].numel() for x in self.parts], 1)
-        return [c.view(-1, *x.shape[1:]) for c, x in zip(columns, self.parts, strict=True)]
+        columns = rows.split_with_sizes([shape.numel() for shape in self.shapes], 1)
+        return [c.view(-1, *shape) for c, shape in zip(columns, self.shapes, strict=True)]
 
     def settle(self) -> None:
         """See `Swaps.settle`."""
@@ -145,8 +146,9 @@ def _columns(parts: Sequence[Tensor], rows: Tensor) -> Tensor:
     """Those rows of tensors [n, ...], side by side."""
     widths = [x.shape[1:].numel() for x in parts]
     out = parts[0].new_empty(len(rows), sum(widths))
-    for x, columns in zip(parts, out.split_with_sizes(widths, 1), strict=True):
-        torch.index_select(x.reshape(len(x), columns.shape[1]), 0, rows, out=columns)
+    if len(rows):
+        for x, columns in zip(parts, out.split_with_sizes(widths, 1), strict=True):
+            torch.index_select(x.reshape(len(x), columns.shape[1]), 0, rows, out=columns)
     return out
 
 

@@ -53,7 +53,8 @@ class Visibility:
     """A shard and the mask over it. What an exchange does not ask for is never computed.
 
     num_contextual: tokens at the front of each sequence that may see all of it, as targets may. The
-    mask knows that by itself; told as well, a halo need not bring them whole sequences.
+    mask knows that by itself; told as well, a halo need not bring them whole sequences. A wrong
+    number would only cost messages.
     """
 
     shard: Shard
@@ -146,7 +147,9 @@ class Visibility:
         if not len(guests):
             return Halo(keys, self.intervals, None)
         visit, rest = self._visit(guests, "queries"), self.intervals.clone()
-        rest[visit.rows, ::2] = rest[visit.rows, 1::2]  # empty, but tiles are cut by the ends
+        # Empty, but with the ends they have: tiles are cut by these, and those of two sources of
+        # one launch must be the same.
+        rest[visit.rows, ::2] = rest[visit.rows, 1::2]
         return Halo(keys, rest, Wide(visit, self._on_device(visit.guests)))
 
     def _wide_queries(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Halo exchange: each rank sends only the key rows that the other ranks' queries see.
+"""Halo exchange: each rank sends the key rows that the other ranks' queries see, and few queries.
 
 For windowed and semi-local masks, whose traffic is then the window and not the sequence. The rows
 that come are a second block of keys beside a rank's own, which nothing moves: HSTU attention adds
@@ -12,7 +12,7 @@ work on such guests runs beside that on a rank's own queries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from kernels.attention import attention_forward, key_value_gradients, query_grad
 from kernels.columns import empty_gradients
 from kernels.source import Source
 from kernels.weighting import Weighting
+from parallel.relayout import Moving
 from parallel.visibility import Visibility, Wide
 
 
@@ -53,9 +54,9 @@ class _HaloAttention(torch.autograd.Function):
 
         find = None
         if guests:
-            keys = Source((k, v), of_guests)
+            here = Source((k, v), of_guests)
             guests.arrive()
-            find = partial(guests.find, lambda rows: attention_forward(rows, keys))
+            find = partial(guests.find, lambda rows: attention_forward(rows, here))
         link.beside(find, attend)
         link.join()
         coming.settle()
@@ -77,6 +78,7 @@ class _HaloAttention(torch.autograd.Function):
         of_k, of_v = empty_gradients(*beyond)
         key_value_gradients(*beyond, Source((q, dout), of_beyond), out=(of_k, of_v))
         returning = halo.keys.back.begin(of_k, of_v)
+        del of_k, of_v  # packed
         queries = [Source((q, dout), own)]
 
         def differentiate() -> None:
@@ -85,9 +87,9 @@ class _HaloAttention(torch.autograd.Function):
 
         find = None
         if guests:
-            keys = Source((k, v), of_guests)
+            here = Source((k, v), of_guests)
             queries.append(Source((*guest_q, guests.arrive()), of_guests))
-            find = partial(guests.find, lambda rows: query_gradient(rows, *guest_q, keys))
+            find = partial(guests.find, lambda rows: query_gradient(rows, *guest_q, here))
         link.beside(find, differentiate)
         link.join()
         for grad, more in zip((dk, dv), returning.read(), strict=True):
@@ -99,23 +101,33 @@ class _HaloAttention(torch.autograd.Function):
 
 
 class _Guests:
-    """Wide queries on their visit: what other ranks send here, and what this rank's find there."""
+    """Wide queries on their visit: what other ranks send here, and what this rank's find there.
+
+    In order: arrive, find, add_found_to.
+    """
+
+    rows: Tensor
+    returning: Moving
 
     def __init__(self, wide: Wide, rows: Tensor) -> None:
+        """rows: [rows of this rank, H, D], of which the wide queries' go."""
         self.visit = wide.visit
         self.coming = self.visit.go.begin(rows)
 
     def arrive(self) -> Tensor:
+        """[guests, H, D]."""
         (self.rows,) = self.coming.finish()
         return self.rows
 
-    def find(self, kernel: Any) -> None:
-        """In float32, and send it back."""
+    def find(self, kernel: Callable[[Tensor], Tensor]) -> None:
+        """Send back what `kernel` finds for the guests: [guests, H, D'], float32."""
         self.returning = self.visit.back.begin(kernel(self.rows))
 
     def add_found_to(self, x: Tensor) -> None:
+        """x: [rows of this rank, H, D']. Sums are rounded once, to its dtype."""
         (found,) = self.returning.read()
-        x.index_add_(0, self.visit.rows, found.to(x.dtype))
+        rows = self.visit.rows  # all different
+        x.index_copy_(0, rows, (x[rows] + found).to(x.dtype))
         self.coming.settle()
         self.returning.settle()
 

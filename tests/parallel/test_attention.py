@@ -148,28 +148,33 @@ def test_a_halo_sends_rows_and_gradients_of_a_window_in_their_dtype(run_in_world
         assert max(errors) < 1e-2
 
 
-def prefix_gradients(cp: int) -> list[float]:
-    """Errors of dk and dv of a prefix that all ranks see, in bfloat16."""
+def front_errors(cp: int, mask, rows: int, num_contextual: int = 0) -> list[float]:
+    """Of out, dq, dk and dv of a sequence's first rows, in bfloat16."""
     shard, mesh = one_sequence(64 * cp, cp)
-    mask = partial(semi_local_intervals, local=2, prefix=16)
+    seen = Visibility(shard, mask, num_contextual)
     torch.manual_seed(0)
     whole = torch.rand(4, 64 * cp, HEADS, 8).bfloat16()  # all positive: sums grow
     own = shard.whole_rows[shard.rank]
-    gradients = []
+    results = []
     for dtype in (torch.bfloat16, torch.float64):
         *qkv, dout = (x[own].to(dtype) for x in whole)
         qkv = [x.requires_grad_() for x in qkv]
-        out = context_parallel_attention(
-            *qkv, seen=Visibility(shard, mask), exchange="halo", **SCALES
-        )
-        gradients.append(torch.autograd.grad(out, qkv[1:], dout))
+        out = context_parallel_attention(*qkv, seen=seen, exchange="halo", **SCALES)
+        results.append([out, *torch.autograd.grad(out, qkv, dout)])
     dist.barrier(mesh.cp_group)
-    return [float((x - y)[:16].norm() / y[:16].norm()) for x, y in zip(*gradients, strict=True)]
+    return [float((x - y)[:rows].norm() / y[:rows].norm()) for x, y in zip(*results, strict=True)]
 
 
 def test_a_halo_sums_gradients_in_float32(run_in_world) -> None:
     """Each of seven messages is rounded, and their sum."""
-    assert max(run_in_world(8, prefix_gradients, 8)[0]) < 2.5e-3
+    mask = partial(semi_local_intervals, local=2, prefix=16)
+    assert max(run_in_world(8, front_errors, 8, mask, 16)[0][2:]) < 2.5e-3
+
+
+def test_a_halo_sums_what_guests_find_in_float32(run_in_world) -> None:
+    """What is found of a rank's own keys is rounded, and the sum."""
+    mask = partial(hstu_intervals, window=2, num_contextual=32)
+    assert max(run_in_world(4, front_errors, 4, mask, 32, 32)[0][:2]) < 2.1e-3
 
 
 def attend_over_nodes(
