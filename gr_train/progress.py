@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +74,27 @@ class Progress:
         for name in ("steps", "processes", "tokens/s", "peak memory per rank", "results"):
             table.add_row(name, str(summary[name]))
         Console(width=72).print(table)
+
+
+@contextmanager
+def sole_writer(run_dir: Path) -> Iterator[None]:
+    """Inside, other jobs that want run_dir are refused; if one is inside already, this one is."""
+    folder = Path(os.path.abspath(run_dir))
+    lock = folder.with_name(f".{folder.name}.lock")  # not in the folder, which may be moved aside
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(lock.open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Closing would not do: a loader's workers have inherited the file.
+            stack.callback(fcntl.flock, file, fcntl.LOCK_UN)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"run_dir={run_dir}: another job is writing there; choose another"
+            ) from error
+        except OSError as error:
+            print(f"{lock}: no lock ({error.strerror}); start no other job there", flush=True)
+        yield
 
 
 def set_aside(run_dir: Path) -> None:

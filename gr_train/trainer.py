@@ -10,6 +10,7 @@ import itertools
 import os
 import resource
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from gr_train.evaluation import evaluate, popularity_metrics
 from gr_train.meter import Meter
 from gr_train.model.recommender import DenseModel, Prepared, Recommender, tables
 from gr_train.optim import build_optimizer, build_schedule, follow_schedule
-from gr_train.progress import Progress, set_aside
+from gr_train.progress import Progress, set_aside, sole_writer
 from kernels.scratch import limit_scratch
 from parallel.batch import JaggedBatch
 from parallel.dense import replicate
@@ -117,6 +118,10 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Train to config.train.steps; the summary (on every rank) that is also printed."""
+        with sole_writer(self.run_dir) if self.mesh.rank == 0 else nullcontext():
+            return self._fit()
+
+    def _fit(self) -> dict[str, Any]:
         config = self.config
         first = self._resume() if config.checkpoint.resume else 0
         progress, meter, loss = None, Meter(self.device), float("nan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from gr_train.config import Config, ConfigError, load_config
 from gr_train.data.parquet import write_split
 from gr_train.data.sample import DatasetInfo
+from gr_train.progress import sole_writer
 from gr_train.trainer import Trainer
 from kernels.scratch import scratch_limit
 from tests.gr_train.samples import make_samples
@@ -142,6 +144,29 @@ def test_resume_names_in_one_line_what_changed(run_in_world, tmp_path: Path) -> 
     message, _ = run_in_world(2, refuse_to_resume, tmp_path, "data.synthetic.num_items=200")
     assert "cannot be loaded: ValueError: Size mismatch" in message
     assert len(message.splitlines()) == 1
+
+
+def refused(run_dir: Path, *overrides: str) -> str:
+    with pytest.raises(ValueError, match="=") as caught:
+        run(run_dir, "parallel.cp=1", "train.steps=1", *overrides)
+    return str(caught.value)
+
+
+def test_two_jobs_do_not_share_a_folder(run_in_world, tmp_path: Path) -> None:
+    with sole_writer(tmp_path / "run"):
+        (message,) = run_in_world(1, refused, tmp_path / "run")
+    assert message == f"run_dir={tmp_path}/run: another job is writing there; choose another"
+    assert not (tmp_path / "run").exists()
+    run_in_world(1, run, tmp_path / "run", "parallel.cp=1", "train.steps=1")
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, capsys, monkeypatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with sole_writer(tmp_path / "run"):
+        assert ".run.lock: no lock (No locks available)" in capsys.readouterr().out
 
 
 def test_a_new_run_keeps_the_old_one(run_in_world, tmp_path: Path) -> None:
