@@ -106,6 +106,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.checkpointer = Checkpointer(
             config,
+            self.info,
             self.run_dir / "checkpoints",
             dense=dense,
             embeddings=embeddings,
