@@ -45,7 +45,7 @@ class Progress:
         self.write("train", step, {"loss": loss, "tokens_per_s": tokens_per_s, "lr": lr})
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        shown = "  ".join(f"{name} {_shown(name, value)}" for name, value in metrics.items())
         self.say(f"evaluation after step {step}: {shown}")
         self.write("eval", step, metrics)
 
@@ -71,7 +71,7 @@ class Progress:
             other = _shown(name, baseline[name]) if name in baseline else ""
             table.add_row(name, _shown(name, value), *([other] if baseline else []))
         table.add_section()
-        for name in ("steps", "processes", "tokens/s", "peak memory per rank", "results"):
+        for name in ("steps", "processes", "tokens/s", "peak memory, fullest rank", "results"):
             table.add_row(name, str(summary[name]))
         Console(width=72).print(table)
 
@@ -121,4 +121,7 @@ def _finite(values: Any) -> Any:
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

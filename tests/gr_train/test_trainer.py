@@ -10,6 +10,7 @@ import shutil
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -216,6 +217,37 @@ def test_disks_that_fail(run_in_world, tmp_path: Path) -> None:
     assert f"{folder}/step_00000002 cannot be loaded: " in second
     assert "; remove it to go on from step_00000001, or train anew with" in second
     assert "; train anew with checkpoint.resume=false" in first
+
+
+def diverge(run_dir: Path, *overrides: str) -> str:
+    """What is said of a loss that from step 3 on is not finite on rank 1."""
+    step = Trainer.step
+
+    def bad(trainer: Trainer, number: int, *args: Any) -> torch.Tensor:
+        loss = step(trainer, number, *args)
+        return loss * torch.nan if trainer.mesh.rank == 1 and number >= 3 else loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", bad)
+        return refused(run_dir, "train.steps=6", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("every", "step", "newest"),
+    [
+        ("train.log_every=1 checkpoint.every=2", 3, "the newest checkpoint is {}/step_00000002"),
+        ("train.log_every=6 checkpoint.every=2", 4, "the newest checkpoint is {}/step_00000002"),
+        ("train.log_every=5 checkpoint.every=5", 5, "there is no checkpoint"),
+    ],
+)
+def test_a_loss_that_is_not_finite_ends_the_run(
+    run_in_world, tmp_path: Path, every: str, step: int, newest: str
+) -> None:
+    for message in run_in_world(2, diverge, tmp_path, *every.split()):
+        assert message.startswith(f"step {step}: the loss is not finite; lower optim.lr")
+        assert message.endswith(newest.format(tmp_path / "checkpoints"))
+    found = [p.name for p in (tmp_path / "checkpoints").glob("*")]
+    assert found == ["step_00000002"] * ("step_" in newest)
 
 
 def what_is_said(run_dir: Path, *overrides: str) -> str:
