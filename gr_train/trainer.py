@@ -11,7 +11,7 @@ import math
 import os
 import resource
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,17 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Train to config.train.steps; the summary (on every rank) that is also printed."""
-        with sole_writer(self.run_dir) if self.mesh.rank == 0 else nullcontext():
+        with ExitStack() as stack:
+            refused: list[ValueError | None] = [None]
+            if self.mesh.rank == 0:
+                try:
+                    stack.enter_context(sole_writer(self.run_dir))
+                except ValueError as error:
+                    refused = [error]
+            with self.mesh.watchdog.doing("start"):
+                dist.broadcast_object_list(refused)
+            if refused[0]:  # on all ranks: one says it, instead of the others that rank 0 is gone
+                raise refused[0]
             return self._fit()
 
     def _fit(self) -> dict[str, Any]:
