@@ -89,7 +89,9 @@ class Checkpointer:
             dcp.save(self._state(step, loader_state), checkpoint_id=path)
         except dcp.api.CheckpointException as error:
             before = self.newest()
-            left = "no earlier one" if before is None else f"{before} is still there"
+            left = "there is no earlier one"
+            if before is not None:
+                left = f"{before} is still there for checkpoint.resume=true"
             raise ValueError(
                 f"checkpoint {path}: cannot be written ({_cause(error)}); {left}"
             ) from error
