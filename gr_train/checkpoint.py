@@ -7,6 +7,7 @@ was cut off, and is ignored.
 from __future__ import annotations
 
 import shutil
+from dataclasses import asdict, is_dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 
 from gr_train.config import Config, ConfigError
+from gr_train.data.sample import DatasetInfo
 from parallel.embedding.tables import fused_optimizer
 
 # What a saved state holds for. The rest of a config may change when a run goes on: learning rates,
 # the number of steps, dropout, what is computed again.
 SETTINGS = (
     "data.source",
+    "data.synthetic",
     "data.max_length",
     "data.batch_size",
     "data.readers",
@@ -45,6 +48,9 @@ SETTINGS = (
     "model.qk_dim",
     "model.v_dim",
     "model.time_buckets",
+    "model.mask",
+    "model.num_negatives",
+    "model.temperature",
     "embedding.optimizer",
     "parallel.cp",
     "train.seed",
@@ -57,6 +63,7 @@ class Checkpointer:
     def __init__(
         self,
         config: Config,
+        info: DatasetInfo,
         folder: Path,
         *,
         dense: nn.Module,
@@ -66,7 +73,7 @@ class Checkpointer:
         loader: StatefulDataLoader,
         device: torch.device,
     ) -> None:
-        self.config, self.folder = config, folder
+        self.config, self.info, self.folder = config, info, folder
         self.dense, self.embeddings = dense, embeddings
         self.optimizer, self.schedule, self.loader = optimizer, schedule, loader
         self.device = device
@@ -75,8 +82,19 @@ class Checkpointer:
         """Write step_N and remove the oldest beyond `keep`. Collective.
 
         loader_state: the loader's after this step's batch; it may be a batch ahead by now.
+        Raises ValueError if it cannot be written.
         """
-        dcp.save(self._state(step, loader_state), checkpoint_id=self.folder / f"step_{step:08d}")
+        path = self.folder / f"step_{step:08d}"
+        try:
+            dcp.save(self._state(step, loader_state), checkpoint_id=path)
+        except dcp.api.CheckpointException as error:
+            before = self.newest()
+            left = "there is no earlier one"
+            if before is not None:
+                left = f"{before} is still there for checkpoint.resume=true"
+            raise ValueError(
+                f"checkpoint {path}: cannot be written ({_cause(error)}); {left}"
+            ) from error
         if dist.get_rank() == 0:
             for old in self._complete()[: -self.config.checkpoint.keep]:
                 shutil.rmtree(old)
@@ -87,13 +105,19 @@ class Checkpointer:
 
         Collective. Raises ConfigError if the checkpoint does not fit.
         """
-        complete = self._complete()
-        if not complete:
+        path = self.newest()
+        if path is None:
+            if dist.get_rank() == 0:
+                cut_off = ", ".join(sorted(p.name for p in self.folder.glob("step_*")))
+                print(
+                    f"checkpoint.resume: no complete checkpoint in {self.folder}; starting at "
+                    f"step 1{cut_off and f' (cut off: {cut_off})'}",
+                    flush=True,
+                )
             return 0
-        path = complete[-1]
         self._check_settings(path)
         state = self._state(0, self.loader.state_dict())
-        _load(state, path)
+        self._load(state, path)
         set_model_state_dict(self.dense, state["dense"])
         set_optimizer_state_dict(self.dense, self.optimizer, optim_state_dict=state["optimizer"])
         self.embeddings.load_state_dict(state["embeddings"])
@@ -106,24 +130,37 @@ class Checkpointer:
             torch.cuda.set_rng_state(own["cuda_rng"], self.device)
         return own["step"]
 
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint, if there is one."""
+        return max(self._complete(), default=None)
+
     def _check_settings(self, path: Path) -> None:
         """Before DCP compares: it takes fewer processes or layers than were saved for a fit."""
         state: dict[str, Any] = {"settings": ({},)}
-        _load(state, path)
+        self._load(state, path)
         (saved,), own = state["settings"], self._settings()
-        anew = "or train anew with checkpoint.resume=false"
+        anew = "train anew with checkpoint.resume=false"
+        if unknown := [name for name in own if name not in saved]:
+            raise ConfigError(
+                f"checkpoint.resume: {path} is of an older version, which does not tell "
+                f"{unknown[0]}; {anew}"
+            )
         if saved["processes"] != own["processes"]:
             raise ConfigError(
                 f"checkpoint.resume: {path} was saved by {saved['processes']} processes, this job "
-                f"has {own['processes']}; start that many, {anew}"
+                f"has {own['processes']}; start that many, or {anew}"
             )
-        for name, value in own.items():
-            if saved[name] != value:
-                raise ConfigError(f"{name}={value}: {path} has {saved[name]}; use that, {anew}")
+        if differs := _difference(own, saved):
+            name, now, then = differs
+            raise ConfigError(f"{name}={now}: {path} has {then}; use that, or {anew}")
 
     def _settings(self) -> dict[str, Any]:
-        settings = {name: attrgetter(name)(self.config) for name in SETTINGS}
-        return {"processes": dist.get_world_size(), **settings}
+        """Plain values, so that a checkpoint does not depend on what classes look like."""
+        return {
+            "processes": dist.get_world_size(),
+            **{name: _plain(attrgetter(name)(self.config)) for name in SETTINGS},
+            "dataset": _plain(self.info),
+        }
 
     def _state(self, step: int, loader_state: dict[str, Any]) -> dict[str, Any]:
         own = {
@@ -150,13 +187,38 @@ class Checkpointer:
     def _complete(self) -> list[Path]:
         return sorted(p for p in self.folder.glob("step_*") if (p / ".metadata").is_file())
 
+    def _load(self, state: dict[str, Any], path: Path) -> None:
+        # A rank may hold no row of a table. The default planner would drop that table's entry and
+        # then take the checkpoint for one of an old format.
+        planner = dcp.DefaultLoadPlanner(flatten_sharded_tensors=False)
+        try:
+            dcp.load(state, checkpoint_id=path, planner=planner)
+        except dcp.api.CheckpointException as error:
+            way_out = "train anew with checkpoint.resume=false"
+            if earlier := [p for p in self._complete() if p < path]:
+                way_out = f"remove it to go on from {earlier[-1].name}, or {way_out}"
+            raise ConfigError(
+                f"checkpoint.resume: {path} cannot be loaded: {_cause(error)}; {way_out}"
+            ) from error
 
-def _load(state: dict[str, Any], path: Path) -> None:
-    # A rank may hold no row of a table. The default planner would drop that table's entry and then
-    # take the checkpoint for one of an old format.
-    planner = dcp.DefaultLoadPlanner(flatten_sharded_tensors=False)
-    try:
-        dcp.load(state, checkpoint_id=path, planner=planner)
-    except (KeyError, RuntimeError, dcp.api.CheckpointException) as error:
-        cause = str(error).strip().splitlines()[-1]  # before it come every rank's tracebacks
-        raise ConfigError(f"checkpoint.resume: {path} cannot be loaded: {cause}") from error
+
+def _cause(error: dcp.api.CheckpointException) -> str:
+    return str(error).strip().splitlines()[-1]  # before it come every rank's tracebacks
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+
+def _difference(
+    own: dict[str, Any], saved: dict[str, Any], within: str = ""
+) -> tuple[str, Any, Any] | None:
+    """The first field that differs, its own value and the saved one."""
+    for name, value in own.items():
+        then, name = saved[name], within + name
+        if isinstance(value, dict) and isinstance(then, dict) and list(value) == list(then):
+            if inner := _difference(value, then, f"{name}."):
+                return inner
+        elif value != then or isinstance(value, dict):  # their order counts too
+            return name, value, then
+    return None

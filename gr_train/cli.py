@@ -16,10 +16,12 @@ PATIENCE_S = 10.0  # more than a process takes to end, and than they differ in f
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0, or 2 with one line on stderr for what the user can mend."""
+    """Exit code 0, or 2 with one line on stderr for what the user can mend; 130 after Ctrl-C."""
     arguments = _parser().parse_args(argv)
     try:
         return arguments.run(arguments)
+    except KeyboardInterrupt:
+        return 130
     except ValueError as error:
         if os.environ.get("GR_TRAIN_TRACEBACK"):
             raise
@@ -32,7 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gr-train", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="gr-train",
+        description=__doc__,
+        epilog="With GR_TRAIN_TRACEBACK=1 in the environment, errors come with their traceback.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser(
@@ -64,10 +70,8 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> int:
     from gr_train.config import load_config  # before torch: a bad config is refused at once
 
-    config = load_config(
-        arguments.config, arguments.overrides, world_size=int(os.environ.get("WORLD_SIZE", 1))
-    )
-    _check_writable(Path(config.run_dir))
+    config = load_config(arguments.config, arguments.overrides, world_size=_world_size())
+    _check_writable("run_dir", Path(config.run_dir))  # every process writes its part there
     # Without a launcher this is a job of one process.
     for name, value in {
         "RANK": "0",
@@ -91,7 +95,8 @@ def _train(arguments: argparse.Namespace) -> int:
 def _prepare_movielens(arguments: argparse.Namespace) -> int:
     from gr_train.data.movielens import prepare_movielens
 
-    prepared = prepare_movielens(
+    _check_writable("--out", Path(arguments.out))
+    written = prepare_movielens(
         Path(arguments.file),
         Path(arguments.out),
         task=arguments.task,
@@ -99,20 +104,29 @@ def _prepare_movielens(arguments: argparse.Namespace) -> int:
         positive_rating=arguments.positive_rating,
     )
     print(
-        f"{arguments.out}: {prepared.ratings:,} ratings of {prepared.items:,} items by "
-        f"{prepared.users:,} users; {prepared.skipped_users:,} users with too few were left out"
+        f"{arguments.out}: {written.ratings:,} ratings of {written.items:,} items by "
+        f"{written.users:,} users; {written.skipped_users:,} users with too few were left out"
     )
     return 0
 
 
-def _check_writable(run_dir: Path) -> None:
-    """Every process writes its part of a checkpoint there."""
+def _world_size() -> int:
+    found = os.environ.get("WORLD_SIZE", "1")
+    if not found.isdecimal() or int(found) < 1:
+        raise ValueError(
+            f"WORLD_SIZE={found}: want the job's number of processes; torchrun and torchx set it, "
+            "else unset it"
+        )
+    return int(found)
+
+
+def _check_writable(name: str, folder: Path) -> None:
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=run_dir).close()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(
-            f"run_dir={run_dir}: cannot be written ({error.strerror}); choose another"
+            f"{name}={folder}: cannot be written ({error.strerror}); choose another"
         ) from error
 
 

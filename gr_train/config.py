@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from gr_train.validate import ConfigError, validate
 
@@ -204,10 +204,18 @@ def _read(path: Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {error}") from error
+        raise ConfigError(f"{path}{_problem(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: want a mapping of options, found a {type(loaded).__name__}")
     return loaded
+
+
+def _problem(error: Exception) -> str:
+    """In one line; YAML's own words have the place in another one."""
+    if isinstance(error, MarkedYAMLError) and error.problem_mark:
+        mark = error.problem_mark
+        return f", line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return f": not a YAML file: {' '.join(str(error).split())}"
 
 
 def _first_line(error: Exception) -> str:

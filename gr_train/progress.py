@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +45,7 @@ class Progress:
         self.write("train", step, {"loss": loss, "tokens_per_s": tokens_per_s, "lr": lr})
 
     def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        shown = "  ".join(f"{name} {_shown(name, value)}" for name, value in metrics.items())
         self.say(f"evaluation after step {step}: {shown}")
         self.write("eval", step, metrics)
 
@@ -68,9 +71,30 @@ class Progress:
             other = _shown(name, baseline[name]) if name in baseline else ""
             table.add_row(name, _shown(name, value), *([other] if baseline else []))
         table.add_section()
-        for name in ("steps", "processes", "tokens/s", "peak memory per rank", "results"):
+        for name in ("steps", "processes", "tokens/s", "peak memory, fullest rank", "results"):
             table.add_row(name, str(summary[name]))
         Console(width=72).print(table)
+
+
+@contextmanager
+def sole_writer(run_dir: Path) -> Iterator[None]:
+    """Inside, other jobs that want run_dir are refused; if one is inside already, this one is."""
+    folder = Path(os.path.abspath(run_dir))
+    lock = folder.with_name(f".{folder.name}.lock")  # not in the folder, which may be moved aside
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(lock.open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Closing would not do: a loader's workers have inherited the file.
+            stack.callback(fcntl.flock, file, fcntl.LOCK_UN)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"run_dir={run_dir}: another job is writing there; choose another"
+            ) from error
+        except OSError as error:
+            print(f"{lock}: no lock ({error.strerror}); start no other job there", flush=True)
+        yield
 
 
 def set_aside(run_dir: Path) -> None:
@@ -97,4 +121,7 @@ def _finite(values: Any) -> Any:
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
     return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import os
 import resource
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from gr_train.evaluation import evaluate, popularity_metrics
 from gr_train.meter import Meter
 from gr_train.model.recommender import DenseModel, Prepared, Recommender, tables
 from gr_train.optim import build_optimizer, build_schedule, follow_schedule
-from gr_train.progress import Progress, set_aside
+from gr_train.progress import Progress, set_aside, sole_writer
 from kernels.scratch import limit_scratch
 from parallel.batch import JaggedBatch
 from parallel.dense import replicate
@@ -105,6 +107,7 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.checkpointer = Checkpointer(
             config,
+            self.info,
             self.run_dir / "checkpoints",
             dense=dense,
             embeddings=embeddings,
@@ -117,9 +120,26 @@ class Trainer:
 
     def fit(self) -> dict[str, Any]:
         """Train to config.train.steps; the summary (on every rank) that is also printed."""
+        with ExitStack() as stack:
+            refused: list[ValueError | None] = [None]
+            if self.mesh.rank == 0:
+                try:
+                    stack.enter_context(sole_writer(self.run_dir))
+                except ValueError as error:
+                    refused = [error]
+            with self.mesh.watchdog.doing("start"):
+                dist.broadcast_object_list(refused)
+            if refused[0]:  # on all ranks: one says it, instead of the others that rank 0 is gone
+                raise refused[0]
+            return self._fit()
+
+    def _fit(self) -> dict[str, Any]:
         config = self.config
-        first = self._resume() if config.checkpoint.resume else 0
-        progress, meter, loss = None, Meter(self.device), float("nan")
+        first = 0
+        if config.checkpoint.resume:
+            with self.mesh.watchdog.doing("resume"):
+                first = self._resume()
+        progress, meter, loss = None, Meter(self.device, self.mesh.watchdog), float("nan")
         self.dense.train()
         batches = self._batches(first)
         for step, batch in enumerate(batches, start=first + 1):
@@ -130,7 +150,9 @@ class Trainer:
                 freeze_objects()
             last = step == config.train.steps
             if last or _due(step, config.train.log_every):
-                loss, tokens_per_s = meter.read()
+                with self.mesh.watchdog.doing(f"log of step {step}"):
+                    loss, tokens_per_s = meter.read()
+                self._check_loss(step, math.isfinite(loss))
                 if progress:
                     lr = float(self.schedule.get_last_lr()[0])
                     progress.train(step, loss, tokens_per_s, lr)
@@ -143,6 +165,7 @@ class Trainer:
             if last or _due(step, config.checkpoint.every):
                 with meter.paused(), self.mesh.watchdog.doing(f"checkpoint of step {step}"):
                     batches.settle()
+                    self._check_loss(step, meter.is_finite())
                     self.checkpointer.save(step, batch.loader_state)
         return self._finish(progress, loss, meter.tokens_per_s)
 
@@ -239,13 +262,25 @@ class Trainer:
             )
         return first
 
+    def _check_loss(self, step: int, is_finite: bool) -> None:
+        if is_finite:
+            return
+        newest = self.checkpointer.newest()
+        raise ValueError(
+            f"step {step}: the loss is not finite; lower optim.lr or embedding.lr, raise "
+            "optim.warmup_steps, or clip gradients by optim.clip_norm; "
+            + ("there is no checkpoint" if newest is None else f"the newest checkpoint is {newest}")
+        )
+
     def _finish(
         self, progress: Progress | None, loss: float, tokens_per_s: float
     ) -> dict[str, Any]:
         with self.mesh.watchdog.doing("evaluation after the last step"):
             metrics, baseline = self.evaluate(), self.popularity()
-        memory: list[str] = [""] * self.mesh.size
-        dist.all_gather_object(memory, _peak_memory(self.device, self.mesh.links.within.nbytes))
+        memory = [0.0] * self.mesh.size
+        mine = _peak_gib(self.device, self.mesh.links.within.nbytes)
+        with self.mesh.watchdog.doing("end of the job: peak memory of all ranks"):
+            dist.all_gather_object(memory, mine)
         summary = {
             "model": self.config.model.kind.upper(),
             "task": self.config.model.task,
@@ -255,7 +290,7 @@ class Trainer:
             "steps": self.config.train.steps,
             "processes": f"{self.mesh.size} (dp={self.mesh.dp}, cp={self.mesh.cp})",
             "tokens/s": f"{tokens_per_s:,.0f}",
-            "peak memory per rank": ", ".join(memory),
+            "peak memory, fullest rank": f"{max(memory):.1f} GiB",
             "results": str(self.run_dir),
         }
         if progress:
@@ -322,8 +357,8 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _peak_memory(device: torch.device, buffers: int) -> str:
+def _peak_gib(device: torch.device, buffers: int) -> float:
     """buffers: bytes of messages, which PyTorch's allocator does not count."""
     if device.type == "cuda":
-        return f"{(torch.cuda.max_memory_allocated(device) + buffers) / 2**30:.1f} GiB"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB"
+        return (torch.cuda.max_memory_allocated(device) + buffers) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

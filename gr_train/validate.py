@@ -27,8 +27,6 @@ RANGES: dict[str, tuple[float, float | None]] = {
             "model.num_layers",
             "model.width",
             "model.num_heads",
-            "model.qk_dim",
-            "model.v_dim",
             "model.num_negatives",
             "parallel.cp",
             "parallel.timeout_s",
@@ -61,6 +59,8 @@ RANGES: dict[str, tuple[float, float | None]] = {
         (0, None),
     ),
     "data.synthetic.num_tasks": (1, 63),  # labels are bits of an int64
+    "model.qk_dim": (1, 257),  # wider heads have no Triton kernel
+    "model.v_dim": (1, 257),
     "train.seed": (0, 2**31),
     "model.dropout": (0, 1),
     "optim.beta1": (0, 1),
@@ -81,8 +81,9 @@ def _check_ranges(config: Config) -> None:
     for name, (least, beyond) in RANGES.items():
         value = attrgetter(name)(config)
         if not (math.isfinite(value) and value >= least and (beyond is None or value < beyond)):
+            number = "" if math.isfinite(value) else "a number, "
             below = "" if beyond is None else f" and below {beyond}"
-            _refuse(name, value, f"want {least} or more{below}")
+            _refuse(name, value, f"want {number}{least} or more{below}")
 
 
 def _check_mesh(config: Config, world_size: int) -> None:
@@ -105,11 +106,17 @@ def _check_mesh(config: Config, world_size: int) -> None:
     for name, size in sizes:
         if size % world_size:
             _refuse(name, size, f"must be a multiple of the {world_size} processes, which share it")
-    if data.readers is not None:
-        if data.readers < 1 or data.readers % world_size:
-            _refuse("data.readers", data.readers, f"must be a multiple of {world_size} processes")
-        if data.batch_size % data.readers:
-            _refuse("data.readers", data.readers, f"must divide data.batch_size={data.batch_size}")
+    if (readers := data.readers) is not None:
+        multiples = range(world_size, data.batch_size + 1, world_size)
+        fit = [n for n in multiples if data.batch_size % n == 0]
+        if readers not in fit:
+            nearest = min(fit, key=lambda n: abs(n - readers))
+            _refuse(
+                "data.readers",
+                readers,
+                f"must be a multiple of the {world_size} processes that divides "
+                f"data.batch_size={data.batch_size}, such as {nearest}",
+            )
 
 
 def _check_model(config: Config) -> None:
@@ -125,6 +132,18 @@ def _check_model(config: Config) -> None:
         )
     if model.recompute != "none" and model.kind != "hstu":
         _refuse("model.recompute", model.recompute, "only HSTU's layers can; use none")
+    if model.width % 4:
+        _refuse(
+            "model.width",
+            model.width,
+            f"embedding tables want a multiple of 4, such as {model.width + -model.width % 4}",
+        )
+    if model.recompute_layers is not None and model.recompute == "none":
+        _refuse(
+            "model.recompute_layers",
+            model.recompute_layers,
+            "model.recompute=none recomputes nothing; set that to projections, or this to null",
+        )
     if model.recompute_layers is not None and not 0 <= model.recompute_layers <= model.num_layers:
         _refuse(
             "model.recompute_layers",
@@ -177,6 +196,8 @@ def _check_data(config: Config) -> None:
         if data.path is None:
             _refuse("data.path", data.path, "data.source=parquet reads a folder; name it")
         return
+    if data.readers is not None:
+        _refuse("data.readers", data.readers, "only data.source=parquet has them; set it to null")
     if not 2 <= synthetic.min_events <= synthetic.mean_events <= synthetic.max_events:
         _refuse(
             "data.synthetic.mean_events",

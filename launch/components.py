@@ -33,7 +33,12 @@ def train(
         image: container image or folder, for schedulers that need one
         threads: CPU threads a process
     """
-    _, nodes, processes, _ = parse_nnodes(j)
+    try:
+        _, nodes, processes, _ = parse_nnodes(j)
+    except ValueError:
+        nodes = processes = 0
+    if min(nodes, processes) < 1:
+        raise SystemExit(f"gr-train: error: -j {j}: want NODESxPROCESSES, such as 1x2")
     try:  # refuse a bad config here, not on every machine of the job
         load_config(config, overrides, world_size=nodes * processes)
     except ConfigError as error:

@@ -90,14 +90,20 @@ class Watchdog:
             if self._pending:
                 since, operation, _ = self._pending[0]
                 if time.monotonic() - max(since, moved) > timeout:
-                    waited = f"nothing for {timeout:.0f} s (parallel.timeout_s)"
-                    why = "another rank hangs or has died"
-                    self._give_up(f"rank {self.rank}: {operation}: {waited}; {why}")
+                    self._give_up(f"rank {self.rank}: {operation}: {self._waited()}")
 
     def _named(self, what: str, error: RuntimeError) -> str:
         """The error with rank and operation before it, unless something within has named them."""
         rank, message = f"rank {self.rank}: ", str(error)
-        return message if message.startswith(rank) else f"{rank}{what}: {message}"
+        if message.startswith(rank):
+            return message
+        if "Timed out waiting" in message:  # gloo's words
+            message = f"{self._waited()}: {message}"
+        return f"{rank}{what}: {message}"
+
+    def _waited(self) -> str:
+        waited = f"nothing for {self.timeout.total_seconds():.0f} s (parallel.timeout_s)"
+        return f"{waited}; another rank hangs or has died"
 
     def _is_done(self, waiting: tuple[float, str, Event]) -> bool:
         _, operation, event = waiting

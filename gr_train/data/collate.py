@@ -72,10 +72,11 @@ def _ranking(sample: Sample, style: Style, max_length: int) -> Ids:
         return _rows(0)
     contextual, targets = _contextual(sample), _targets(sample)
     fixed = contextual.shape[1] + targets.shape[1]
-    if fixed > max_length:
+    least = fixed + (_tokens_per_event(style) if len(sample.items) else 0)
+    if least > max_length:
         raise ValueError(
-            f"data.max_length={max_length}: a sequence has {contextual.shape[1]} contextual tokens "
-            f"and {targets.shape[1]} candidates, which are all kept; want at least {fixed}"
+            f"data.max_length={max_length}: no event fits beside {contextual.shape[1]} contextual "
+            f"tokens and {targets.shape[1]} candidates, which are all kept; want at least {least}"
         )
     room = (max_length - fixed) // _tokens_per_event(style)
     events = slice(max(len(sample.items) - room, 0), len(sample.items))

@@ -41,7 +41,7 @@ NONE = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
-class Prepared:
+class Counts:
     """What `prepare_movielens` wrote."""
 
     users: int
@@ -57,7 +57,7 @@ def prepare_movielens(
     task: Literal["retrieval", "ranking"] = "retrieval",
     num_candidates: int = 10,
     positive_rating: float = 4.0,
-) -> Prepared:
+) -> Counts:
     """Writes a data set to `out`. A ranked candidate is liked from `positive_rating` on."""
     if task == "ranking" and num_candidates < 1:
         raise ValueError(f"num_candidates={num_candidates}: want at least 1")
@@ -97,9 +97,9 @@ def prepare_movielens(
     pq.write_table(ids, out / "items.parquet")
     info.save(out)
 
-    prepared = Prepared(len(kept), len(users) - len(kept), len(movies), int(counts[kept].sum()))
-    logger.info("%s: %s; a user needs %d ratings", out, prepared, fewest)
-    return prepared
+    written = Counts(len(kept), len(users) - len(kept), len(movies), int(counts[kept].sum()))
+    logger.info("%s: %s; a user needs %d ratings", out, written, fewest)
+    return written
 
 
 @dataclass(frozen=True)

@@ -38,14 +38,25 @@ def choose_sharding(config: Config) -> Sharding:
     """What "auto" means for this mask, and why; see ParallelConfig."""
     mask, layout, exchange = config.model.mask, config.parallel.layout, config.parallel.exchange
     windowed = bool(mask.window or mask.local)
-    if layout == "auto":
-        near = windowed and exchange in ("auto", "halo") and _chunks_are_equal_work(config)
-        layout = "contiguous" if near else "zigzag"
+    if layout != "auto":
+        why = "layout as configured"
+    elif not windowed:
+        layout, why = "zigzag", "stripes make causal work equal"
+    elif exchange not in ("auto", "halo"):
+        layout, why = "zigzag", "only a halo gains from contiguous chunks"
+    elif _chunks_are_equal_work(config):
+        layout, why = "contiguous", "chunks are equal work"
+    else:
+        layout, why = "zigzag", "contiguous chunks would be unequal work"
     if exchange != "auto":
-        return Sharding(layout, exchange, "as configured")
-    if windowed and layout == "contiguous":
+        both = config.parallel.layout != "auto"
+        why = "as configured" if both else f"exchange as configured; {why}"
+        return Sharding(layout, exchange, why)
+    if not windowed:
+        why = "queries see much of a sequence, whose way hides behind attention"
+        return Sharding(layout, "ring", why)
+    if layout == "contiguous":
         return Sharding(layout, "halo", "queries see a window, so only that is sent")
-    why = "queries see much of a sequence, whose way hides behind attention"
     return Sharding(layout, "ring", why)
 
 

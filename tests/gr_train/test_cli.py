@@ -54,3 +54,28 @@ def test_a_run_dir_that_cannot_be_written_is_refused(tmp_path: Path, capsys, ins
     (tmp_path / "file").touch()
     assert cli.main([*TRAIN, f"run_dir={tmp_path / inside}"]) == 2
     assert f"run_dir={tmp_path / inside}: cannot be written (" in capsys.readouterr().err
+    prepare = ["prepare", "movielens", str(tmp_path / "file"), "--out", str(tmp_path / inside)]
+    assert cli.main(prepare) == 2
+    assert f"--out={tmp_path / inside}: cannot be written (" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["abc", "0", "-1"])
+def test_a_world_size_that_is_none_is_named(monkeypatch, capsys, size: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", size)
+    assert cli.main(TRAIN) == 2
+    assert f"gr-train: error: WORLD_SIZE={size}: want the job's" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_quiet(monkeypatch, capsys) -> None:
+    def interrupted(_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_train", interrupted)
+    assert cli.main(TRAIN) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_help_names_the_way_to_a_traceback(capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "GR_TRAIN_TRACEBACK=1" in capsys.readouterr().out

@@ -65,7 +65,7 @@ def expected_rows(s: Sample, task: str, style: str, max_length: int) -> list[tup
 def test_equals_the_slow_twin(events, contextual, targets, room, task, style, seed):
     rng = np.random.default_rng(seed)
     samples = [make_sample(rng, n, contextual, targets) for n in events]
-    max_length = max(contextual + (targets if task == "ranking" else 2) + room, 1)
+    max_length = contextual + (targets if task == "ranking" else 0) + 2 + room
     batch = collate(
         samples, task=task, style=style, num_contextual=contextual, max_length=max_length
     )
@@ -98,12 +98,23 @@ def test_truncation_keeps_the_gap_of_the_first_event_kept():
 
 @pytest.mark.parametrize(
     ("task", "targets", "style", "wanted"),
-    [("ranking", 4, "merged", 6), ("retrieval", 0, "interleaved", 4)],
+    [
+        ("ranking", 4, "merged", 7),
+        ("ranking", 4, "interleaved", 8),
+        ("retrieval", 0, "interleaved", 4),
+    ],
 )
 def test_max_length_too_small_is_refused(task, targets, style, wanted):
     sample = make_sample(np.random.default_rng(0), 5, contextual=2, targets=targets)
-    with pytest.raises(ValueError, match=rf"data\.max_length=3: .*at least {wanted}"):
-        collate([sample], task=task, style=style, num_contextual=2, max_length=3)
+    for max_length in (3, wanted - 1):
+        with pytest.raises(ValueError, match=rf"={max_length}: no event fits .*at least {wanted}"):
+            collate([sample], task=task, style=style, num_contextual=2, max_length=max_length)
+
+
+def test_candidates_of_a_user_without_events_need_no_room_for_one():
+    sample = make_sample(np.random.default_rng(0), 0, contextual=2, targets=4)
+    batch = collate([sample], task="ranking", style="merged", num_contextual=2, max_length=6)
+    assert batch.lengths.tolist() == [6]
 
 
 @pytest.mark.parametrize("task", ["retrieval", "ranking"])

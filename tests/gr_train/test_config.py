@@ -9,6 +9,8 @@ from omegaconf import OmegaConf
 
 from gr_train.config import ConfigError, load_config, save_config
 
+PARQUET = "data.source=parquet data.path=data"
+PROJECTIONS = "model.recompute=projections"
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 
 
@@ -39,11 +41,17 @@ def test_overrides_win() -> None:
         ("parallel.cp=3", ["parallel.cp=3", "4 processes"]),
         ("parallel.cp=0", ["parallel.cp=0"]),
         ("data.batch_size=6", ["data.batch_size=6", "multiple of the 4"]),
-        ("data.readers=6", ["data.readers=6", "multiple"]),
+        (f"{PARQUET} data.readers=6", ["data.readers=6", "multiple", "such as 4"]),
+        (f"{PARQUET} data.readers=32", ["data.readers=32", "batch_size=48, such as 24"]),
+        ("data.readers=4", ["data.readers=4", "only data.source=parquet"]),
+        ("model.width=66", ["model.width=66", "multiple of 4, such as 68"]),
+        ("model.qk_dim=257", ["model.qk_dim=257", "below 257"]),
+        ("model.v_dim=512", ["model.v_dim=512", "below 257"]),
+        ("model.recompute_layers=1", ["model.recompute_layers=1", "model.recompute=none"]),
         ("parallel.cp=4 parallel.exchange=ulysses", ["parallel.exchange=ulysses", "num_heads=2"]),
         ("data.source=parquet", ["data.path"]),
         ("model.recompute=all", ["model.recompute", "projections"]),
-        ("model.recompute_layers=3", ["model.recompute_layers=3", "num_layers=2"]),
+        (f"{PROJECTIONS} model.recompute_layers=3", ["recompute_layers=3", "num_layers=2"]),
         ("model.scratch_gib=-1", ["model.scratch_gib=-1", "0 or more"]),
         ("model.kind=sasrec", ["parallel.cp=2", "sasrec"]),
         ("model.mask.prefix=4", ["model.mask.prefix=4", "model.mask.local"]),
@@ -54,7 +62,7 @@ def test_overrides_win() -> None:
         ("eval.k=10", ["eval.k", "want a list, such as [10]"]),
         ("eval.k.0=10", ["eval.k.0=10", "gr_train/config.py"]),
         ("optim.lr=-1", ["optim.lr=-1", "0 or more"]),
-        ("optim.lr=nan", ["optim.lr=nan"]),
+        ("optim.lr=nan", ["optim.lr=nan: want a number, 0 or more"]),
         ("optim.beta1=2", ["optim.beta1=2", "below 1"]),
         ("model.temperature=.inf", ["model.temperature=inf"]),
         ("data.max_length=1 model.input_style=interleaved", ["data.max_length=1", "take 2"]),
@@ -84,12 +92,23 @@ def test_missing_file() -> None:
         load_config("configs/none.yaml", world_size=1)
 
 
-@pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "a: 1\na: 2", "\x00\xff"])
-def test_files_that_are_no_config(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: [1", ", line "),
+        ("a: 1\n\tb: 2", ", line 2, column 1: found "),
+        ("- 1\n- 2", ": want a mapping"),
+        ("a: 1\na: 2", ", line 2, column 1: found duplicate key a"),
+        ("\x00\xff", ": not a YAML file: "),
+    ],
+)
+def test_files_that_are_no_config(tmp_path: Path, text: str, problem: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(ConfigError, match=r"bad\.yaml"):
+    with pytest.raises(ConfigError) as caught:
         load_config(path, world_size=1)
+    assert str(caught.value).startswith(f"{path}{problem}")
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_saved_config_loads_back_for_any_number_of_processes(tmp_path: Path) -> None:

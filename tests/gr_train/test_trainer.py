@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import shutil
+from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +18,7 @@ import torch
 from gr_train.config import Config, ConfigError, load_config
 from gr_train.data.parquet import write_split
 from gr_train.data.sample import DatasetInfo
+from gr_train.progress import sole_writer
 from gr_train.trainer import Trainer
 from kernels.scratch import scratch_limit
 from tests.gr_train.samples import make_samples
@@ -52,6 +59,18 @@ def run(run_dir: Path, *overrides: str):
         for i, shard in enumerate(weight.local_shards()):
             state[f"{name}/{i}"] = shard.tensor.clone()
     return summary, state
+
+
+VOCABULARIES = DatasetInfo(num_items=50, num_actions=4, contextual={"country": 3})
+
+
+def write_data(folder: Path) -> list[str]:
+    """A small data set; the overrides that name it."""
+    samples = make_samples([5] * 12, [0] * 12, num_contextual=1)
+    for split in ("train", "valid", "test"):
+        write_split(samples, VOCABULARIES, folder / split)
+    VOCABULARIES.save(folder)
+    return ["data.source=parquet", f"data.path={folder}"]
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -107,9 +126,15 @@ def test_nothing_left_to_train(run_in_world, tmp_path: Path) -> None:
     run_in_world(1, resume_too_late, tmp_path / "run")
 
 
-def refuse_to_resume(run_dir: Path, override: str) -> str:
+def refused(run_dir: Path, *overrides: str) -> str:
+    with pytest.raises(ValueError, match=": ") as caught:
+        run(run_dir, "parallel.cp=1", *overrides)
+    return str(caught.value)
+
+
+def refuse_to_resume(run_dir: Path, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        run(run_dir, "train.steps=3", "checkpoint.resume=true", override)
+        run(run_dir, "train.steps=3", "checkpoint.resume=true", *overrides)
     return str(caught.value)
 
 
@@ -130,6 +155,10 @@ CHANGED = {  # override -> what was saved
     "train.seed=7": "0",
     "model.width=32": "16",
     "model.num_layers=1": "2",
+    "model.temperature=0.1": "0.05",
+    "model.num_negatives=16": "32",
+    "model.mask.window=16": "0",
+    "data.synthetic.num_items=200": "100",
 }
 
 
@@ -138,10 +167,122 @@ def test_resume_names_in_one_line_what_changed(run_in_world, tmp_path: Path) -> 
     for override, saved in CHANGED.items():
         for message in run_in_world(2, refuse_to_resume, tmp_path, override):
             assert f"{override}: {tmp_path}/checkpoints/step_00000002 has {saved}; use" in message
-    # No setting tells the number of items, but DCP does.
-    message, _ = run_in_world(2, refuse_to_resume, tmp_path, "data.synthetic.num_items=200")
-    assert "cannot be loaded: ValueError: Size mismatch" in message
-    assert len(message.splitlines()) == 1
+
+
+def resume_with_another_vocabulary(folder: Path) -> str:
+    data = ["parallel.cp=1", *write_data(folder)]
+    run(folder, *data, "train.steps=1")
+    replace(VOCABULARIES, contextual={"country": 4}).save(folder)
+    return refuse_to_resume(folder, *data)
+
+
+def test_resume_wants_the_vocabularies(run_in_world, tmp_path: Path) -> None:
+    (message,) = run_in_world(1, resume_with_another_vocabulary, tmp_path)
+    assert message.startswith("dataset.contextual.country=4: ")
+    assert "step_00000001 has 3; use that" in message
+
+
+def resume_from_an_older_version(run_dir: Path) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gr_train.checkpoint.SETTINGS", ("train.seed",))
+        run(run_dir, "parallel.cp=1", "train.steps=1")
+    return refuse_to_resume(run_dir, "parallel.cp=1")
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(run_in_world, tmp_path: Path) -> None:
+    (message,) = run_in_world(1, resume_from_an_older_version, tmp_path)
+    assert "older version, which does not tell data.source; train anew" in message
+
+
+def damage(run_dir: Path) -> tuple[str, str, str]:
+    """What is said of a full disk, of a damaged checkpoint, and of the last one, damaged too."""
+    folder = run_dir / "checkpoints"
+    run(run_dir, "parallel.cp=1", "train.steps=2", "checkpoint.every=1")
+    (folder / "step_00000003").mkdir()
+    (folder / "step_00000003" / "__0_0.distcp").symlink_to("/dev/full")
+    full = refused(run_dir, "train.steps=3", "checkpoint.resume=true")
+    for path in folder.glob("step_0000000[12]/*.distcp"):
+        path.write_bytes(path.read_bytes()[:1000])
+    second = refuse_to_resume(run_dir, "parallel.cp=1")
+    shutil.rmtree(folder / "step_00000002")
+    return full, second, refuse_to_resume(run_dir, "parallel.cp=1")
+
+
+def test_disks_that_fail(run_in_world, tmp_path: Path) -> None:
+    (messages,) = run_in_world(1, damage, tmp_path)
+    full, second, first = messages
+    folder = tmp_path / "checkpoints"
+    assert full.startswith(f"checkpoint {folder}/step_00000003: cannot be written (OSError")
+    assert f"No space left on device); {folder}/step_00000002 is still there for" in full
+    assert f"{folder}/step_00000002 cannot be loaded: " in second
+    assert "; remove it to go on from step_00000001, or train anew with" in second
+    assert "; train anew with checkpoint.resume=false" in first
+
+
+def diverge(run_dir: Path, *overrides: str) -> str:
+    """What is said of a loss that from step 3 on is not finite on rank 1."""
+    step = Trainer.step
+
+    def bad(trainer: Trainer, number: int, *args: Any) -> torch.Tensor:
+        loss = step(trainer, number, *args)
+        return loss * torch.nan if trainer.mesh.rank == 1 and number >= 3 else loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", bad)
+        return refused(run_dir, "train.steps=6", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("every", "step", "newest"),
+    [
+        ("train.log_every=1 checkpoint.every=2", 3, "the newest checkpoint is {}/step_00000002"),
+        ("train.log_every=6 checkpoint.every=2", 4, "the newest checkpoint is {}/step_00000002"),
+        ("train.log_every=5 checkpoint.every=5", 5, "there is no checkpoint"),
+    ],
+)
+def test_a_loss_that_is_not_finite_ends_the_run(
+    run_in_world, tmp_path: Path, every: str, step: int, newest: str
+) -> None:
+    for message in run_in_world(2, diverge, tmp_path, *every.split()):
+        assert message.startswith(f"step {step}: the loss is not finite; lower optim.lr")
+        assert message.endswith(newest.format(tmp_path / "checkpoints"))
+    found = [p.name for p in (tmp_path / "checkpoints").glob("*")]
+    assert found == ["step_00000002"] * ("step_" in newest)
+
+
+def what_is_said(run_dir: Path, *overrides: str) -> str:
+    with redirect_stdout(io.StringIO()) as said:
+        run(run_dir, *overrides)
+    return said.getvalue()
+
+
+def test_resuming_from_nothing_is_said(run_in_world, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_00000007").mkdir(parents=True)
+    overrides = ["parallel.cp=1", "train.steps=1", "checkpoint.resume=true"]
+    (said,) = run_in_world(1, what_is_said, tmp_path, *overrides)
+    assert said.splitlines()[0] == (
+        f"checkpoint.resume: no complete checkpoint in {tmp_path}/checkpoints; starting at step 1 "
+        "(cut off: step_00000007)"
+    )
+
+
+def test_two_jobs_do_not_share_a_folder(run_in_world, tmp_path: Path) -> None:
+    with sole_writer(tmp_path / "run"):
+        for message in run_in_world(2, refused, tmp_path / "run", "train.steps=1"):
+            assert (
+                message == f"run_dir={tmp_path}/run: another job is writing there; choose another"
+            )
+    assert not (tmp_path / "run").exists()
+    run_in_world(1, run, tmp_path / "run", "parallel.cp=1", "train.steps=1")
+
+
+def test_a_file_system_without_locks_will_do(tmp_path: Path, capsys, monkeypatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with sole_writer(tmp_path / "run"):
+        assert ".run.lock: no lock (No locks available)" in capsys.readouterr().out
 
 
 def test_a_new_run_keeps_the_old_one(run_in_world, tmp_path: Path) -> None:
@@ -155,12 +296,7 @@ def test_a_new_run_keeps_the_old_one(run_in_world, tmp_path: Path) -> None:
 
 
 def fail_at_the_first_batch(folder: Path) -> None:
-    info = DatasetInfo(num_items=50, num_actions=4, contextual={"country": 3})
-    samples = make_samples([5] * 12, [0] * 12, num_contextual=1)
-    for split in ("train", "valid", "test"):
-        write_split(samples, info, folder / split)
-    info.save(folder)
-    data = ["parallel.cp=1", "train.steps=1", "data.source=parquet", f"data.path={folder}"]
+    data = ["parallel.cp=1", "train.steps=1", *write_data(folder)]
     run(folder / "run", *data)
     with pytest.raises(ValueError, match=r"data\.max_length=1: no event fits"):
         run(folder / "run", *data, "data.max_length=1")

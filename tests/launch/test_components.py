@@ -27,6 +27,12 @@ def test_bad_config_is_refused_before_launch() -> None:
         train("parallel.cp=3", config="configs/quickstart.yaml", j="1x2")
 
 
+@pytest.mark.parametrize("j", ["1x0", "0x2", "axb"])
+def test_numbers_of_processes_that_are_none(j: str) -> None:
+    with pytest.raises(SystemExit, match=f"error: -j {j}: want NODESxPROCESSES"):
+        train(config="configs/quickstart.yaml", j=j)
+
+
 def test_local_job(tmp_path: Path) -> None:
     overrides = ["train.steps=2", "train.log_every=1", f"run_dir={tmp_path}"]
     command = [BIN / "torchx", "run", "-s", "local_cwd", "launch/components.py:train"]

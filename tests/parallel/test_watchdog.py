@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.mesh import build_mesh
+from parallel.watchdog import Watchdog
 
 CPU = torch.device("cpu")
 START = """
@@ -87,3 +89,14 @@ def test_what_never_comes_is_named(run_in_world: Any) -> None:
     (message, collective), _ = run_in_world(2, _late)
     assert message.startswith("rank 0: step 12: keys and values from rank 1: ")
     assert collective.startswith("rank 0: evaluation: ")
+
+
+def test_a_timeout_on_a_cpu_names_the_option() -> None:
+    watchdog = Watchdog(3, timedelta(seconds=9), CPU)
+    want = r"rank 3: step 7: ids: nothing for 9 s \(parallel.timeout_s\); .*: pair.cc: Timed out"
+    with (
+        pytest.raises(RuntimeError, match=want),
+        watchdog.doing("step 7"),
+        watchdog.operation("ids"),
+    ):
+        raise RuntimeError("pair.cc: Timed out waiting 9000ms for recv operation to complete")
