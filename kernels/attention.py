@@ -10,6 +10,7 @@ Backends: `triton` on a GPU; `blockwise` where there is no GPU or no Triton, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ def hstu_attention(
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit. Values
     (order of positions, ends of intervals) are checked on a CPU only: on a GPU the host would wait.
     """
-    _check(q, k, v, queries, keys, intervals, backend)
+    _check(q, k, v, queries, keys, intervals, alpha, scale, backend)
     if q.device.type == "cpu":
         _check_values(queries, keys, intervals)
     weighting = Weighting(queries, keys, intervals, alpha, scale)
@@ -199,6 +200,8 @@ def _check(
     queries: Jagged,
     keys: Jagged,
     intervals: Tensor,
+    alpha: float,
+    scale: float,
     backend: str,
 ) -> None:
     """Messages are built only on failure: under torch.compile, printing a size would fix it."""
@@ -219,8 +222,8 @@ def _check(
         raise ValueError(f"v: {v.shape[0]} rows, k has {k.shape[0]}")
     for name, jagged, rows in (("queries", queries, q.shape[0]), ("keys", keys, k.shape[0])):
         for part in (jagged.offsets, jagged.positions):
-            if part.dtype != torch.int32:
-                raise ValueError(f"{name}: want int32, got {part.dtype}")
+            if part.dtype != torch.int32 or part.dim() != 1:
+                raise ValueError(f"{name}: want int32 [n], got {part.dtype} {tuple(part.shape)}")
             if part.device != q.device:
                 raise ValueError(f"{name}: on {part.device}, q is on {q.device}")
         if jagged.num_rows != rows:
@@ -236,6 +239,9 @@ def _check(
         )
     if intervals.device != q.device:
         raise ValueError(f"intervals: on {intervals.device}, q on {q.device}")
+    for name, factor in (("alpha", alpha), ("scale", scale)):
+        if not abs(factor) < math.inf:
+            raise ValueError(f"{name}: want a finite number, got {factor}")
     if backend not in BACKENDS:
         raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
     if backend == "triton" and not _fits_triton(q, v):
@@ -255,8 +261,8 @@ def _check_values(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
         if rows.max_length is not None and longest > rows.max_length:
             raise ValueError(f"{name}: a sequence is longer than max_length={rows.max_length}")
         same_sequence = rows.sequence_ids().diff() == 0
-        if not bool((rows.positions.diff() > 0)[same_sequence].all()):
-            raise ValueError(f"{name}: positions must increase within a sequence")
+        if not bool((rows.positions.diff() > 0)[same_sequence].all() & (rows.positions >= 0).all()):
+            raise ValueError(f"{name}: positions must increase within a sequence, from 0 or more")
     a0, a1, b0, b1 = intervals.unbind(-1)
     disjoint = (a1 <= b0) | (a0 == a1) | (b0 == b1)
     if not bool(((a0 >= 0) & (a0 <= a1) & (b0 >= 0) & (b0 <= b1) & disjoint).all()):

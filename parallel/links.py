@@ -26,6 +26,10 @@ class Links:
     across: Transport | None = None
 
     @property
+    def watchdog(self) -> Watchdog:
+        return self.within.watchdog
+
+    @property
     def direct(self) -> Transport:
         """From any rank to any other."""
         return self.across or self.within

@@ -92,7 +92,7 @@ class _Gather:
     """Keys and values of some heads, on their way from every rank to every rank."""
 
     def __init__(self, k: Tensor, v: Tensor, heads: slice, seen: Visibility) -> None:
-        self.heads, self.k, self.v, self.rows = heads, k[:, heads], v[:, heads], seen.padded_rows
+        self.heads, self.k, self.v, self.seen = heads, k[:, heads], v[:, heads], seen
         own = torch.cat([self.k.flatten(1), self.v.flatten(1)], 1)
         send = own.new_zeros(seen.most_rows, own.shape[1])
         send[: len(own)] = own
@@ -103,8 +103,8 @@ class _Gather:
 
     def wait(self) -> tuple[Tensor, Tensor]:
         """In the order of shard.whole."""
-        self.work.wait()
-        whole = self.padded.index_select(0, self.rows)
+        _wait(self.work, "all-gather of keys and values", self.seen)
+        whole = self.padded.index_select(0, self.seen.padded_rows)
         del self.padded  # not to be held while attention runs
         return _split(whole, self.k, self.v)
 
@@ -113,7 +113,7 @@ class _ReduceScatter:
     """Gradients of all keys and values of some heads, on their way home to be summed there."""
 
     def __init__(self, dk: Tensor, dv: Tensor, heads: slice, seen: Visibility) -> None:
-        self.heads = heads
+        self.heads, self.seen = heads, seen
         dk, dv = dk.flatten(1), dv.flatten(1)
         width = dk.shape[1] + dv.shape[1]
         send = dk.new_zeros(seen.shard.cp_size * seen.most_rows, width)
@@ -126,11 +126,17 @@ class _ReduceScatter:
 
     def write(self, dk: Tensor, dv: Tensor) -> None:
         """Into this rank's own gradients, of all heads."""
-        self.work.wait()
+        _wait(self.work, "reduce-scatter of their gradients", self.seen)
         dk, dv = dk[:, self.heads], dv[:, self.heads]
         own_k, own_v = _split(self.own[: len(dk)], dk, dv)
         dk.copy_(own_k)
         dv.copy_(own_v)
+
+
+def _wait(work: dist.Work, operation: str, seen: Visibility) -> None:
+    assert seen.shard.links is not None
+    with seen.shard.links.watchdog.operation(operation):
+        work.wait()
 
 
 def _split(rows: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

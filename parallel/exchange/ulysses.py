@@ -72,7 +72,7 @@ def _gather_sequences(x: Tensor, shard: Shard) -> Tensor:
     each = heads // shard.cp_size
     send = x.view(rows, shard.cp_size, each, dim).transpose(0, 1).reshape(-1, each, dim)
     splits = [part.num_rows for part in shard.parts]
-    received = trade_rows(send, [rows] * shard.cp_size, splits, shard.group)
+    received = _trade(send, [rows] * shard.cp_size, splits, shard)
     return torch.empty_like(received).index_copy_(0, shard.gathered_rows, received)
 
 
@@ -80,6 +80,12 @@ def _gather_heads(x: Tensor, shard: Shard) -> Tensor:
     _, each, dim = x.shape
     rows, splits = shard.rows.num_rows, [part.num_rows for part in shard.parts]
     send = x[shard.gathered_rows]
-    received = trade_rows(send, splits, [rows] * shard.cp_size, shard.group)
+    received = _trade(send, splits, [rows] * shard.cp_size, shard)
     by_rank = received.view(shard.cp_size, rows, each, dim)
     return by_rank.transpose(0, 1).reshape(rows, shard.cp_size * each, dim)
+
+
+def _trade(send: Tensor, send_splits: list[int], splits: list[int], shard: Shard) -> Tensor:
+    assert shard.links is not None
+    with shard.links.watchdog.operation("heads for sequences"):
+        return trade_rows(send, send_splits, splits, shard.group)

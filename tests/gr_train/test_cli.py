@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,3 +80,23 @@ def test_help_names_the_way_to_a_traceback(capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     assert "GR_TRAIN_TRACEBACK=1" in capsys.readouterr().out
+
+
+RING = r"rank 0: step \d+: (keys and values|queries and gradients) to rank 1, from rank 1: "
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("hang", RING + r"nothing for 5 s \(parallel.timeout_s\)"), ("die", "SIGKILL")],
+)
+def test_a_rank_that_fails_in_the_ring_ends_the_job(tmp_path: Path, how: str, said: str) -> None:
+    torchrun = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", "2"]
+    config = ["--config", "configs/quickstart.yaml", "parallel.timeout_s=5", f"run_dir={tmp_path}"]
+    job = subprocess.run(
+        [*torchrun, "-m", "tests.gr_train.failing", how, *config],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert job.returncode != 0
+    assert re.search(said, job.stderr), job.stderr[-4000:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from gr_train.config import Config, ConfigError
+from gr_train.data import loader
 from gr_train.data.loader import build_loader, dataset_info, item_counts
 from gr_train.data.parquet import write_split
 from gr_train.data.sample import DatasetInfo, Sample
@@ -67,6 +69,16 @@ def same(a: JaggedBatch, b: JaggedBatch) -> bool:
     return torch.equal(a.lengths, b.lengths) and all(
         torch.equal(a.tokens[name], b.tokens[name]) for name in a.tokens
     )
+
+
+def test_costs_are_found_by_the_workers(folder, monkeypatch) -> None:
+    def costs_of(model, num_contextual: int, batch: JaggedBatch) -> torch.Tensor:
+        return torch.full((len(batch.lengths),), os.getpid(), dtype=torch.float64)
+
+    monkeypatch.setattr(loader, "sequence_flops", costs_of)
+    (batch,) = batches(make_config("synthetic", folder, workers=1), 0, 2, 1)
+    assert batch.costs is not None
+    assert (batch.costs != os.getpid()).all()
 
 
 @pytest.mark.parametrize(

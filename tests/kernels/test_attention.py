@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -72,6 +75,9 @@ def test_low_precision_inputs_accumulate_in_float32() -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
+POSITIONS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 5], dtype=torch.int32)
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [
@@ -85,6 +91,12 @@ def test_low_precision_inputs_accumulate_in_float32() -> None:
         (lambda a: a.update(keys=Jagged.whole(torch.tensor([2, 3, 5]))), "keys"),
         (lambda a: a.update(keys=Jagged.whole(torch.tensor([9]))), "keys"),
         (lambda a: a.update(backend="fastest"), "backend"),
+        (lambda a: a.update(v=a["v"].to("meta")), "v: on meta, q is on cpu"),
+        (lambda a: a.update(intervals=a["intervals"].to("meta")), "intervals: on meta"),
+        (lambda a: a.update(keys=replace(a["keys"], positions=POSITIONS[:, None])), "keys: want"),
+        (lambda a: a.update(keys=replace(a["keys"], positions=POSITIONS - 1)), "keys: positions"),
+        (lambda a: a.update(alpha=math.nan), "alpha: want a finite number, got nan"),
+        (lambda a: a.update(scale=-math.inf), "scale"),
     ],
 )
 def test_errors_name_the_argument(change, name: str) -> None:

@@ -298,6 +298,29 @@ def test_dims_and_dtypes(
     problem(whole, whole, masks()["contextual"], heads=heads, dims=dims, dtype=dtype).check(rtol)
 
 
+def test_rows_beyond_two_to_the_31() -> None:
+    """Elements, from the first to the last row of each tensor. On a CPU only touched pages take
+    memory."""
+    lengths, targets = torch.tensor([[40, 9], [2, 0]], dtype=torch.int32, device=DEVICE)
+    whole = Jagged.whole(lengths)
+    apart, heads, dim = 1 << 26, 2, 32
+    buffer = torch.empty(whole.num_rows * apart, dtype=torch.float16, device=DEVICE)
+    columns = [buffer[i * heads * dim :] for i in range(8)]
+    wide = [x.as_strided((whole.num_rows, heads, dim), (apart, dim, 1)) for x in columns]
+    small = torch.randn(4, whole.num_rows, heads, dim, device=DEVICE).half()
+    for x, y in zip(wide, small, strict=False):
+        x.copy_(y)
+    q, k, v, dout, out, dq, dk, dv = wide
+    weighting = Weighting(whole, whole, hstu_intervals(whole, lengths, targets), 0.3, 0.1)
+    launch.forward(q, Source((k, v), weighting), out=out)
+    launch.query_gradient(dout, q, Source((k, v), weighting), out=dq)
+    launch.key_value_gradients(k, v, Source((q, dout), weighting), out=(dk, dv))
+    q, k, v, dout = small.double()
+    want = blockwise_forward(q, k, v, weighting), *blockwise_backward(dout, q, k, v, weighting)
+    for x, y in zip((out, dq, dk, dv), want, strict=True):
+        close(x, y, 1e-3)
+
+
 def test_rows_of_a_wider_buffer() -> None:
     """q, k and v as slices of one projection: strided rows, no copy needed."""
     whole, _, _ = tokens()

@@ -161,6 +161,24 @@ def test_sources_are_walked_together() -> None:
     assert check_segments(own, asked) > 0
 
 
+def test_heavy_tiles_come_first() -> None:
+    """By more than a factor of two, always: of about equal ones the order of rows may count."""
+    lengths = torch.tensor([100, 600, 0, 300], dtype=torch.int32, device=DEVICE)
+    whole = Jagged.whole(lengths)
+    intervals = hstu_intervals(whole, lengths, torch.zeros_like(lengths))
+    plan = Plan.build(whole, whole, intervals, TILE, PART)
+    for records in (plan.query_tiles(), plan.query_parts(), plan.key_parts()):
+        work = torch.tensor(
+            [
+                sum(max(end - start, 0) for kind in runs_of(record) for start, end in kind)
+                for record in records[:, 0].tolist()
+            ]
+        )
+        assert work.max() > 8 * work[work > 0].min()
+        still_to_come = work.flip(0).cummax(0).values.flip(0)
+        assert (2 * work.clamp(min=64) >= still_to_come).all()
+
+
 def test_stripes_are_masked_at_the_diagonal_alone() -> None:
     """A causal shard's steps of a ring: what lies below the diagonal is full, also where the short
     tile in front breaks a run."""
