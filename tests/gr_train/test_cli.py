@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -94,6 +95,7 @@ def test_a_rank_that_fails_in_the_ring_ends_the_job(tmp_path: Path, how: str, sa
     config = ["--config", "configs/quickstart.yaml", "parallel.timeout_s=5", f"run_dir={tmp_path}"]
     job = subprocess.run(
         [*torchrun, "-m", "tests.gr_train.failing", how, *config],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},  # fewer GPUs than processes are refused
         capture_output=True,
         text=True,
         timeout=120,
