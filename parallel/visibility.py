@@ -1,4 +1,14 @@
-"""What every rank's queries see of the group's sequences: made once per batch, for all layers."""
+"""What every rank's queries see of the group's sequences: made once per batch, for all layers.
+
+All of it follows from spans: rows of a rank that are neighbours, as intervals of one `Line` on
+which every rank has a stretch of its own. Say two ranks hold the halves of a sequence of 8 tokens,
+of which the first is contextual and sees all, the others two before them and themselves. Rank 0
+holds rows 0 to 3, rank 1 rows 4 to 7. Then
+
+- rank 1's queries see rows 2 and 3, `beyond` its own: these keys go there, as `Halo.keys`;
+- rank 0's row 0 sees rows 4 to 7, too. It is `wide`: instead of four keys coming, the query goes,
+  as a guest of rank 1 (`Halo.wide`), and what it finds there comes back and is added.
+"""
 
 from __future__ import annotations
 
