@@ -82,10 +82,6 @@ class Layout(ABC):
         longest = rows.amax(1).tolist() if len(lengths) else [0] * self.cp_size
         return tuple(Jagged(*part) for part in zip(offsets, by_rank, longest, strict=True))
 
-    def positions(self, lengths: Tensor, rank: int) -> Jagged:
-        """The rows `rank` holds, see `parts`."""
-        return self.parts(lengths)[rank]
-
     def shares(self, lengths: Tensor, before: Tensor) -> Tensor:
         """Rows per rank and block, int64 [cp, blocks].
 

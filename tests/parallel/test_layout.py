@@ -23,8 +23,7 @@ def test_every_position_has_one_owner(name: str, lengths: list[int], cp: int) ->
     layout = LAYOUTS[name](cp)
     tensor = torch.tensor(lengths, dtype=torch.int32)
     seen = []
-    for rank in range(cp):
-        part = layout.positions(tensor, rank)
+    for part in layout.parts(tensor):
         assert part.max_length == max([0, *part.lengths().tolist()])
         sequence = part.sequence_ids()
         inside = sequence[1:] == sequence[:-1]
@@ -40,7 +39,7 @@ def test_every_position_has_one_owner(name: str, lengths: list[int], cp: int) ->
 def test_token_counts_are_balanced(name: str, lengths: list[int], cp: int) -> None:
     layout = LAYOUTS[name](cp)
     tensor = torch.tensor(lengths, dtype=torch.int32)
-    counts = torch.stack([layout.positions(tensor, r).lengths() for r in range(cp)])
+    counts = torch.stack([part.lengths() for part in layout.parts(tensor)])
     if lengths:
         assert int((counts.amax(0) - counts.amin(0)).max()) <= 1, "of one sequence"
     totals = counts.sum(1)
@@ -78,8 +77,8 @@ def test_zigzag_balances_causal_work() -> None:
     layout = ZigzagLayout(8)
     work = torch.stack(
         [
-            interval_lengths(hstu_intervals(layout.positions(lengths, r), lengths, none)).sum()
-            for r in range(8)
+            interval_lengths(hstu_intervals(part, lengths, none)).sum()
+            for part in layout.parts(lengths)
         ]
     ).double()
     assert float(work.max() / work.mean()) < 1.001
@@ -88,7 +87,7 @@ def test_zigzag_balances_causal_work() -> None:
 def test_zigzag_of_less_than_a_block() -> None:
     lengths = torch.tensor([12], dtype=torch.int32)
     layout = ZigzagLayout(3)
-    got = [layout.positions(lengths, r).positions.tolist() for r in range(3)]
+    got = [part.positions.tolist() for part in layout.parts(lengths)]
     assert got == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
 
 
@@ -97,7 +96,7 @@ def test_zigzag_of_a_long_sequence_is_stripes() -> None:
     layout = ZigzagLayout(2)
     stripes = torch.arange(4 * STRIPE).view(4, STRIPE)
     for rank, (mine, rest) in enumerate([([0, 3], [0, 3]), ([1, 2], [1, 2])]):
-        got = layout.positions(lengths, rank).positions.split([3 - rank, 2 * STRIPE + 2])[1]
+        got = layout.parts(lengths)[rank].positions.split([3 - rank, 2 * STRIPE + 2])[1]
         want = torch.cat([stripes[mine].flatten(), torch.tensor(rest) + 4 * STRIPE])
         assert got.tolist() == want.tolist()
 
@@ -105,7 +104,7 @@ def test_zigzag_of_a_long_sequence_is_stripes() -> None:
 def test_zigzag_balances_the_work_against_every_rank() -> None:
     """Of each step of a ring, not only of all together; no step is all heavy rows."""
     lengths = torch.tensor([64_000], dtype=torch.int32)
-    positions = [ZigzagLayout(4).positions(lengths, r).positions for r in range(4)]
+    positions = [part.positions for part in ZigzagLayout(4).parts(lengths)]
     for queries in positions:
         for keys in positions:
             seen = torch.searchsorted(keys, queries, right=True).double()  # by each row

@@ -18,7 +18,7 @@ LENGTHS = torch.tensor([0, 1, 2, 5, 40, 3, 7, 64], dtype=torch.int32)
 def suffix_parts(layout, keep: int) -> list[Jagged]:
     """The layout of each sequence's last `keep` tokens, in positions of the whole sequence."""
     kept = LENGTHS.clamp(max=keep)
-    parts = [layout.positions(kept, r) for r in range(layout.cp_size)]
+    parts = layout.parts(kept)
     return [
         Jagged(p.offsets, p.positions + (LENGTHS - kept)[p.sequence_ids()].int()) for p in parts
     ]
@@ -35,7 +35,7 @@ def plan_move(old: list[Jagged], new: list[Jagged], mesh: Mesh) -> Relayout:
 
 def move(cp: int, source: str, target: str, keep: int):
     mesh = build_mesh(dp=1, cp=cp, device=CPU)
-    old = [LAYOUTS[source](cp).positions(LENGTHS, r) for r in range(cp)]
+    old = LAYOUTS[source](cp).parts(LENGTHS)
     new = suffix_parts(LAYOUTS[target](cp), keep)
     plan = plan_move(old, new, mesh)
     whole = torch.arange(int(LENGTHS.sum()) * 2, dtype=torch.float64).view(-1, 2)
@@ -64,8 +64,8 @@ def test_nothing_moves_between_equal_layouts(run_in_world) -> None:
 def want_too_much():
     mesh = build_mesh(dp=1, cp=2, device=CPU)
     layout = LAYOUTS["zigzag"](2)
-    held = [layout.positions(LENGTHS, 0), layout.positions(torch.zeros_like(LENGTHS), 1)]
-    wanted = [layout.positions(LENGTHS, r) for r in range(2)]
+    held = [layout.parts(LENGTHS)[0], layout.parts(torch.zeros_like(LENGTHS))[1]]
+    wanted = layout.parts(LENGTHS)
     if mesh.rank == 1:
         with pytest.raises(ValueError, match="target"):
             plan_move(held, wanted, mesh)

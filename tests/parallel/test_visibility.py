@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def make_shard(lengths: torch.Tensor, num_targets: torch.Tensor, layout: str, cp: int) -> Shard:
-    parts = tuple(LAYOUTS[layout](cp).positions(lengths, r) for r in range(cp))
+    parts = LAYOUTS[layout](cp).parts(lengths)
     return Shard(lengths, num_targets, parts, {}, None, 0, CPU)
 
 
