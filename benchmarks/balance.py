@@ -63,8 +63,13 @@ def main() -> None:
     parser.add_argument("--config", help="as of gr-train train")
     parser.add_argument("overrides", nargs="*", help="such as model.width=1024")
     args = parser.parse_args()
+    if args.exponent <= 1 or min(args.groups, args.batch, args.max_events, args.batches) < 1:
+        parser.error("--exponent: want more than 1, of the rest 1 or more")
 
-    config = load_config(args.config, [*args.overrides, "parallel.cp=1"], world_size=1)
+    try:
+        config = load_config(args.config, [*args.overrides, "parallel.cp=1"], world_size=1)
+    except ValueError as error:
+        parser.error(str(error))
     print(
         f"simulated: {args.groups} dp groups of {args.batch} sequences, Zipf({args.exponent:g}) up "
         f"to {args.max_events:,} events, {args.batches} batches; slowest group's work over the mean"

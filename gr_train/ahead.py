@@ -26,17 +26,31 @@ class Ahead(Generic[T]):
         self.make, self.left, self.threaded = make, count, threaded
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
         self.begun: deque[Future[T]] = deque()
+        self.over = False
 
     def __iter__(self) -> Iterator[T]:
-        with self.pool:
+        try:
             while self.left:
                 self.left -= 1
-                yield self.begun.popleft().result() if self.begun else self.make()
+                yield self.begun.popleft().result() if self.begun else self._make()
+        finally:
+            self.over = True
+            self.pool.shutdown()
+
+    def _make(self) -> T:
+        """Not after one that failed: other ranks' messages would be met by those of the next."""
+        if self.over:
+            raise RuntimeError("nothing is made any more")
+        try:
+            return self.make()
+        except BaseException:
+            self.over = True
+            raise
 
     def begin(self) -> None:
         """Make the next ones now, if there are any to come."""
         while self.threaded and len(self.begun) < min(DEPTH, self.left):
-            self.begun.append(self.pool.submit(self.make))
+            self.begun.append(self.pool.submit(self._make))
 
     def settle(self) -> None:
         """Wait until nothing is being made; nothing will be until `begin`."""

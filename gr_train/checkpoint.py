@@ -34,7 +34,6 @@ from parallel.embedding.tables import fused_optimizer
 # the number of steps, dropout, what is computed again.
 SETTINGS = (
     "data.source",
-    "data.synthetic",
     "data.max_length",
     "data.batch_size",
     "data.readers",
@@ -81,7 +80,7 @@ class Checkpointer:
     def save(self, step: int, loader_state: dict[str, Any]) -> None:
         """Write step_N and remove the oldest beyond `keep`. Collective.
 
-        loader_state: the loader's after this step's batch; it may be a batch ahead by now.
+        loader_state: the loader's after this step's batch; it may be batches ahead by now.
         Raises ValueError if it cannot be written.
         """
         path = self.folder / f"step_{step:08d}"
@@ -118,17 +117,31 @@ class Checkpointer:
         self._check_settings(path)
         state = self._state(0, self.loader.state_dict())
         self._load(state, path)
+        rates, options = self.schedule.base_lrs, self._optimizer_options()
         set_model_state_dict(self.dense, state["dense"])
         set_optimizer_state_dict(self.dense, self.optimizer, optim_state_dict=state["optimizer"])
         self.embeddings.load_state_dict(state["embeddings"])
         fused_optimizer(self.embeddings).load_state_dict(state["embedding_optimizer"])
         (own,) = state[self._own_key()]
-        self.schedule.load_state_dict(own["schedule"])
+        self.schedule.load_state_dict({**own["schedule"], "base_lrs": rates})
+        self._use(options)
         self.loader.load_state_dict(own["loader"])
         torch.set_rng_state(own["rng"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda_rng"], self.device)
         return own["step"]
+
+    def _optimizer_options(self) -> list[dict[str, Any]]:
+        """Learning rate, decay and betas: the config's, which may change when a run goes on."""
+        groups = self.optimizer.param_groups
+        return [{name: x for name, x in g.items() if name != "params"} for g in groups]
+
+    def _use(self, options: list[dict[str, Any]]) -> None:
+        step, factors = self.schedule.last_epoch, self.schedule.lr_lambdas
+        for group, own, rate, factor in zip(
+            self.optimizer.param_groups, options, self.schedule.base_lrs, factors, strict=True
+        ):
+            group.update(own, lr=rate * factor(step))
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint, if there is one."""
@@ -156,9 +169,13 @@ class Checkpointer:
 
     def _settings(self) -> dict[str, Any]:
         """Plain values, so that a checkpoint does not depend on what classes look like."""
+        data = self.config.data
+        synthetic = asdict(data.synthetic)
+        del synthetic["num_eval_sequences"]
         return {
             "processes": dist.get_world_size(),
             **{name: _plain(attrgetter(name)(self.config)) for name in SETTINGS},
+            "data.synthetic": synthetic if data.source == "synthetic" else None,
             "dataset": _plain(self.info),
         }
 

@@ -85,9 +85,8 @@ def sole_writer(run_dir: Path) -> Iterator[None]:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(lock.open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Closing would not do: a loader's workers have inherited the file.
-            stack.callback(fcntl.flock, file, fcntl.LOCK_UN)
+            # Not flock: a loader's workers would inherit it, and keep it after a crash.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
                 f"run_dir={run_dir}: another job is writing there; choose another"

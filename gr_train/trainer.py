@@ -265,11 +265,12 @@ class Trainer:
     def _check_loss(self, step: int, is_finite: bool) -> None:
         if is_finite:
             return
-        newest = self.checkpointer.newest()
+        newest, left = self.checkpointer.newest(), "there is no checkpoint"
+        if newest is not None:
+            left = f"remove the newest checkpoint if that fails at once, too: {newest}"
         raise ValueError(
             f"step {step}: the loss is not finite; lower optim.lr or embedding.lr, raise "
-            "optim.warmup_steps, or clip gradients by optim.clip_norm; "
-            + ("there is no checkpoint" if newest is None else f"the newest checkpoint is {newest}")
+            f"optim.warmup_steps, or clip gradients by optim.clip_norm; {left}"
         )
 
     def _finish(

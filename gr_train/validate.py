@@ -27,6 +27,8 @@ RANGES: dict[str, tuple[float, float | None]] = {
             "model.num_layers",
             "model.width",
             "model.num_heads",
+            "model.qk_dim",
+            "model.v_dim",
             "model.num_negatives",
             "parallel.cp",
             "parallel.timeout_s",
@@ -59,13 +61,14 @@ RANGES: dict[str, tuple[float, float | None]] = {
         (0, None),
     ),
     "data.synthetic.num_tasks": (1, 63),  # labels are bits of an int64
-    "model.qk_dim": (1, 257),  # wider heads have no Triton kernel
-    "model.v_dim": (1, 257),
     "train.seed": (0, 2**31),
     "model.dropout": (0, 1),
     "optim.beta1": (0, 1),
     "optim.beta2": (0, 1),
 }
+
+
+MAX_HEAD_DIM = 256
 
 
 def validate(config: Config, world_size: int) -> None:
@@ -114,7 +117,7 @@ def _check_mesh(config: Config, world_size: int) -> None:
             _refuse(
                 "data.readers",
                 readers,
-                f"must be a multiple of the {world_size} processes that divides "
+                f"must be a multiple of the job's number of processes, {world_size}, that divides "
                 f"data.batch_size={data.batch_size}, such as {nearest}",
             )
 
@@ -130,6 +133,11 @@ def _check_model(config: Config) -> None:
             f"shares model.num_heads={model.num_heads} among parallel.cp={parallel.cp} processes; "
             "choose heads that cp divides, or the ring",
         )
+    for name, dim in (("model.qk_dim", model.qk_dim), ("model.v_dim", model.v_dim)):
+        if dim > MAX_HEAD_DIM and model.kind == "hstu":
+            _refuse(
+                name, dim, f"HSTU's kernels take up to {MAX_HEAD_DIM}; use more model.num_heads"
+            )
     if model.recompute != "none" and model.kind != "hstu":
         _refuse("model.recompute", model.recompute, "only HSTU's layers can; use none")
     if model.width % 4:

@@ -82,6 +82,24 @@ def test_an_error_reaches_the_user() -> None:
     ahead.settle()
 
 
+def test_nothing_is_made_after_an_error() -> None:
+    made: list[int] = []
+
+    def make() -> int:
+        made.append(len(made))
+        if len(made) == 2:
+            raise OSError("no such file")
+        return made[-1]
+
+    ahead = Ahead(make, 3, threaded=True)
+    results = iter(ahead)
+    assert next(results) == 0
+    ahead.begin()
+    with pytest.raises(OSError, match="no such file"):
+        next(results)
+    assert made == [0, 1]
+
+
 def steps(run_dir: str, overrides: list[str], ahead: bool) -> list[float]:
     """Losses of steps that, once all is compiled and buffers have grown, must not wait for the GPU.
 

@@ -169,6 +169,24 @@ def test_resume_names_in_one_line_what_changed(run_in_world, tmp_path: Path) -> 
             assert f"{override}: {tmp_path}/checkpoints/step_00000002 has {saved}; use" in message
 
 
+def rates_after_resuming(run_dir: Path) -> list[float]:
+    """As logged: of two steps, and two more with others."""
+    each = ["parallel.cp=1", "optim.warmup_steps=0"]
+    run(run_dir, *each, "train.steps=2", "optim.lr=1e-3")
+    changed = ["optim.lr=1e-5", "optim.beta1=0.5", "data.synthetic.num_eval_sequences=3"]
+    steps = ["train.steps=4", "checkpoint.resume=true"]
+    trainer = Trainer(small(run_dir, *each, *changed, *steps, world_size=1))
+    trainer.fit()
+    assert trainer.optimizer.param_groups[0]["betas"] == (0.5, 0.98)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [x["lr"] for x in map(json.loads, lines) if x["kind"] == "train"]
+
+
+def test_what_may_change_is_the_config_s(run_in_world, tmp_path: Path) -> None:
+    (rates,) = run_in_world(1, rates_after_resuming, tmp_path)
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-5, 1e-5])
+
+
 def resume_with_another_vocabulary(folder: Path) -> str:
     data = ["parallel.cp=1", *write_data(folder)]
     run(folder, *data, "train.steps=1")
@@ -235,8 +253,8 @@ def diverge(run_dir: Path, *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("every", "step", "newest"),
     [
-        ("train.log_every=1 checkpoint.every=2", 3, "the newest checkpoint is {}/step_00000002"),
-        ("train.log_every=6 checkpoint.every=2", 4, "the newest checkpoint is {}/step_00000002"),
+        ("train.log_every=1 checkpoint.every=2", 3, "at once, too: {}/step_00000002"),
+        ("train.log_every=6 checkpoint.every=2", 4, "at once, too: {}/step_00000002"),
         ("train.log_every=5 checkpoint.every=5", 5, "there is no checkpoint"),
     ],
 )
@@ -280,7 +298,7 @@ def test_a_file_system_without_locks_will_do(tmp_path: Path, capsys, monkeypatch
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr("fcntl.lockf", no_locks)
     with sole_writer(tmp_path / "run"):
         assert ".run.lock: no lock (No locks available)" in capsys.readouterr().out
 

@@ -26,7 +26,9 @@ def test_all_fit() -> None:
         )
         for capability in SHARED
     }
-    written = {capability: process.communicate()[0] for capability, process in compiling.items()}
+    written = {
+        capability: process.communicate(timeout=500)[0] for capability, process in compiling.items()
+    }
     for capability, kernels in written.items():
         assert compiling[capability].returncode == 0, f"sm_{capability}"
         assert len(kernels.splitlines()) == (17 if capability == 90 else 16)
