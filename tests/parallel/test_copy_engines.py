@@ -27,7 +27,7 @@ from parallel.exchange import halo, ring
 from parallel.exchange.ring_pass import RingPass
 from parallel.layout import LAYOUTS
 from parallel.links import Links
-from parallel.relayout import Moving
+from parallel.relayout import Moving, Relayout
 from parallel.send_receive import SendReceive
 from parallel.shard import Shard
 from parallel.swaps import Swaps
@@ -420,6 +420,34 @@ def test_so_they_are_in_a_halo(
         graph = take_down(size, *of)
         assert graph.heard
         assert not graph.races()
+
+
+class Moved(torch.autograd.Function):
+    """Keys to another layout; their gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, plan: Relayout) -> Tensor:
+        ctx.back = plan.reversed(len(k))
+        return plan.move(k)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> Any:  # type: ignore[override]
+        dk = ctx.back.move(dout)
+        return dk, dk, dk, None
+
+
+def move(*qkv: Tensor, seen: Visibility, alpha: float, scale: float) -> Tensor:
+    shard = seen.shard
+    assert shard.links is not None
+    wanted = seen.line.spans(LAYOUTS["zigzag"](shard.cp_size).parts(shard.lengths))
+    return Moved.apply(*qkv, Relayout.between(seen.line, seen.held, wanted, shard.links, CPU))
+
+
+@pytest.mark.parametrize(("copies", "transport"), [(True, CopyEngines), (False, SendReceive)])
+def test_so_they_are_in_a_move_and_only_if_it_settles(copies: bool, transport: type) -> None:
+    assert not take_down(3, "contiguous", copies=copies, attention=move).races()
+    with patch.object(transport, "settle", no_wait):
+        assert take_down(3, "contiguous", copies=copies, attention=move).races()
 
 
 def test_the_last_message_stands_for_all_before_it() -> None:
