@@ -53,7 +53,7 @@ from benchmarks.processes import measured
 from gr_train.ahead import Ahead
 from gr_train.config import load_config
 from gr_train.data.synthetic import SyntheticSource
-from gr_train.model.mask import mask_intervals
+from gr_train.model.mask import layer_flops, mask_intervals
 from gr_train.model.recommender import Prepared
 from gr_train.trainer import Trainer, freeze_objects
 from kernels.masks import interval_lengths
@@ -176,7 +176,7 @@ def attention(args: argparse.Namespace) -> list[dict]:
 
         row = measure(call, args, exchange, shard.links)
         name = exchange if world > 1 else "-"
-        link = shard.links.name_for(exchange) if shard.links else ""
+        link = EXCHANGES[exchange].by(shard.links) if shard.links else ""
         if world > 1 and link:
             name += ", simulated" if args.simulated else f", {link}"
         row |= {"exchange": name}
@@ -222,10 +222,9 @@ def step(args: argparse.Namespace) -> list[dict]:
         model, rows = config.model, shard.rows.num_rows
         mask = partial(mask_intervals, model.mask, len(trainer.info.contextual))
         seen = Visibility(shard, mask)
-        heads = model.num_heads * (model.qk_dim + model.v_dim)
         pairs = float(interval_lengths(seen.intervals).sum().double())
-        weights = model.width * 2 * heads + model.num_heads * model.v_dim * model.width
-        flops += model.num_layers * (3.5 * 2 * heads * pairs + 6 * weights * rows)
+        of_attention, of_projections = layer_flops(model, pairs, rows)
+        flops += model.num_layers * (3.5 * of_attention + 3 * of_projections)
         tokens += rows
     totals = torch.tensor([flops, tokens], dtype=torch.float64)
     dist.all_reduce(totals)

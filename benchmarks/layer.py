@@ -25,7 +25,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import kernels.triton.backward
 import kernels.triton.forward
@@ -33,6 +33,7 @@ import kernels.triton.slopes
 from benchmarks.attention import Work, chart, milliseconds, plot
 from gr_train.config import ModelConfig
 from gr_train.model.hstu import HSTULayer
+from gr_train.model.mask import layer_flops
 from kernels.jagged import Jagged
 from kernels.masks import interval_lengths
 from kernels.triton.launcher import Launcher
@@ -70,8 +71,8 @@ class PlainLayer(HSTULayer):
         return x + self.output(F.dropout(gated, self.dropout))
 
 
-def build(policy: str, args: argparse.Namespace, lengths: list[int]) -> nn.Module:
-    config = ModelConfig(
+def configure(policy: str, args: argparse.Namespace) -> ModelConfig:
+    return ModelConfig(
         width=args.width,
         num_heads=args.heads,
         qk_dim=args.dim,
@@ -79,9 +80,6 @@ def build(policy: str, args: argparse.Namespace, lengths: list[int]) -> nn.Modul
         dropout=args.dropout,
         recompute="none" if policy == "plain" else policy,  # type: ignore[arg-type]
     )
-    torch.manual_seed(0)
-    layer = PlainLayer if policy == "plain" else HSTULayer
-    return layer(config, max(lengths), "ring").cuda()
 
 
 def make_batch(work: Work) -> Visibility:
@@ -90,14 +88,6 @@ def make_batch(work: Work) -> Visibility:
     none = torch.zeros_like(host)
     shard = Shard(host, none, (Jagged.whole(host),), {}, None, 0, torch.device("cuda"))
     return Visibility(shard, work.intervals)
-
-
-def count_flops(work: Work, width: int, seen: Visibility) -> tuple[float, float]:
-    """Of a layer's forward, and of all of a step."""
-    inner, rows = work.heads * work.dim, seen.shard.rows.num_rows
-    attention = 4 * inner * float(interval_lengths(seen.intervals).sum().double())
-    matmuls = 2 * 5 * width * inner * rows
-    return attention + matmuls, 3.5 * attention + 3 * matmuls
 
 
 def profile(call: Callable[[], object], steps: int = 3) -> Counter[str]:
@@ -122,8 +112,10 @@ def kind(kernel: str) -> str:
 
 def measure(policy: str, args: argparse.Namespace, work: Work) -> dict:
     seen = make_batch(work)
-    layer = build(policy, args, seen.shard.lengths.tolist())
-    tokens = seen.shard.rows.num_rows
+    config, tokens = configure(policy, args), seen.shard.rows.num_rows
+    torch.manual_seed(0)
+    kind_of_layer = PlainLayer if policy == "plain" else HSTULayer
+    layer = kind_of_layer(config, int(seen.shard.lengths.max()), "ring").cuda()
     dtype = getattr(torch, args.residual)
     x = torch.randn(tokens, args.width, device="cuda", dtype=dtype, requires_grad=True)
     dout = torch.randn_like(x)
@@ -152,15 +144,16 @@ def measure(policy: str, args: argparse.Namespace, work: Work) -> dict:
     split: Counter[str] = Counter()
     for name, ms in kernels_ms.items():
         split[kind(name)] += ms  # type: ignore[assignment]
-    forward_flops, step_flops = count_flops(work, args.width, seen)
+    pairs = float(interval_lengths(seen.intervals).sum().double())
+    of_attention, of_projections = layer_flops(config, pairs, tokens)
     return dict(
         work=work.name,
         policy=policy,
         tokens=tokens,
         total_ms=total,
         forward_ms=alone,
-        forward_tflops=forward_flops / alone / 1e9,
-        step_tflops=step_flops / total / 1e9,
+        forward_tflops=(of_attention + of_projections) / alone / 1e9,
+        step_tflops=(3.5 * of_attention + 3 * of_projections) / total / 1e9,
         **{f"{part}_ms": split[part] for part in ("attention", "matmul", "rest")},
         rest_share=split["rest"] / split.total(),
         saved_bytes_per_token=saved / tokens,

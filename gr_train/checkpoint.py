@@ -117,13 +117,14 @@ class Checkpointer:
         self._check_settings(path)
         state = self._state(0, self.loader.state_dict())
         self._load(state, path)
-        rates, options = self.schedule.base_lrs, self._optimizer_options()
+        options = self._optimizer_options()
         set_model_state_dict(self.dense, state["dense"])
         set_optimizer_state_dict(self.dense, self.optimizer, optim_state_dict=state["optimizer"])
         self.embeddings.load_state_dict(state["embeddings"])
         fused_optimizer(self.embeddings).load_state_dict(state["embedding_optimizer"])
         (own,) = state[self._own_key()]
-        self.schedule.load_state_dict({**own["schedule"], "base_lrs": rates})
+        rates = {"base_lrs": self.schedule.base_lrs}  # the config's, like the options
+        self.schedule.load_state_dict(own["schedule"] | rates)
         self._use(options)
         self.loader.load_state_dict(own["loader"])
         torch.set_rng_state(own["rng"])

@@ -31,6 +31,7 @@ from gr_train.model.recommender import DenseModel, Prepared, Recommender, tables
 from gr_train.optim import build_optimizer, build_schedule, follow_schedule
 from gr_train.progress import Progress, set_aside, sole_writer
 from kernels.scratch import limit_scratch
+from parallel.attention import EXCHANGES
 from parallel.batch import JaggedBatch
 from parallel.dense import replicate
 from parallel.embedding.tables import fused_optimizer, shard_tables
@@ -316,7 +317,7 @@ class Trainer:
         )
         if self.mesh.cp > 1:
             layout, exchange, why = self.sharding
-            link = self.mesh.links.name_for(exchange)
+            link = EXCHANGES[exchange].by(self.mesh.links)
             by = f" by {link}" if link else ""
             some = "cut" if self.config.parallel.keep_whole else "all"
             how = f"{layout} layout, {exchange}{by} ({why})"

@@ -67,8 +67,7 @@ RANGES: dict[str, tuple[float, float | None]] = {
     "optim.beta2": (0, 1),
 }
 
-
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256  # `kernels.attention.TRITON_MAX_DIM`, which is not here before torch is
 
 
 def validate(config: Config, world_size: int) -> None:

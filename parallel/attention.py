@@ -12,18 +12,20 @@ from parallel.exchange.all_gather import all_gather_attention
 from parallel.exchange.halo import halo_attention
 from parallel.exchange.ring import ring_attention
 from parallel.exchange.ulysses import ulysses_attention
+from parallel.links import Links
 from parallel.visibility import Visibility
 
 
 class Exchange(NamedTuple):
     attention: Callable[..., Tensor]
     wanted: tuple[str, ...]  # of a batch's `Visibility`: made once, by the host
+    by: Callable[[Links], str] = lambda _: ""  # the link's name; empty if by collectives
 
 
 EXCHANGES = {
-    "ring": Exchange(ring_attention, ("all_intervals", "meets")),
+    "ring": Exchange(ring_attention, ("all_intervals", "meets"), lambda links: links.name),
     "all_gather": Exchange(all_gather_attention, ("intervals", "padded_rows")),
-    "halo": Exchange(halo_attention, ("intervals", "halo")),
+    "halo": Exchange(halo_attention, ("intervals", "halo"), lambda links: links.direct.name),
     "ulysses": Exchange(ulysses_attention, ("whole_intervals",)),
 }
 

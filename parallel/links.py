@@ -34,11 +34,10 @@ class Links:
         """From any rank to any other."""
         return self.across or self.within
 
-    def name_for(self, exchange: str) -> str:
-        """Of what an exchange sends by; empty if by collectives."""
-        if exchange == "ring" and self.across:
-            return f"{self.within.name}, between nodes {self.across.name}"
-        return self.direct.name if exchange in ("ring", "halo") else ""
+    @property
+    def name(self) -> str:
+        between = f", between nodes {self.across.name}" if self.across else ""
+        return self.within.name + between
 
 
 def build_links(

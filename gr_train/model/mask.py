@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, interval_lengths, semi_local_intervals
 from parallel.batch import JaggedBatch
 from parallel.layout import ContiguousLayout
+
+Number = TypeVar("Number", float, Tensor)
 
 
 def mask_intervals(
@@ -76,18 +78,24 @@ def _chunks_are_equal_work(config: Config) -> bool:
 
 
 def sequence_flops(config: ModelConfig, num_contextual: int, batch: JaggedBatch) -> Tensor:
-    """Floating point operations of one HSTU layer's forward, float64 [B], per sequence.
-
-    Attention: 2 (Dqk + Dv) per head and visible pair. Projections: 2 per weight and token. This is
-    what balances dp groups; a backward takes a constant multiple of it.
-    """
+    """Of one HSTU layer's forward, float64 [B], per sequence: what balances dp groups."""
     queries = Jagged.whole(batch.lengths)
     intervals = mask_intervals(
         config.mask, num_contextual, queries, batch.lengths, batch.num_targets
     )
     pairs = torch.zeros(batch.lengths.numel(), dtype=torch.float64)
     pairs.index_add_(0, queries.sequence_ids(), interval_lengths(intervals).double())
+    attention, projections = layer_flops(config, pairs, batch.lengths.double())
+    return attention + projections
+
+
+def layer_flops(config: ModelConfig, pairs: Number, tokens: Number) -> tuple[Number, Number]:
+    """Floating point operations of one HSTU layer's forward: of attention, of the projections.
+
+    2 (Dqk + Dv) per head and visible pair; 2 per weight and token. A backward takes 2.5 times the
+    one and twice the other.
+    """
     heads, width = config.num_heads, config.width
     per_pair = 2 * heads * (config.qk_dim + config.v_dim)
     per_token = 2 * width * heads * (2 * config.qk_dim + 3 * config.v_dim)
-    return per_pair * pairs + per_token * batch.lengths.double()
+    return per_pair * pairs, per_token * tokens

@@ -8,6 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from gr_train.config import ConfigError, load_config, save_config
+from gr_train.validate import MAX_HEAD_DIM
+from kernels.attention import TRITON_MAX_DIM
 
 PARQUET = "data.source=parquet data.path=data"
 PROJECTIONS = "model.recompute=projections"
@@ -80,6 +82,10 @@ def test_refusals(override: str, words: list[str]) -> None:
         load_config("configs/quickstart.yaml", override.split(), world_size=4)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_head_dims_are_those_of_the_kernels() -> None:
+    assert MAX_HEAD_DIM == TRITON_MAX_DIM
 
 
 def test_one_process_is_told_its_way() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from parallel.attention import EXCHANGES
 from parallel.links import Links
 
 
@@ -12,7 +13,7 @@ def test_names() -> None:
     engines: Any = SimpleNamespace(name="copy engines")
     network: Any = SimpleNamespace(name="send and receive")
     node, nodes = Links(engines), Links(engines, network)
-    assert node.name_for("ring") == node.name_for("halo") == "copy engines"
-    assert nodes.name_for("ring") == "copy engines, between nodes send and receive"
-    assert nodes.name_for("halo") == "send and receive"
-    assert node.name_for("all_gather") == nodes.name_for("ulysses") == ""
+    assert EXCHANGES["ring"].by(node) == EXCHANGES["halo"].by(node) == "copy engines"
+    assert EXCHANGES["ring"].by(nodes) == "copy engines, between nodes send and receive"
+    assert EXCHANGES["halo"].by(nodes) == "send and receive"
+    assert EXCHANGES["all_gather"].by(node) == EXCHANGES["ulysses"].by(nodes) == ""
