@@ -55,7 +55,8 @@ def attend(transport: str, exchange: str, keep_whole: bool) -> list[list[torch.T
         ids = {"id": torch.zeros(int(mine.sum()), dtype=torch.int64)}
         batch = JaggedBatch(mine, (mine > 3).int(), ids)
         shard = shard_batch(batch, ZigzagLayout(2), mesh, keep_whole=keep_whole)
-        mask = partial(hstu_intervals, num_contextual=2, window=300)
+        window = 300 if exchange == "halo" else 0
+        mask = partial(hstu_intervals, num_contextual=2, window=window)
         seen = Visibility(shard, mask, num_contextual=2)
         *qkv, dout = tensors(int(shard.lengths.sum()), device)
         own = shard.whole_rows[shard.rank]
