@@ -33,9 +33,20 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Resident:
+    """Of a kernel whose programs stay, see `hopper`: query rows of a tile, key rows of a block, and
+    how many buffers there are for tiles and for blocks."""
+
+    m: int
+    n: int
+    tiles: int
+    stages: int
+
+
+@dataclass(frozen=True)
 class Config:
     """One shape of problem. The plan's `tile` is a multiple of `part` and of forward.m, and `part`
-    of forward.n and of the backward's blocks; `kept` has a plan of its own."""
+    of forward.n and of the backward's blocks; `kept` and `resident` have plans of their own."""
 
     tile: int
     part: int
@@ -44,13 +55,21 @@ class Config:
     key: Blocks
     value: Blocks | None = None  # dv's own launch, if it does not share dk's
     kept: Kept | None = None  # if it pays to keep slopes
+    resident: Resident | None = None  # for the forward of one source, if it pays
 
 
 # By the larger of the two head dims, padded to a power of two. On Hopper two blocks of 4 warps
 # share a multiprocessor where they fit: one computes SiLU while the other's products run.
 HOPPER = {
     64: Config(128, 64, Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
-    128: Config(128, 64, Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+    128: Config(
+        128,
+        64,
+        Blocks(128, 64, 4, 2),
+        Blocks(64, 64, 4, 2),
+        Blocks(64, 64, 4, 2),
+        resident=Resident(128, 128, 2, 2),
+    ),
     256: Config(
         128,
         128,
@@ -59,6 +78,7 @@ HOPPER = {
         Blocks(64, 64, 4, 2),
         Blocks(64, 128, 8, 2),
         Kept(Blocks(32, 64, 4, 4), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
+        Resident(128, 64, 1, 2),
     ),
 }
 # Sequences of a few hundred tokens are a few blocks each: latency and memory rule, not products.

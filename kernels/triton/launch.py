@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,11 @@ from kernels.jagged import Jagged
 from kernels.scratch import scratch_limit
 from kernels.source import Source
 from kernels.triton.backward import key_value_kernel, query_kernel
-from kernels.triton.configs import Blocks, Config, Kept, config_for
+from kernels.triton.configs import Blocks, Config, Kept, Resident, config_for
 from kernels.triton.forward import forward_kernel
+from kernels.triton.hopper.forward import resident_forward_kernel
 from kernels.triton.integers import cdiv, next_power_of_2
-from kernels.triton.launcher import Rows
+from kernels.triton.launcher import Rows, SharedRows
 from kernels.triton.plan import Plan, plan_for
 from kernels.triton.slopes import SIDE, SQUARE, query_slopes_kernel
 from kernels.weighting import Weighting
@@ -36,12 +37,15 @@ def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor)
 
     Here and below: `add` may be overwritten if there are two sources.
     """
-    walk = _Walk(q, sources)
+    walk = _Walk(q, sources, resident=True)
     if walk.is_empty:
         return _nothing(add, out)
     config, q = walk.config, _ready(q)
-    blocks, tiles = config.forward, walk.plan.query_tiles(*walk.more)
     target = _Target(out, add, walk.v_dim)
+    if walk.resident is not None:
+        _forward_resident(walk, walk.resident, q, target)
+        return target.finish()
+    blocks, tiles = config.forward, walk.plan.query_tiles(*walk.more)
     for programs, left in walk.launches(len(tiles) * (config.tile // blocks.m), target):
         forward_kernel[(programs,)](
             q,
@@ -55,6 +59,33 @@ def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor)
             **walk.constants(config.tile, blocks),
         )
     return target.finish()
+
+
+def _forward_resident(walk: _Walk, blocks: Resident, q: Tensor, target: _Target) -> None:
+    walk.wait()
+    plan = walk.plan
+    resident_forward_kernel[(_multiprocessors(q.device),)](
+        SharedRows(q, blocks.m),
+        *_rows(q),
+        *target.add,
+        *target.out,
+        plan.query_tiles(),
+        plan.num_query_tiles,
+        plan.counters(2),
+        *walk.factors,
+        *(SharedRows(x, blocks.n) for x in walk.rows[0]),
+        plan.bounds,
+        plan.queries.num_rows,
+        HEADS=walk.heads,
+        TILES=blocks.tiles,
+        STAGES=blocks.stages,
+        num_warps=4,  # of a warpgroup
+    )
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def query_gradient(
@@ -238,10 +269,16 @@ def _key_value_gradients(
 class _Walk:
     """The sources of a launch, as its kernel takes them. Those without rows are left out."""
 
-    def __init__(self, tiled: Tensor, sources: Sequence[Source], aligned: bool = False) -> None:
+    def __init__(
+        self,
+        tiled: Tensor,
+        sources: Sequence[Source],
+        aligned: bool = False,
+        resident: bool = False,
+    ) -> None:
         """tiled: what stays while the rows of the sources pass; of the same heads and dtype.
 
-        aligned: for slopes, of one source."""
+        aligned: for slopes, of one source. resident: if there is one, and programs may stay."""
         self.sources = [x for x in sources if x.rows[0].shape[0]]
         self.is_empty = tiled.shape[0] == 0 or not self.sources
         if self.is_empty:
@@ -252,17 +289,25 @@ class _Walk:
         first, *others = (source.weighting for source in self.sources)
         self.factors = first.alpha / 2, first.scale
         heads = None if aligned else self.heads  # chunks of heads share an aligned plan
-        key = (heads, self.qk_dim, self.v_dim, tiled.dtype, *others)
+        resident = resident and not others
+        key = (heads, self.qk_dim, self.v_dim, tiled.dtype, resident, *others)
         if key not in first.plans:
-            first.plans[key] = self._plans(tiled.device, aligned)
+            first.plans[key] = self._plans(tiled.device, aligned, resident)
         self.config, self.plan, self.more = first.plans[key]
+        self.resident = self.config.resident if resident else None
 
-    def _plans(self, device: torch.device, aligned: bool) -> tuple[Config, Plan, tuple[Plan, ...]]:
+    def _plans(
+        self, device: torch.device, aligned: bool, resident: bool
+    ) -> tuple[Config, Plan, tuple[Plan, ...]]:
         """The configuration, one for all sources, and their plans."""
         weightings = [source.weighting for source in self.sources]
         dims = self.qk_dim, self.v_dim
         config = _config(weightings[0].queries, self.heads, dims, self.dtype, device)
-        tile, part = (SIDE.value, SIDE.value) if aligned else (config.tile, config.part)
+        tile, part = config.tile, config.part
+        if aligned:
+            tile, part = SIDE.value, SIDE.value
+        elif resident and config.resident is not None:
+            tile, part = config.resident.m, config.resident.n
         plan, *more = (
             plan_for(x.queries, x.keys, x.intervals, tile, part, aligned) for x in weightings
         )
@@ -277,12 +322,12 @@ class _Walk:
     def arguments(self, block: int) -> list[object]:
         """The last ones of the kernel, which takes so many rows of a source at a time."""
         found: list[object] = []
-        for rows, plan in zip(self._rows, (self.plan, *self.more), strict=True):
+        for rows, plan in zip(self.rows, (self.plan, *self.more), strict=True):
             found += [*(Rows(x, block) for x in rows), plan.bounds, plan.queries.num_rows]
         return found if self.more else [*found, None, None, None, 0]
 
     @cached_property
-    def _rows(self) -> list[list[Tensor]]:
+    def rows(self) -> list[list[Tensor]]:
         """Read, if they must be padded: only once they are there."""
         return [[_ready(x, self.dtype) for x in source.rows] for source in self.sources]
 

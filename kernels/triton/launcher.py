@@ -6,12 +6,14 @@ small launches, that is a good part of what the host has to do.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -78,7 +80,7 @@ def specialization(x: Any) -> object:
         return x == 1, x % 16 == 0, -INT32 <= x < INT32, x < INT32 << 32
     if kind is float:
         return kind
-    if isinstance(x, TensorDescriptor):
+    if isinstance(x, TensorDescriptor | GluonDescriptor):
         return x.base.dtype, tuple(x.block_shape)
     if kind is tuple:
         return tuple(map(specialization, x))
@@ -96,3 +98,19 @@ class Rows(TensorDescriptor):  # type: ignore[misc]
         rows, heads, dim = x.shape
         self.base, self.shape, self.strides = x, [rows, heads * dim], [x.stride(0), 1]
         self.block_shape, self.padding, self.round_f32_to_tf32 = [block, dim], "zero", False
+
+
+class SharedRows(GluonDescriptor):  # type: ignore[misc]
+    """The same of 16-bit rows, for kernels that say where blocks lie in shared memory."""
+
+    def __init__(self, x: Tensor, block: int) -> None:
+        rows, heads, dim = x.shape
+        self.base, self.shape, self.strides = x, [rows, heads * dim], [x.stride(0), 1]
+        self.block_shape, self.padding, self.round_f32_to_tf32 = [block, dim], "zero", False
+        self.layout = _shared_layout(block, dim, x.dtype)
+
+
+@cache
+def _shared_layout(block: int, dim: int, dtype: torch.dtype) -> NVMMASharedLayout:
+    element = {torch.bfloat16: bfloat16, torch.float16: float16}[dtype]
+    return NVMMASharedLayout.get_default_for([block, dim], element)

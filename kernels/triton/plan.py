@@ -105,6 +105,11 @@ class Plan:
         """
         return self._ordered("tile_records", more, Records.heaviest_first, self.queries)
 
+    @property
+    def num_query_tiles(self) -> Tensor:
+        """int32 [1]: how many of them there are, on the device; those behind are empty."""
+        return self.query_cut.offsets[-1:]
+
     def query_parts(self, *more: Plan) -> Tensor:
         """int32 [query parts, 1 + more, RECORD]. For the backward. more: as above."""
         return self._ordered("part_records", more, Records.heaviest_first, self.queries)

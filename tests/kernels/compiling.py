@@ -2,17 +2,22 @@
 
     python -m tests.kernels.compiling 86
 
-Writes a line for each: dtype, head dim, kernel, bytes of shared memory, columns of tensor memory. A
-process of its own, since Triton either compiles or interprets.
+Writes a line for each: dtype, head dim, kernel, bytes of shared memory, columns of tensor memory,
+and what ptxas warns of. A process of its own, since Triton either compiles or interprets.
 """
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -24,7 +29,10 @@ from kernels.triton.launcher import Launcher
 from kernels.weighting import Weighting
 
 HEADS, LENGTH = 2, 25_000  # neither short nor few, see `configs`
-ATTENTION = {"forward_kernel", "query_kernel", "key_value_kernel", "query_slopes_kernel"}
+ATTENTION = {
+    "resident_forward_kernel",
+    *("forward_kernel", "query_kernel", "key_value_kernel", "query_slopes_kernel"),
+}
 
 
 class Elsewhere:
@@ -49,21 +57,35 @@ def compile_attention(dim: int, dtype: torch.dtype) -> None:
     launch.forward(q, *[Source((k, v), weighting)] * 2, add=as_in_a_ring, out=as_in_a_ring)
 
 
+def warnings_of(ptx: str) -> str:
+    """What ptxas warns of, such as of products that have to wait for each other (C75..)."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+        assert target is not None
+        assembler = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target[1]}", "-o", "/dev/null"]
+        done = subprocess.run([*assembler, path], capture_output=True, text=True, check=True)
+    return ",".join(sorted(set(re.findall(r"C\d{4}", done.stderr))))
+
+
 def main(capability: int) -> None:
     driver.set_active(Elsewhere(capability))
 
     def show(self: Launcher, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         name = self.kernel.fn.__name__
         if name in ATTENTION:
-            metadata = self.kernel.warmup(*args, grid=grid, **constants).metadata
-            columns = getattr(metadata, "tmem_size", 0)
-            print(dtype, dim, name, metadata.shared, columns, flush=True)
+            compiled = self.kernel.warmup(*args, grid=grid, **constants)
+            columns = getattr(compiled.metadata, "tmem_size", 0)
+            warnings = warnings_of(compiled.asm["ptx"]) if name.startswith("resident") else ""
+            print(dtype, dim, name, compiled.metadata.shared, columns, warnings, flush=True)
 
     gpu = SimpleNamespace(type="cuda")
     config_for, hopper = configs.config_for, capability == 90
     Launcher._launch = show  # type: ignore[method-assign]
     configs._is_hopper = lambda device: hopper  # type: ignore[assignment]
     launch.config_for = lambda *problem: config_for(*problem[:-1], gpu)  # type: ignore
+    launch._multiprocessors = lambda device: 132  # type: ignore[assignment]
     launch._Walk.is_cuda = property(lambda self: True, lambda self, value: None)  # type: ignore
     for dtype in torch.bfloat16, torch.float32:
         for dim in 128, 256:

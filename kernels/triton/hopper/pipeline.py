@@ -1,0 +1,97 @@
+"""Rings of buffers in shared memory: one warp fills them, warpgroups that compute empty them.
+
+Barriers say which buffers are full, and which may be filled again. Who fills and who empties count
+the buffers they have had, on and on; the n-th is that of stage n % STAGES.
+"""
+
+# ruff: noqa: N803, N806 (Triton's constants are written in capitals)
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,misc"
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+CONSUMERS = gl.constexpr(2)  # warpgroups that compute: each does half of a tile's rows
+# Of a thread. 128 threads each of two consumers and one producer share what 384 of 168 have.
+CONSUMER_REGISTERS = gl.constexpr(240)
+PRODUCER_REGISTERS = gl.constexpr(24)
+
+
+@gluon.jit
+def ring_of(desc, STAGES: gl.constexpr):
+    """A ring of buffers for the blocks of a descriptor."""
+    SHAPE: gl.constexpr = [STAGES] + desc.block_type.shape  # noqa: RUF005
+    buffers = gl.allocate_shared_memory(desc.dtype, SHAPE, desc.layout)
+    return buffers, _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)
+
+
+@gluon.jit
+def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+    found = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(COUNT):
+        mbarrier.init(found.index(i), count=ARRIVALS)
+    return found
+
+
+@gluon.jit
+def fetch(desc, row, head, ring, n):
+    """Begin to fill the n-th buffer with a block of one head's rows, once it is empty."""
+    buffers, full, empty = ring
+    STAGES: gl.constexpr = buffers.shape[0]
+    stage, column = n % STAGES, head * desc.block_type.shape[1]
+    mbarrier.wait(empty.index(stage), _turn(n, STAGES) ^ 1)
+    mbarrier.expect(full.index(stage), desc.block_type.nbytes)
+    tma.async_copy_global_to_shared(desc, [row, column], full.index(stage), buffers.index(stage))
+
+
+@gluon.jit
+def take(ring, n):
+    """The n-th buffer, once it is full."""
+    buffers, full, _empty = ring
+    STAGES: gl.constexpr = buffers.shape[0]
+    mbarrier.wait(full.index(n % STAGES), _turn(n, STAGES))
+    return buffers.index(n % STAGES)
+
+
+@gluon.jit
+def give(ring, n):
+    """This warpgroup has done with the n-th buffer."""
+    buffers, _full, empty = ring
+    STAGES: gl.constexpr = buffers.shape[0]
+    mbarrier.arrive(empty.index(n % STAGES), count=1)
+
+
+@gluon.jit
+def _turn(n, STAGES: gl.constexpr):
+    """The parity of how often the n-th buffer has been used before: what barriers wait for."""
+    return n // STAGES & 1
+
+
+# Which tile is next is a ring of two numbers.
+
+
+@gluon.jit
+def ring_of_places():
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    buffers = gl.allocate_shared_memory(gl.int32, [2, 1], layout)
+    return buffers, _barriers(2, 1), _barriers(2, CONSUMERS)
+
+
+@gluon.jit
+def announce(places, n, place):
+    """The n-th place to work at; -1 behind the last."""
+    buffers, full, empty = places
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    mbarrier.wait(empty.index(n % 2), _turn(n, 2) ^ 1)
+    buffers.index(n % 2).store(gl.full([1], place, gl.int32, one))
+    mbarrier.arrive(full.index(n % 2), count=1)
+
+
+@gluon.jit
+def next_place(places, n):
+    """The n-th place that was announced."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    place = gl.max(take(places, n).load(one), 0)
+    give(places, n)
+    return place

@@ -1,0 +1,105 @@
+"""The rows of a query tile, as a warpgroup that computes half of them needs them.
+
+`rows` is what `load_rows` says of a tile; `first` where in the tile the half begins.
+"""
+
+# ruff: noqa: N803, N806 (Triton's constants are written in capitals)
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,misc"
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from kernels.triton.runs import RIDERS_AT
+from kernels.triton.silu import UNSEEN
+
+
+@gluon.jit
+def load_rows(record):
+    """The first row, how many there are, the first of others that ride along behind these, and how
+    many there are with these."""
+    row0 = gl.load(record)
+    own = gl.load(record + 1) - row0
+    rider0 = gl.load(record + RIDERS_AT)
+    return row0, own, rider0, own + gl.load(record + RIDERS_AT + 1) - rider0
+
+
+@gluon.jit
+def _rows_at(rows, at):
+    """The tile's rows at `at`, and which of them there are."""
+    row0, own, rider0, all = rows
+    return gl.where(at < own, row0, rider0 - own) + at, at < all
+
+
+@gluon.jit
+def _matrix_at(
+    ptr, stride, rows, first, column, ROWS: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr
+):
+    """Pointers to the half's rows, from a column on; where in the tile they are; which exist."""
+    at = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    row, inside = _rows_at(rows, at)
+    columns = column + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    pointers = ptr + row.to(gl.int64)[:, None] * stride + columns[None, :]
+    return pointers, at[:, None], inside[:, None]
+
+
+@gluon.jit
+def load_riders(q, q_ptr, q_stride, rows, first, column):
+    """Complete the half's rows in shared memory, where the tile's own were fetched, by riders."""
+    ROWS: gl.constexpr = q.shape[0]
+    WIDTH: gl.constexpr = q.shape[1]
+    layout: gl.constexpr = _as_in_memory(WIDTH)
+    pointers, at, inside = _matrix_at(q_ptr, q_stride, rows, first, column, ROWS, WIDTH, layout)
+    rides = inside & (at >= rows[1])
+    riders = gl.load(pointers, mask=rides, other=0)
+    q.store(gl.where(rides, riders, q.load(layout)))
+    fence_async_shared()  # tensor cores read it
+
+
+@gluon.constexpr_function
+def _as_in_memory(width):
+    """A layout for rows that are read and written: a thread has 16 bytes of a 16-bit row."""
+    return gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def load_added(
+    ptr, stride, rows, first, column, ROWS: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr
+):
+    pointers, _at, inside = _matrix_at(ptr, stride, rows, first, column, ROWS, WIDTH, layout)
+    return gl.load(pointers, mask=inside, other=0).to(gl.float32)
+
+
+@gluon.jit
+def store_rows(ptr, stride, x, rows, first, column):
+    """x, all of the half, float32, to where there are rows."""
+    ROWS: gl.constexpr = x.shape[0]
+    WIDTH: gl.constexpr = x.shape[1]
+    dtype: gl.constexpr = ptr.dtype.element_ty
+    # Of float32, a warp writes whole sectors as the numbers are; there is no room to sort them.
+    layout: gl.constexpr = x.type.layout if dtype == gl.float32 else _as_in_memory(WIDTH)
+    pointers, _at, inside = _matrix_at(ptr, stride, rows, first, column, ROWS, WIDTH, layout)
+    gl.store(pointers, gl.convert_layout(x.to(dtype), layout), mask=inside)
+
+
+@gluon.jit
+def load_bounds(bounds_ptr, num_rows, rows, first, ROWS: gl.constexpr, layout: gl.constexpr):
+    """Both intervals of key rows that the half's queries see, [low, high) and [low, high); empty
+    ones of rows that there are not."""
+    row, inside = _rows_at(rows, first + gl.arange(0, ROWS, layout))
+    at = bounds_ptr + row
+    apart = num_rows.to(gl.int64)
+    low1 = gl.load(at, mask=inside, other=0)
+    high1 = gl.load(at + apart, mask=inside, other=0)
+    low2 = gl.load(at + 2 * apart, mask=inside, other=0)
+    high2 = gl.load(at + 3 * apart, mask=inside, other=0)
+    return low1, high1, low2, high2
+
+
+@gluon.jit
+def hide(half_scores, row, low, high):
+    """half_scores [queries, keys] where the keys, those from `row` on, lie in [low, high)."""
+    columns: gl.constexpr = gl.SliceLayout(0, half_scores.type.layout)
+    keys = (row + gl.arange(0, half_scores.shape[1], columns))[None, :]
+    return gl.where((keys >= low[:, None]) & (keys < high[:, None]), half_scores, UNSEEN)
