@@ -25,9 +25,7 @@ pytestmark = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.fixture(autouse=True)
 def resident_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it would not pay."""
-    monkeypatch.setattr(
-        launch, "config_for", lambda dim, *problem: configs.HOPPER[max(128, dim)]
-    )
+    monkeypatch.setattr(launch, "config_for", lambda dim, *problem: configs.HOPPER[max(128, dim)])
 
 
 def on_gpu(rows: Jagged) -> Jagged:
