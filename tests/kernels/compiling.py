@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -57,6 +58,16 @@ def compile_attention(dim: int, dtype: torch.dtype) -> None:
     launch.forward(q, *[Source((k, v), weighting)] * 2, add=as_in_a_ring, out=as_in_a_ring)
 
 
+def compile_resident() -> None:
+    lengths = torch.tensor([LENGTH], dtype=torch.int32)
+    rows = Jagged.whole(lengths)
+    weighting = Weighting(rows, rows, rows.offsets.new_empty(rows.num_rows, 4), 1.0, 1.0)
+    q, k, v = torch.empty(3, rows.num_rows, HEADS, 128, dtype=torch.bfloat16)
+    source, partial = Source((k, v), weighting), torch.empty(q.shape)
+    launch.forward(q, source, out=torch.empty_like(q))
+    launch.forward(q, source, add=partial, out=partial)
+
+
 def warnings_of(ptx: str) -> str:
     """What ptxas warns of, such as of products that have to wait for each other (C75..)."""
     with TemporaryDirectory() as folder:
@@ -90,6 +101,9 @@ def main(capability: int) -> None:
     for dtype in torch.bfloat16, torch.float32:
         for dim in 128, 256:
             compile_attention(dim, dtype)
+    if hopper:
+        configs.HOPPER[128] = replace(configs.HOPPER[128], resident=configs.RESIDENT)
+        compile_resident()
 
 
 if __name__ == "__main__":
