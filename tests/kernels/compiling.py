@@ -28,8 +28,10 @@ from kernels.source import Source
 from kernels.triton import configs, launch
 from kernels.triton.launcher import Launcher
 from kernels.weighting import Weighting
+from tests.kernels.sass import unset_operands
 
-HEADS, LENGTH = 2, 25_000  # neither short nor few, see `configs`
+HEADS, DTYPES = 2, (torch.bfloat16, torch.float32)
+MANY, FEW, SHORT = [25_000], [10_000], [100] * 10  # lengths, see `configs`
 ATTENTION = {
     "resident_forward_kernel",
     *("forward_kernel", "query_kernel", "key_value_kernel", "query_slopes_kernel"),
@@ -45,8 +47,8 @@ class Elsewhere:
         self.get_current_stream = lambda device: 0
 
 
-def compile_attention(dim: int, dtype: torch.dtype) -> None:
-    lengths = torch.tensor([LENGTH], dtype=torch.int32)
+def compile_attention(dim: int, dtype: torch.dtype, of_sequences: list[int]) -> None:
+    lengths = torch.tensor(of_sequences, dtype=torch.int32)
     rows = Jagged.whole(lengths)
     intervals = hstu_intervals(rows, lengths, torch.zeros_like(lengths))
     weighting = Weighting(rows, rows, intervals, 1.0, 1.0)
@@ -55,20 +57,23 @@ def compile_attention(dim: int, dtype: torch.dtype) -> None:
     launch.forward(q, Source((k, v), weighting), out=out)
     launch.gradients(dout, q, k, v, weighting, out=(dq, dk, dv))
     as_in_a_ring = torch.empty(out.shape, dtype=torch.float32)
-    launch.forward(q, *[Source((k, v), weighting)] * 2, add=as_in_a_ring, out=as_in_a_ring)
+    keys, queries = Source((k, v), weighting), Source((q, dout), weighting)
+    launch.forward(q, keys, keys, add=as_in_a_ring, out=as_in_a_ring)
+    launch.query_gradient(dout, q, keys, keys, out=as_in_a_ring)
+    launch.key_value_gradients(k, v, queries, queries, out=(as_in_a_ring, as_in_a_ring))
 
 
-def compile_resident() -> None:
-    lengths = torch.tensor([LENGTH], dtype=torch.int32)
-    rows = Jagged.whole(lengths)
+def compile_resident(dim: int, dtype: torch.dtype) -> None:
+    rows = Jagged.whole(torch.tensor(MANY, dtype=torch.int32))
     weighting = Weighting(rows, rows, rows.offsets.new_empty(rows.num_rows, 4), 1.0, 1.0)
-    q, k, v = torch.empty(3, rows.num_rows, HEADS, 128, dtype=torch.bfloat16)
-    source, partial = Source((k, v), weighting), torch.empty(q.shape)
-    launch.forward(q, source, out=torch.empty_like(q))
+    q, k = torch.empty(2, rows.num_rows, HEADS, 128, dtype=dtype)
+    v = torch.empty(rows.num_rows, HEADS, dim, dtype=dtype)
+    source, partial = Source((k, v), weighting), torch.empty(v.shape)
+    launch.forward(q, source, out=torch.empty_like(v))
     launch.forward(q, source, add=partial, out=partial)
 
 
-def warnings_of(ptx: str) -> str:
+def warnings_of(ptx: str) -> list[str]:
     """What ptxas warns of, such as of products that have to wait for each other (C75..)."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
@@ -77,7 +82,7 @@ def warnings_of(ptx: str) -> str:
         assert target is not None
         assembler = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target[1]}", "-o", "/dev/null"]
         done = subprocess.run([*assembler, path], capture_output=True, text=True, check=True)
-    return ",".join(sorted(set(re.findall(r"C\d{4}", done.stderr))))
+    return re.findall(r"C\d{4}", done.stderr)
 
 
 def main(capability: int) -> None:
@@ -88,8 +93,10 @@ def main(capability: int) -> None:
         if name in ATTENTION:
             compiled = self.kernel.warmup(*args, grid=grid, **constants)
             columns = getattr(compiled.metadata, "tmem_size", 0)
-            warnings = warnings_of(compiled.asm["ptx"]) if name.startswith("resident") else ""
-            print(dtype, dim, name, compiled.metadata.shared, columns, warnings, flush=True)
+            faults = warnings_of(compiled.asm["ptx"]) if name.startswith("resident") else []
+            if hopper:
+                faults += unset_operands(compiled.asm["cubin"])
+            print(dtype, dim, name, compiled.metadata.shared, columns, faults, flush=True)
 
     gpu = SimpleNamespace(type="cuda")
     config_for, hopper = configs.config_for, capability == 90
@@ -98,12 +105,15 @@ def main(capability: int) -> None:
     launch.config_for = lambda *problem: config_for(*problem[:-1], gpu)  # type: ignore
     launch._multiprocessors = lambda device: 132  # type: ignore[assignment]
     launch._Walk.is_cuda = property(lambda self: True, lambda self, value: None)  # type: ignore
-    for dtype in torch.bfloat16, torch.float32:
-        for dim in 128, 256:
-            compile_attention(dim, dtype)
+    problems = [(dtype, dim, MANY) for dtype in DTYPES for dim in (128, 256)]
+    if hopper:
+        problems += [(torch.bfloat16, 128, FEW), (torch.bfloat16, 128, SHORT)]
+    for dtype, dim, lengths in problems:
+        compile_attention(dim, dtype, lengths)
     if hopper:
         configs.HOPPER[128] = replace(configs.HOPPER[128], resident=configs.RESIDENT)
-        compile_resident()
+        for dtype, dim in (torch.bfloat16, 128), (torch.float16, 64):
+            compile_resident(dim, dtype)
 
 
 if __name__ == "__main__":

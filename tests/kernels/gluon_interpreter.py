@@ -5,6 +5,9 @@ happen as late as waits allow, on operands as they are by then, and a buffer is 
 the moment its next copy is asked for: who waits too little, or gives a buffer away too early, finds
 the wrong numbers. Reads and writes out of bounds of a tensor's memory raise IndexError; waits that
 nothing ends raise TimeoutError.
+
+A thread stands for a whole warpgroup, and nothing is known of layouts, of fences between proxies or
+of registers: what a compiler makes of a kernel is for `compiling.py`, and for a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor
 
 from kernels.triton.launcher import SharedRows
 
-PATIENCE = 60  # seconds
+PATIENCE = 20  # seconds
 NAN = float("nan")
 
 

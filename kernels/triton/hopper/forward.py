@@ -45,17 +45,17 @@ from kernels.triton.silu import silu
 @gluon.jit
 def _load_masked(record, BLOCK: gl.constexpr):
     """Blocks for which an interval is to be tested, first those for the second: how many, how many
-    for the second, and what `_find_masked` needs."""
+    for the second, and the runs of both."""
     second, runs2 = load_runs(record, 2, 2, BLOCK)
     first, runs1 = load_runs(record, 1, 2, BLOCK)
-    return second + first, second, runs2, runs1
+    return second + first, second, (runs2, runs1)
 
 
 @gluon.jit
-def _find_masked(masked, block, BLOCK: gl.constexpr):
-    _count, second, runs2, runs1 = masked
-    row2, _end2 = find_block(runs2, block, BLOCK)
-    row1, _end1 = find_block(runs1, block - second, BLOCK)
+def _find_masked(runs, second, block, BLOCK: gl.constexpr):
+    """The first row of a masked block."""
+    row2, _end2 = find_block(runs[0], block, BLOCK)
+    row1, _end1 = find_block(runs[1], block - second, BLOCK)
     return gl.where(block < second, row2, row1)
 
 
@@ -71,19 +71,20 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
     BLOCK: gl.constexpr = k_desc.block_type.shape[0]
     programs = gl.num_programs(0)
     count = gl.load(num_tiles_ptr) * HEADS
-    place = gl.program_id(0)
-    i = 0
-    n = 0
+    # Counted from the first on: a program whose multiprocessor is busy elsewhere comes late.
+    place = gl.atomic_add(counters_ptr, 1)
+    i = 0  # tiles so far
+    n = 0  # blocks
     while place < count:
-        following = programs + gl.atomic_add(counters_ptr, 1)  # looked at when this one is done
-        head, _part, record = tile_at(tiles_ptr, place, HEADS, 1, 1)
+        following = gl.atomic_add(counters_ptr, 1)  # looked at when this one is done
+        head, _part, record = tile_at(tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
         rows = load_rows(record)
         if rows[3] > 0:
             announce(places, i, place)
             fetch(q_desc, rows[0], head, queries, i)
-            masked = _load_masked(record, BLOCK)
-            for block in range(masked[0]):
-                row = _find_masked(masked, block, BLOCK)
+            masked, second, of_masked = _load_masked(record, BLOCK)
+            for block in range(masked):
+                row = _find_masked(of_masked, second, block, BLOCK)
                 fetch(k_desc, row, head, keys, n)
                 fetch(v_desc, row, head, values, n)
                 n += 1
@@ -112,59 +113,62 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
     BLOCK: gl.constexpr = values[0].shape[1]
     V_DIM: gl.constexpr = values[0].shape[2]
     dtype: gl.constexpr = queries[0].dtype
-    of_scores: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
-    of_sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_DIM, 16])
-    of_weights: gl.constexpr = gl.DotOperandLayout(0, of_sums, 2)
-    of_bounds: gl.constexpr = gl.SliceLayout(1, of_scores)
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_DIM, 16])
+    weights_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
+    bounds_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     first: gl.constexpr = HALF * ROWS
-    zeros = gl.zeros([ROWS, BLOCK], gl.float32, of_scores)
+    zeros = gl.zeros([ROWS, BLOCK], gl.float32, scores_layout)
 
-    i = 0
-    n = 0
+    i = 0  # tiles so far
+    n = 0  # blocks
     place = next_place(places, i)
     while place >= 0:
-        head, _part, record = tile_at(tiles_ptr, place, HEADS, 1, 1)
+        head, _part, record = tile_at(tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
         rows = load_rows(record)
-        low1, high1, low2, high2 = load_bounds(bounds_ptr, num_rows, rows, first, ROWS, of_bounds)
-        masked = _load_masked(record, BLOCK)
+        low1, high1, low2, high2 = load_bounds(
+            bounds_ptr, num_rows, rows, first, ROWS, bounds_layout
+        )
+        masked, second, of_masked = _load_masked(record, BLOCK)
         full, runs = load_runs(record, 0, 2, BLOCK)
-        acc = gl.zeros([ROWS, V_DIM], gl.float32, of_sums)
+        acc = gl.zeros([ROWS, V_DIM], gl.float32, sums_layout)
         if add_ptr is not None:
             v_at = head * V_DIM
-            acc = load_added(add_ptr, add_stride, rows, first, v_at, ROWS, V_DIM, of_sums)
+            acc = load_added(add_ptr, add_stride, rows, first, v_at, ROWS, V_DIM, sums_layout)
             acc /= scale
         q = take(queries, i).slice(first, ROWS)
         if rows[1] < rows[3]:
             load_riders(q, q_ptr, q_stride, rows, first, head * QK_DIM)
 
-        if masked[0] + full > 0:
+        if masked + full > 0:
             k = take(keys, n).permute([1, 0])
             scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-            row = _find_masked(masked, 0, BLOCK)
-            low = gl.where(masked[1] > 0, low2, low1)
-            high = gl.where(masked[1] > 0, high2, high1)
-            if masked[0] == 0:  # a full block: all of it
+            row = _find_masked(of_masked, second, 0, BLOCK)
+            low = gl.where(second > 0, low2, low1)
+            high = gl.where(second > 0, high2, high1)
+            if masked == 0:  # the first is a full one: an interval that is the block
                 row, _end = find_block(runs, 0, BLOCK)
-                low, high = low * 0 + row, high * 0 + row + BLOCK
+                low = gl.zeros([ROWS], gl.int32, bounds_layout) + row
+                high = low + BLOCK
             half_scores = warpgroup_mma_wait(0, deps=[scores]) * half_alpha
             give(keys, n)
             weights = silu(hide(half_scores, row, low, high), True).to(dtype)
-            weights = gl.convert_layout(weights, of_weights)
+            weights = gl.convert_layout(weights, weights_layout)
             for kind in gl.static_range(2):  # masked blocks, then full ones, but for the first
-                start = 1 if kind == 0 else gl.where(masked[0] > 0, 0, 1)
-                for block in range(start, masked[0] if kind == 0 else full):
+                start = 1 if kind == 0 else gl.where(masked > 0, 0, 1)
+                for block in range(start, masked if kind == 0 else full):
                     k = take(keys, n + 1).permute([1, 0])
                     scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
                     sums = warpgroup_mma(weights, take(values, n), acc, is_async=True)
                     half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                     give(keys, n + 1)
                     if kind == 0:
-                        row = _find_masked(masked, block, BLOCK)
-                        low = gl.where(block < masked[1], low2, low1)
-                        high = gl.where(block < masked[1], high2, high1)
+                        row = _find_masked(of_masked, second, block, BLOCK)
+                        low = gl.where(block < second, low2, low1)
+                        high = gl.where(block < second, high2, high1)
                         half_scores = hide(half_scores, row, low, high)
                     following = silu(half_scores, True).to(dtype)
-                    following = gl.convert_layout(following, of_weights)
+                    following = gl.convert_layout(following, weights_layout)
                     acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
                     give(values, n)
                     weights = following
@@ -180,7 +184,10 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
 
 
 @remembered
-@gluon.jit(do_not_specialize=["half_alpha", "scale", "num_rows"])
+@gluon.jit(
+    do_not_specialize=["half_alpha", "scale", "num_rows"],
+    do_not_specialize_on_alignment=["num_tiles_ptr"],
+)
 def resident_forward_kernel(
     q_desc,
     q_ptr,

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 CONSUMERS = gl.constexpr(2)  # warpgroups that compute: each does half of a tile's rows
-# Of a thread. 128 threads each of two consumers and one producer share what 384 of 168 have.
+# Of a thread: 2 x 240 + 24 = 3 x 168, what as many threads are launched with.
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 
@@ -56,7 +56,8 @@ def take(ring, n):
 
 @gluon.jit
 def give(ring, n):
-    """This warpgroup has done with the n-th buffer."""
+    """This warpgroup has done with the n-th buffer. (Triton has its threads meet before one arrives
+    for all.)"""
     buffers, _full, empty = ring
     STAGES: gl.constexpr = buffers.shape[0]
     mbarrier.arrive(empty.index(n % STAGES), count=1)

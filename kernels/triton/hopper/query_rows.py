@@ -28,8 +28,8 @@ def load_rows(record):
 @gluon.jit
 def _rows_at(rows, at):
     """The tile's rows at `at`, and which of them there are."""
-    row0, own, rider0, all = rows
-    return gl.where(at < own, row0, rider0 - own) + at, at < all
+    row0, own, rider0, count = rows
+    return gl.where(at < own, row0, rider0 - own) + at, at < count
 
 
 @gluon.jit
