@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from kernels.triton.configs import Blocks, Config, Kept, Resident, config_for
 from kernels.triton.forward import forward_kernel
 from kernels.triton.hopper.forward import resident_forward_kernel
 from kernels.triton.integers import cdiv, next_power_of_2
-from kernels.triton.launcher import Rows, SharedRows
+from kernels.triton.launcher import Rows, SharedRows, multiprocessors
 from kernels.triton.plan import Plan, plan_for
 from kernels.triton.slopes import SIDE, SQUARE, query_slopes_kernel
 from kernels.weighting import Weighting
@@ -64,7 +64,7 @@ def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor)
 def _forward_resident(walk: _Walk, blocks: Resident, q: Tensor, target: _Target) -> None:
     walk.wait()
     plan = walk.plan
-    resident_forward_kernel[(_multiprocessors(q.device),)](
+    resident_forward_kernel[(multiprocessors(q.device),)](
         SharedRows(q, blocks.m),
         *_rows(q),
         *target.add,
@@ -81,11 +81,6 @@ def _forward_resident(walk: _Walk, blocks: Resident, q: Tensor, target: _Target)
         STAGES=blocks.stages,
         num_warps=4,  # of a warpgroup
     )
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def query_gradient(

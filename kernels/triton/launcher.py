@@ -68,6 +68,11 @@ class Launcher:
         )
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 NO_HOOKS = None, None, None  # metadata for those around a launch, and they
 
 
@@ -95,19 +100,22 @@ class Rows(TensorDescriptor):  # type: ignore[misc]
     """
 
     def __init__(self, x: Tensor, block: int) -> None:
-        rows, heads, dim = x.shape
-        self.base, self.shape, self.strides = x, [rows, heads * dim], [x.stride(0), 1]
-        self.block_shape, self.padding, self.round_f32_to_tf32 = [block, dim], "zero", False
+        _describe(self, x, block)
 
 
 class SharedRows(GluonDescriptor):  # type: ignore[misc]
     """The same of 16-bit rows, for kernels that say where blocks lie in shared memory."""
 
     def __init__(self, x: Tensor, block: int) -> None:
-        rows, heads, dim = x.shape
-        self.base, self.shape, self.strides = x, [rows, heads * dim], [x.stride(0), 1]
-        self.block_shape, self.padding, self.round_f32_to_tf32 = [block, dim], "zero", False
-        self.layout = _shared_layout(block, dim, x.dtype)
+        _describe(self, x, block)
+        self.layout = _shared_layout(block, x.shape[2], x.dtype)
+
+
+def _describe(descriptor: Rows | SharedRows, x: Tensor, block: int) -> None:
+    rows, heads, dim = x.shape
+    descriptor.base, descriptor.block_shape = x, [block, dim]
+    descriptor.shape, descriptor.strides = [rows, heads * dim], [x.stride(0), 1]
+    descriptor.padding, descriptor.round_f32_to_tf32 = "zero", False
 
 
 @cache

@@ -103,7 +103,7 @@ def main(capability: int) -> None:
     Launcher._launch = show  # type: ignore[method-assign]
     configs._is_hopper = lambda device: hopper  # type: ignore[assignment]
     launch.config_for = lambda *problem: config_for(*problem[:-1], gpu)  # type: ignore
-    launch._multiprocessors = lambda device: 132  # type: ignore[assignment]
+    launch.multiprocessors = lambda device: 132  # type: ignore[assignment]
     launch._Walk.is_cuda = property(lambda self: True, lambda self, value: None)  # type: ignore
     problems = [(dtype, dim, MANY) for dtype in DTYPES for dim in (128, 256)]
     if hopper:

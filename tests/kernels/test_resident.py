@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason
 DEVICE = torch.device("cuda" if HOPPER else "cpu")
 DIMS = (128, 128) if HOPPER else (32, 32)
 LONG = 3000 if HOPPER else 300
+ROUNDINGS = 2 * 2**-8  # to bf16, of a weight and of an output: of a pair or two they may add up
 
 
 @pytest.fixture(autouse=True, params=[configs.RESIDENT, configs.Resident(128, 64, 1, 3)])
@@ -37,7 +38,7 @@ def resident(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     config = replace(configs.HOPPER[128], resident=request.param)
     monkeypatch.setattr(launch, "config_for", lambda *problem: config)
     if not HOPPER:
-        monkeypatch.setattr(launch, "_multiprocessors", lambda device: 3)
+        monkeypatch.setattr(launch, "multiprocessors", lambda device: 3)
         kernel = Interpreted(launch.resident_forward_kernel)
         monkeypatch.setattr(launch, "resident_forward_kernel", kernel)
 
@@ -50,6 +51,7 @@ def check(
     heads: int = 2,
     dims: tuple[int, int] = DIMS,
     dtype: torch.dtype = torch.bfloat16,
+    bound: float = 3e-3,
 ) -> None:
     """Against float64, from rows that lie apart; with float32 partials to add to; and the same bits
     again, so that nothing is left behind that the next launch would find."""
@@ -65,10 +67,10 @@ def check(
 
     out = [launch.forward(q, source, out=torch.empty_like(want, dtype=dtype)) for _ in range(2)]
     assert torch.equal(*out)
-    assert (out[0] - want).norm() <= 3e-3 * want.norm()
+    assert (out[0] - want).norm() <= bound * want.norm()
     partial = torch.randn(want.shape, device=DEVICE)
     sums = launch.forward(q, source, add=partial, out=torch.empty_like(partial))
-    assert (sums - partial - want).norm() <= 3e-3 * want.norm() + 1e-6 * partial.norm()
+    assert (sums - partial - want).norm() <= bound * want.norm() + 1e-6 * partial.norm()
 
 
 @settings(max_examples=40 if HOPPER else 4, deadline=None)
@@ -78,7 +80,7 @@ def test_masks_and_shards(case: Case, data: st.DataObject) -> None:
     keep = whole.positions // 16 % data.draw(st.sampled_from([1, 2])) == 0
     parts = [part_of(whole, x) for x in (keep, data.draw(st.sampled_from([keep, keep | ~keep])))]
     if all(part.num_rows for part in parts):
-        check(*parts, case.intervals(parts[0]))
+        check(*parts, case.intervals(parts[0]), bound=ROUNDINGS)
 
 
 @settings(max_examples=20 if HOPPER else 2, deadline=None)
