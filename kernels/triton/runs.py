@@ -54,28 +54,14 @@ def load_sequence(record):
 
 
 @triton.jit
-def load_rows(record):
-    """A tile's first row, how many it has, the first of others that ride along behind these, and
-    how many there are with these."""
+def query_rows(record, part, BLOCK: tl.constexpr):
+    """The rows of a part of a tile, which of them there are, and whether there are any."""
     row0 = tl.load(record)
     own = tl.load(record + 1) - row0
     rider0 = tl.load(record + RIDERS_AT)
-    return row0, own, rider0, own + tl.load(record + RIDERS_AT + 1) - rider0
-
-
-@triton.jit
-def rows_at(rows, at):
-    """A tile's rows, as `load_rows` says, at places `at`, and which of them there are."""
-    row0, own, rider0, count = rows
-    return tl.where(at < own, row0, rider0 - own) + at, at < count
-
-
-@triton.jit
-def query_rows(record, part, BLOCK: tl.constexpr):
-    """The rows of a part of a tile, which of them there are, and whether there are any."""
-    rows = load_rows(record)
-    queries, inside = rows_at(rows, part * BLOCK + tl.arange(0, BLOCK))
-    return queries, inside, part * BLOCK < rows[3]
+    all = own + tl.load(record + RIDERS_AT + 1) - rider0
+    at = part * BLOCK + tl.arange(0, BLOCK)
+    return tl.where(at < own, row0, rider0 - own) + at, at < all, part * BLOCK < all
 
 
 @triton.jit

@@ -34,10 +34,11 @@ from kernels.triton.hopper.query_rows import (
     load_added,
     load_bounds,
     load_riders,
+    load_rows,
     store_rows,
 )
 from kernels.triton.launcher import remembered
-from kernels.triton.runs import find_block, load_rows, load_runs, tile_at
+from kernels.triton.runs import find_block, load_runs, tile_at
 from kernels.triton.silu import silu
 
 

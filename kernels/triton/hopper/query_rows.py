@@ -1,6 +1,6 @@
 """The rows of a query tile, as a warpgroup that computes half of them needs them.
 
-`rows` is what `runs.load_rows` says of a tile; `first` where in the tile the half begins.
+`rows` is what `load_rows` says of a tile; `first` where in the tile the half begins.
 """
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
@@ -11,8 +11,25 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from kernels.triton.runs import rows_at
+from kernels.triton.runs import RIDERS_AT
 from kernels.triton.silu import UNSEEN
+
+
+@gluon.jit
+def load_rows(record):
+    """The first row, how many there are, the first of others that ride along behind these, and how
+    many there are with these."""
+    row0 = gl.load(record)
+    own = gl.load(record + 1) - row0
+    rider0 = gl.load(record + RIDERS_AT)
+    return row0, own, rider0, own + gl.load(record + RIDERS_AT + 1) - rider0
+
+
+@gluon.jit
+def _rows_at(rows, at):
+    """The tile's rows at `at`, and which of them there are."""
+    row0, own, rider0, count = rows
+    return gl.where(at < own, row0, rider0 - own) + at, at < count
 
 
 @gluon.jit
@@ -21,7 +38,7 @@ def _matrix_at(
 ):
     """Pointers to the half's rows, from a column on; where in the tile they are; which exist."""
     at = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    row, inside = rows_at(rows, at)
+    row, inside = _rows_at(rows, at)
     columns = column + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     pointers = ptr + row.to(gl.int64)[:, None] * stride + columns[None, :]
     return pointers, at[:, None], inside[:, None]
@@ -70,7 +87,7 @@ def store_rows(ptr, stride, x, rows, first, column):
 def load_bounds(bounds_ptr, num_rows, rows, first, ROWS: gl.constexpr, layout: gl.constexpr):
     """Both intervals of key rows that the half's queries see, [low, high) and [low, high); empty
     ones of rows that there are not."""
-    row, inside = rows_at(rows, first + gl.arange(0, ROWS, layout))
+    row, inside = _rows_at(rows, first + gl.arange(0, ROWS, layout))
     at = bounds_ptr + row
     apart = num_rows.to(gl.int64)
     low1 = gl.load(at, mask=inside, other=0)
