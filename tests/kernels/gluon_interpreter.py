@@ -77,9 +77,6 @@ class Barrier:
         self.arrived, self.expected = 0, 0  # and bytes
         self.copies: list[Callable[[], int]] = []
 
-    def index(self, i: Any) -> Barrier:
-        return self
-
     def arrive(self, count: int) -> None:
         with self.gpu.changed:
             self.arrived += count
@@ -151,13 +148,13 @@ class Gpu:
 
     def run(self, kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
         program = self.plain(kernel.kernel.fn)
-        self.start([(program, args, constants, i) for i in range(self.programs)])
+        self.start([(program, args, constants)] * self.programs)
 
-    def start(self, calls: list[tuple[Callable[..., None], Any, dict[str, Any], int]]) -> None:
+    def start(self, calls: list[tuple[Callable[..., None], Any, dict[str, Any]]]) -> None:
         """Side by side; raises what the first to fail raised."""
 
-        def call(function: Callable[..., None], args: Any, constants: Any, place: int) -> None:
-            self.local.place, self.local.products = place, []
+        def call(function: Callable[..., None], args: Any, constants: Any) -> None:
+            self.local.products = []
             try:
                 function(*args, **constants)
                 assert not self.local.products, "products nobody waited for"
@@ -197,9 +194,6 @@ class Gpu:
 
     # Programs, and warps of one.
 
-    def program_id(self, axis: int) -> Value:
-        return value(self.local.place)
-
     def num_programs(self, axis: int) -> Value:
         return value(self.programs)
 
@@ -207,7 +201,7 @@ class Gpu:
         return 4
 
     def warp_specialize(self, parts: Any, warps: Any, registers: Any) -> None:
-        self.start([(function, args, {}, self.local.place) for function, args in parts])
+        self.start([(function, args, {}) for function, args in parts])
 
     # Numbers.
 
