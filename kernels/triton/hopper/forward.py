@@ -2,8 +2,8 @@
 
 One warp hands out tiles and fetches: a tile's first blocks come while the one before is computed.
 Two warpgroups compute, each half of a tile's rows. Each has the scores of the next block computed
-while it adds what the weights of the last one give; and while one finds weights, the tensor cores
-work for the other.
+while it adds what the weights of the last one give, and a tile's first ones while it stores the
+tile before; and while one finds weights, the tensor cores work for the other.
 """
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
@@ -76,7 +76,6 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
     i = 0  # tiles so far
     n = 0  # blocks
     while place < count:
-        following = gl.atomic_add(counters_ptr, 1)  # looked at when this one is done
         head, _part, record = tile_at(tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
         rows = load_rows(record)
         if rows[3] > 0:
@@ -94,8 +93,13 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
                 fetch(k_desc, row, head, keys, n)
                 fetch(v_desc, row, head, values, n)
                 n += 1
+            if masked + full == 0:  # one that nobody sees
+                fetch(k_desc, 0, head, keys, n)
+                fetch(v_desc, 0, head, values, n)
+                n += 1
             i += 1
-        place = following
+        # Only now: who claims a tile long before he can compute it makes a tail.
+        place = gl.atomic_add(counters_ptr, 1)
     announce(places, i, -1)
     if gl.atomic_add(counters_ptr + 1, 1) == programs - 1:  # nobody asks for a tile any more
         gl.store(counters_ptr, 0)
@@ -123,64 +127,69 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
     i = 0  # tiles so far
     n = 0  # blocks
     place = next_place(places, i)
+    # The tile before, yet to be stored: in the beginning one without rows.
+    out = gl.zeros([ROWS, V_DIM], out_ptr.dtype.element_ty, sums_layout)
+    last = place * 0, place * 0, place * 0, place * 0
+    last_at = place * 0
     while place >= 0:
         head, _part, record = tile_at(tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
-        rows = load_rows(record)
+        rows, v_at = load_rows(record), head * V_DIM
         low1, high1, low2, high2 = load_bounds(
             bounds_ptr, num_rows, rows, first, ROWS, bounds_layout
         )
         masked, second, of_masked = _load_masked(record, BLOCK)
         full, runs = load_runs(record, 0, 2, BLOCK)
-        acc = gl.zeros([ROWS, V_DIM], gl.float32, sums_layout)
-        if add_ptr is not None:
-            v_at = head * V_DIM
-            acc = load_added(add_ptr, add_stride, rows, first, v_at, ROWS, V_DIM, sums_layout)
-            acc /= scale
         q = take(queries, i).slice(first, ROWS)
         if rows[1] < rows[3]:
             load_riders(q, q_ptr, q_stride, rows, first, head * QK_DIM)
 
-        if masked + full > 0:
-            k = take(keys, n).permute([1, 0])
-            scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-            row = _find_masked(of_masked, second, 0, BLOCK)
-            low = gl.where(second > 0, low2, low1)
-            high = gl.where(second > 0, high2, high1)
-            if masked == 0:  # the first is a full one: an interval that is the block
-                row, _end = find_block(runs, 0, BLOCK)
-                low = gl.zeros([ROWS], gl.int32, bounds_layout) + row
-                high = low + BLOCK
-            half_scores = warpgroup_mma_wait(0, deps=[scores]) * half_alpha
-            give(keys, n)
-            weights = silu(hide(half_scores, row, low, high), True).to(dtype)
-            weights = gl.convert_layout(weights, weights_layout)
-            for kind in gl.static_range(2):  # masked blocks, then full ones, but for the first
-                start = 1 if kind == 0 else gl.where(masked > 0, 0, 1)
-                for block in range(start, masked if kind == 0 else full):
-                    k = take(keys, n + 1).permute([1, 0])
-                    scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-                    sums = warpgroup_mma(weights, take(values, n), acc, is_async=True)
-                    half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
-                    give(keys, n + 1)
-                    if kind == 0:
-                        row = _find_masked(of_masked, second, block, BLOCK)
-                        low = gl.where(block < second, low2, low1)
-                        high = gl.where(block < second, high2, high1)
-                        half_scores = hide(half_scores, row, low, high)
-                    following = silu(half_scores, True).to(dtype)
-                    following = gl.convert_layout(following, weights_layout)
-                    acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
-                    give(values, n)
-                    weights = following
-                    n += 1
-            sums = warpgroup_mma(weights, take(values, n), acc, is_async=True)
-            acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
-            give(values, n)
-            n += 1
+        k = take(keys, n).permute([1, 0])
+        scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+        store_rows(out_ptr, out_stride, out, last, first, last_at)
+        row = _find_masked(of_masked, second, 0, BLOCK)
+        low = gl.where(second > 0, low2, low1)
+        high = gl.where(second > 0, high2, high1)
+        if masked == 0:  # a full one, an interval that is the block; or the one that nobody sees
+            row, _end = find_block(runs, 0, BLOCK)
+            low = gl.zeros([ROWS], gl.int32, bounds_layout) + row
+            high = low + gl.where(full > 0, BLOCK, 0)
+        half_scores = warpgroup_mma_wait(0, deps=[scores]) * half_alpha
+        give(keys, n)
+        weights = silu(hide(half_scores, row, low, high), True).to(dtype)
+        weights = gl.convert_layout(weights, weights_layout)
+        acc = gl.zeros([ROWS, V_DIM], gl.float32, sums_layout)
+        if add_ptr is not None:
+            acc = load_added(add_ptr, add_stride, rows, first, v_at, ROWS, V_DIM, sums_layout)
+            acc /= scale
+        for kind in gl.static_range(2):  # masked blocks, then full ones, but for the first
+            start = 1 if kind == 0 else gl.where(masked > 0, 0, 1)
+            for block in range(start, masked if kind == 0 else full):
+                k = take(keys, n + 1).permute([1, 0])
+                scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+                sums = warpgroup_mma(weights, take(values, n), acc, is_async=True)
+                half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
+                give(keys, n + 1)
+                if kind == 0:
+                    row = _find_masked(of_masked, second, block, BLOCK)
+                    low = gl.where(block < second, low2, low1)
+                    high = gl.where(block < second, high2, high1)
+                    half_scores = hide(half_scores, row, low, high)
+                following = silu(half_scores, True).to(dtype)
+                following = gl.convert_layout(following, weights_layout)
+                acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
+                give(values, n)
+                weights = following
+                n += 1
         give(queries, i)
+        sums = warpgroup_mma(weights, take(values, n), acc, is_async=True)
+        last, last_at = rows, v_at
         i += 1
         place = next_place(places, i)
-        store_rows(out_ptr, out_stride, acc * scale, rows, first, head * V_DIM)
+        acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
+        give(values, n)
+        out = (acc * scale).to(out.dtype)
+        n += 1
+    store_rows(out_ptr, out_stride, out, last, first, last_at)
 
 
 @remembered

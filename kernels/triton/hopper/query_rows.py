@@ -73,14 +73,13 @@ def load_added(
 
 @gluon.jit
 def store_rows(ptr, stride, x, rows, first, column):
-    """x, all of the half, float32, to where there are rows."""
+    """x, all of the half, to where there are rows."""
     ROWS: gl.constexpr = x.shape[0]
     WIDTH: gl.constexpr = x.shape[1]
-    dtype: gl.constexpr = ptr.dtype.element_ty
     # Of float32, a warp writes whole sectors as the numbers are; there is no room to sort them.
-    layout: gl.constexpr = x.type.layout if dtype == gl.float32 else _as_in_memory(WIDTH)
+    layout: gl.constexpr = x.type.layout if x.dtype == gl.float32 else _as_in_memory(WIDTH)
     pointers, _at, inside = _matrix_at(ptr, stride, rows, first, column, ROWS, WIDTH, layout)
-    gl.store(pointers, gl.convert_layout(x.to(dtype), layout), mask=inside)
+    gl.store(pointers, gl.convert_layout(x, layout), mask=inside)
 
 
 @gluon.jit
