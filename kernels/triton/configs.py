@@ -34,13 +34,15 @@ class Kept:
 
 @dataclass(frozen=True)
 class Resident:
-    """Of a kernel whose programs stay, see `hopper`: query rows of a tile, key rows of a block, and
-    how many buffers there are for tiles and for blocks."""
+    """Of a kernel whose programs stay, see `hopper`: query rows of a tile, key rows of a block, how
+    many buffers there are for tiles and for blocks; and whether there is one more to copy a tile's
+    results from, asynchronously."""
 
     m: int
     n: int
     tiles: int
     stages: int
+    copies: bool
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,19 @@ class Config:
     resident: Resident | None = None  # for the forward of one source, if it pays
 
 
+RESIDENT = Resident(128, 128, 2, 2, copies=True)
 # By the larger of the two head dims, padded to a power of two. On Hopper two blocks of 4 warps
 # share a multiprocessor where they fit: one computes SiLU while the other's products run.
 HOPPER = {
     64: Config(128, 64, Blocks(128, 64, 4, 3), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
-    128: Config(128, 64, Blocks(128, 64, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)),
+    128: Config(
+        128,
+        64,
+        Blocks(128, 64, 4, 2),
+        Blocks(64, 64, 4, 2),
+        Blocks(64, 64, 4, 2),
+        resident=RESIDENT,
+    ),
     256: Config(
         128,
         128,
@@ -71,21 +81,20 @@ HOPPER = {
         Blocks(64, 64, 4, 2),
         Blocks(64, 128, 8, 2),
         Kept(Blocks(32, 64, 4, 4), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
+        resident=Resident(128, 64, 1, 2, copies=False),
     ),
 }
-# For HOPPER[128], once the kernel has run on a GPU as it is now; until then its tests alone run it.
-# An earlier version, H100, Triton 3.6, causal, 4 heads of 128, one run: 627 TFLOP/s where the
-# forward above made 484 and cuDNN 503 (sequences of 4,096); 749, 550 and 544 (of 16,384).
-RESIDENT = Resident(128, 128, 2, 2)
 # Sequences of a few hundred tokens are a few blocks each: latency and memory rule, not products.
 # And of few rows there are hardly more tiles of 128 than the 264 that run at a time: the GPU would
 # wait for the heaviest (counted, not measured: it would take 1.4 to 1.9 times as long).
-HOPPER_FEW = Config(64, 64, Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
-HOPPER_SHORT = replace(
-    HOPPER_FEW,
+_FEW = Config(64, 64, Blocks(64, 32, 4, 2), Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2))
+_SHORT = replace(
+    _FEW,
     query=Blocks(64, 32, 4, 2),
     kept=Kept(Blocks(32, 64, 4, 3), None, Blocks(64, 64, 4, 2)),
 )
+HOPPER_FEW = {64: _FEW, 128: replace(_FEW, resident=RESIDENT)}
+HOPPER_SHORT = {64: _SHORT, 128: replace(_SHORT, resident=RESIDENT)}
 SHORT = 512  # tokens of the mean sequence
 FEW = 48 * 1024  # rows of all heads
 CONSERVATIVE = {
@@ -110,8 +119,8 @@ def config_for(
     if not _is_hopper(device):
         return CONSERVATIVE[max(64, dim)]
     if dim <= 128 and mean_length < SHORT:
-        return HOPPER_SHORT
-    return HOPPER_FEW if dim <= 128 and rows < FEW else HOPPER[max(64, dim)]
+        return HOPPER_SHORT[max(64, dim)]
+    return (HOPPER_FEW if dim <= 128 and rows < FEW else HOPPER)[max(64, dim)]
 
 
 @cache

@@ -63,12 +63,13 @@ def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor)
 
 def _forward_resident(walk: _Walk, blocks: Resident, q: Tensor, target: _Target) -> None:
     walk.wait()
-    plan = walk.plan
+    plan, out, half = walk.plan, target.written, blocks.m // 2
     resident_forward_kernel[(multiprocessors(q.device),)](
-        SharedRows(q, blocks.m),
+        SharedRows(q, half),
         *_rows(q),
         *target.add,
         *target.out,
+        SharedRows(out, half) if blocks.copies and _is_ready(out, q.dtype) else None,
         plan.query_tiles(),
         plan.num_query_tiles,
         plan.counters(2),

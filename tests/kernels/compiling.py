@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -111,7 +110,6 @@ def main(capability: int) -> None:
     for dtype, dim, lengths in problems:
         compile_attention(dim, dtype, lengths)
     if hopper:
-        configs.HOPPER[128] = replace(configs.HOPPER[128], resident=configs.RESIDENT)
         for dtype, dim in (torch.bfloat16, 128), (torch.float16, 64):
             compile_resident(dim, dtype)
 

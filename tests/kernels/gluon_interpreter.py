@@ -154,10 +154,11 @@ class Gpu:
         """Side by side; raises what the first to fail raised."""
 
         def call(function: Callable[..., None], args: Any, constants: Any) -> None:
-            self.local.products = []
+            self.local.products, self.local.stores = [], []
             try:
                 function(*args, **constants)
                 assert not self.local.products, "products nobody waited for"
+                assert not self.local.stores, "copies nobody waited for"
             except BaseException as error:
                 with self.changed:
                     self.failure = self.failure or error
@@ -285,6 +286,15 @@ class Gpu:
             barrier.copies.append(lambda: desc.copy(row, column, result.x))
             self.changed.notify_all()
 
+    def async_copy_shared_to_global(self, desc: Descriptor, at: list[Any], source: Shared) -> None:
+        row, column = map(int, at)
+        self.local.stores.append(lambda: desc.store(row, column, source.x))
+
+    def store_wait(self, pendings: int) -> None:
+        assert pendings == 0
+        while self.local.stores:
+            self.local.stores.pop()()
+
     def warpgroup_mma(
         self, a: Any, b: Shared, acc: Tensor, use_acc: bool = True, is_async: bool = False
     ) -> Product:
@@ -320,6 +330,12 @@ class Descriptor:
         if low < high:
             into[low - row : high - row] = self.matrix[low:high, column : column + columns]
         return into.nbytes
+
+    def store(self, row: int, column: int, x: Tensor) -> None:
+        rows, columns = x.shape
+        low, high = max(row, 0), min(row + rows, len(self.matrix))
+        if low < high:
+            self.matrix[low:high, column : column + columns] = x[low - row : high - row]
 
 
 class Interpreted:

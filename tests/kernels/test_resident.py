@@ -28,11 +28,12 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason="not a Hopper GPU")
 DEVICE = torch.device("cuda" if HOPPER else "cpu")
 DIMS = (128, 128) if HOPPER else (32, 32)
+OTHER = configs.Resident(128, 64, 1, 3, copies=False)
 LONG = 3000 if HOPPER else 300
 ROUNDINGS = 2 * 2**-8  # to bf16, of a weight and of an output: of a pair or two they may add up
 
 
-@pytest.fixture(autouse=True, params=[configs.RESIDENT, configs.Resident(128, 64, 1, 3)])
+@pytest.fixture(autouse=True, params=[configs.RESIDENT, OTHER])
 def resident(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Also where it would not pay; and three programs where there is no GPU."""
     config = replace(configs.HOPPER[128], resident=request.param)

@@ -2,8 +2,8 @@
 
 One warp hands out tiles and fetches: a tile's first blocks come while the one before is computed.
 Two warpgroups compute, each half of a tile's rows. Each has the scores of the next block computed
-while it adds what the weights of the last one give, and a tile's first ones while it stores the
-tile before; and while one finds weights, the tensor cores work for the other.
+while it adds what the weights of the last one give; and while one finds weights, the tensor cores
+work for the other.
 """
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
@@ -14,6 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -27,9 +28,11 @@ from kernels.triton.hopper.pipeline import (
     next_place,
     ring_of,
     ring_of_places,
+    room_for,
     take,
 )
 from kernels.triton.hopper.query_rows import (
+    copy_rows,
     hide,
     load_added,
     load_bounds,
@@ -67,8 +70,9 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
     """
     q_desc, k_desc, v_desc = descs
     tiles_ptr, num_tiles_ptr, counters_ptr = tiles
-    places, queries, keys, values = rings
+    places, upper, lower, keys, values = rings
     BLOCK: gl.constexpr = k_desc.block_type.shape[0]
+    ROWS: gl.constexpr = q_desc.block_type.shape[0]
     programs = gl.num_programs(0)
     count = gl.load(num_tiles_ptr) * HEADS
     # Counted from the first on: a program whose multiprocessor is busy elsewhere comes late.
@@ -78,28 +82,25 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
     while place < count:
         head, _part, record = tile_at(tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
         rows = load_rows(record)
+        masked, second, of_masked = _load_masked(record, BLOCK)
+        full, runs = load_runs(record, 0, 2, BLOCK)
         if rows[3] > 0:
             announce(places, i, place)
-            fetch(q_desc, rows[0], head, queries, i)
-            masked, second, of_masked = _load_masked(record, BLOCK)
-            for block in range(masked):
+            fetch(q_desc, rows[0], head, upper, i)
+            fetch(q_desc, rows[0] + ROWS, head, lower, i)
+            blocks = gl.maximum(masked + full, 1)
+            for block in range(blocks):
+                if block == blocks - 1:  # who claims a tile long before its turn makes a tail
+                    place = gl.atomic_add(counters_ptr, 1)
                 row = _find_masked(of_masked, second, block, BLOCK)
+                full_row, _end = find_block(runs, block - masked, BLOCK)
+                row = gl.where(block < masked, row, full_row)
                 fetch(k_desc, row, head, keys, n)
                 fetch(v_desc, row, head, values, n)
-                n += 1
-            full, runs = load_runs(record, 0, 2, BLOCK)
-            for block in range(full):
-                row, _end = find_block(runs, block, BLOCK)
-                fetch(k_desc, row, head, keys, n)
-                fetch(v_desc, row, head, values, n)
-                n += 1
-            if masked + full == 0:  # one that nobody sees
-                fetch(k_desc, 0, head, keys, n)
-                fetch(v_desc, 0, head, values, n)
                 n += 1
             i += 1
-        # Only now: who claims a tile long before he can compute it makes a tail.
-        place = gl.atomic_add(counters_ptr, 1)
+        else:
+            place = gl.atomic_add(counters_ptr, 1)
     announce(places, i, -1)
     if gl.atomic_add(counters_ptr + 1, 1) == programs - 1:  # nobody asks for a tile any more
         gl.store(counters_ptr, 0)
@@ -107,12 +108,25 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
 
 
 @gluon.jit
-def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
-    """One warpgroup's: half of the rows of each tile."""
-    q_ptr, q_stride, add_ptr, add_stride, out_ptr, out_stride = matrices
+def _load_tile(
+    tiles_ptr, place, HEADS: gl.constexpr, bounds_ptr, num_rows, first, ROWS: gl.constexpr,
+    BLOCK: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """What a warpgroup is to know of a tile; of any, behind the last."""
+    head, _part, record = tile_at(tiles_ptr, gl.maximum(place, 0), HEADS, PARTS=1, SOURCES=1)
+    rows = load_rows(record)
+    bounds = load_bounds(bounds_ptr, num_rows, rows, first, ROWS, layout)
+    full, runs = load_runs(record, 0, 2, BLOCK)
+    return head, rows, bounds, _load_masked(record, BLOCK), (full, runs)
+
+
+@gluon.jit
+def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.constexpr):
+    """One warpgroup's: half of the rows of each tile. staged: where to have them copied from."""
+    q_ptr, q_stride, add_ptr, add_stride, out_ptr, out_stride, out_desc = matrices
     tiles_ptr, half_alpha, scale, bounds_ptr, num_rows = work
     places, queries, keys, values = rings
-    ROWS: gl.constexpr = queries[0].shape[1] // 2
+    ROWS: gl.constexpr = queries[0].shape[1]
     QK_DIM: gl.constexpr = queries[0].shape[2]
     BLOCK: gl.constexpr = values[0].shape[1]
     V_DIM: gl.constexpr = values[0].shape[2]
@@ -127,31 +141,26 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
     i = 0  # tiles so far
     n = 0  # blocks
     place = next_place(places, i)
-    # The tile before, yet to be stored: in the beginning one without rows.
-    out = gl.zeros([ROWS, V_DIM], out_ptr.dtype.element_ty, sums_layout)
-    last = place * 0, place * 0, place * 0, place * 0
-    last_at = place * 0
+    tile = _load_tile(
+        tiles_ptr, place, HEADS, bounds_ptr, num_rows, first, ROWS, BLOCK, bounds_layout
+    )
     while place >= 0:
-        head, _part, record = tile_at(tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
-        rows, v_at = load_rows(record), head * V_DIM
-        low1, high1, low2, high2 = load_bounds(
-            bounds_ptr, num_rows, rows, first, ROWS, bounds_layout
-        )
-        masked, second, of_masked = _load_masked(record, BLOCK)
-        full, runs = load_runs(record, 0, 2, BLOCK)
-        q = take(queries, i).slice(first, ROWS)
+        head, rows, bounds, of_masked, of_full = tile
+        low1, high1, low2, high2 = bounds
+        masked, second, masked_runs = of_masked
+        full, runs = of_full
+        v_at = head * V_DIM
+        q = take(queries, i)
         if rows[1] < rows[3]:
             load_riders(q, q_ptr, q_stride, rows, first, head * QK_DIM)
-
         k = take(keys, n).permute([1, 0])
         scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-        store_rows(out_ptr, out_stride, out, last, first, last_at)
-        row = _find_masked(of_masked, second, 0, BLOCK)
+        row = _find_masked(masked_runs, second, 0, BLOCK)
         low = gl.where(second > 0, low2, low1)
         high = gl.where(second > 0, high2, high1)
         if masked == 0:  # a full one, an interval that is the block; or the one that nobody sees
             row, _end = find_block(runs, 0, BLOCK)
-            low = gl.zeros([ROWS], gl.int32, bounds_layout) + row
+            low = low * 0 + row
             high = low + gl.where(full > 0, BLOCK, 0)
         half_scores = warpgroup_mma_wait(0, deps=[scores]) * half_alpha
         give(keys, n)
@@ -170,7 +179,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
                 half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                 give(keys, n + 1)
                 if kind == 0:
-                    row = _find_masked(of_masked, second, block, BLOCK)
+                    row = _find_masked(masked_runs, second, block, BLOCK)
                     low = gl.where(block < second, low2, low1)
                     high = gl.where(block < second, high2, high1)
                     half_scores = hide(half_scores, row, low, high)
@@ -182,14 +191,21 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
                 n += 1
         give(queries, i)
         sums = warpgroup_mma(weights, take(values, n), acc, is_async=True)
-        last, last_at = rows, v_at
         i += 1
         place = next_place(places, i)
+        tile = _load_tile(  # while the products run
+            tiles_ptr, place, HEADS, bounds_ptr, num_rows, first, ROWS, BLOCK, bounds_layout
+        )
         acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
         give(values, n)
-        out = (acc * scale).to(out.dtype)
         n += 1
-    store_rows(out_ptr, out_stride, out, last, first, last_at)
+        out = (acc * scale).to(out_ptr.dtype.element_ty)
+        if out_desc is None:
+            store_rows(out_ptr, out_stride, out, rows, first, v_at)
+        else:
+            copy_rows(out_ptr, out_stride, out_desc, out, rows, first, v_at, staged)
+    if out_desc is not None:
+        tma.store_wait(0)
 
 
 @remembered
@@ -205,6 +221,7 @@ def resident_forward_kernel(
     add_stride,
     out_ptr,
     out_stride,
+    out_desc,
     tiles_ptr,
     num_tiles_ptr,
     counters_ptr,
@@ -220,21 +237,24 @@ def resident_forward_kernel(
 ):
     """out = scale * (add / scale + sum silu(alpha q . k) v). 16-bit q, k, v.
 
-    Descriptors have the rows of a tile, and those of a block. TILES, STAGES: buffers for each.
+    Descriptors have half of a tile's rows, and those of a block; out's is None where there is no
+    room in shared memory. TILES, STAGES: buffers for each.
     Grid: any; as many as there are multiprocessors to fill them.
     """
-    places, queries = ring_of_places(), ring_of(q_desc, TILES)
+    places = ring_of_places()
+    upper, lower = ring_of(q_desc, TILES, 1), ring_of(q_desc, TILES, 1)
     keys, values = ring_of(k_desc, STAGES), ring_of(v_desc, STAGES)
+    upper_out, lower_out = room_for(out_desc), room_for(out_desc)
     fence_async_shared()  # barriers are there
-    matrices = q_ptr, q_stride, add_ptr, add_stride, out_ptr, out_stride
+    matrices = q_ptr, q_stride, add_ptr, add_stride, out_ptr, out_stride, out_desc
     work = tiles_ptr, half_alpha, scale, bounds_ptr, num_rows
-    rings = places, queries, keys, values
     descs, tiles = (q_desc, k_desc, v_desc), (tiles_ptr, num_tiles_ptr, counters_ptr)
+    of_upper, of_lower = (places, upper, keys, values), (places, lower, keys, values)
     gl.warp_specialize(
         [
-            (_consume, (0, matrices, work, rings, HEADS)),
-            (_consume, (1, matrices, work, rings, HEADS)),
-            (_produce, (descs, tiles, rings, HEADS)),
+            (_consume, (0, matrices, work, of_upper, upper_out, HEADS)),
+            (_consume, (1, matrices, work, of_lower, lower_out, HEADS)),
+            (_produce, (descs, tiles, (places, upper, lower, keys, values), HEADS)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -19,11 +19,20 @@ PRODUCER_REGISTERS = gl.constexpr(24)
 
 
 @gluon.jit
-def ring_of(desc, STAGES: gl.constexpr):
-    """A ring of buffers for the blocks of a descriptor."""
+def ring_of(desc, STAGES: gl.constexpr, EMPTIERS: gl.constexpr = CONSUMERS):
+    """A ring of buffers for the blocks of a descriptor. EMPTIERS: warpgroups that do."""
     SHAPE: gl.constexpr = [STAGES] + desc.block_type.shape  # noqa: RUF005
     buffers = gl.allocate_shared_memory(desc.dtype, SHAPE, desc.layout)
-    return buffers, _barriers(STAGES, 1), _barriers(STAGES, CONSUMERS)
+    return buffers, _barriers(STAGES, 1), _barriers(STAGES, EMPTIERS)
+
+
+@gluon.jit
+def room_for(desc):
+    """Shared memory for a block of a descriptor, if that is not None."""
+    if desc is None:
+        return 0
+    else:
+        return gl.allocate_shared_memory(desc.dtype, desc.block_type.shape, desc.layout)
 
 
 @gluon.jit

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from kernels.triton.runs import RIDERS_AT
 from kernels.triton.silu import UNSEEN
@@ -80,6 +80,23 @@ def store_rows(ptr, stride, x, rows, first, column):
     layout: gl.constexpr = x.type.layout if x.dtype == gl.float32 else _as_in_memory(WIDTH)
     pointers, _at, inside = _matrix_at(ptr, stride, rows, first, column, ROWS, WIDTH, layout)
     gl.store(pointers, gl.convert_layout(x, layout), mask=inside)
+
+
+@gluon.jit
+def copy_rows(ptr, stride, desc, x, rows, first, column, staged):
+    """The same by way of shared memory, which is there again after `tma.store_wait`. desc: of the
+    half's rows; asynchronously, if they all are the tile's own."""
+    ROWS: gl.constexpr = x.shape[0]
+    WIDTH: gl.constexpr = x.shape[1]
+    tma.store_wait(0)
+    staged.store(x)
+    if first + ROWS <= rows[1]:
+        fence_async_shared()  # copies read it
+        tma.async_copy_shared_to_global(desc, [rows[0] + first, column], staged)
+    else:
+        layout: gl.constexpr = _as_in_memory(WIDTH)
+        pointers, _at, inside = _matrix_at(ptr, stride, rows, first, column, ROWS, WIDTH, layout)
+        gl.store(pointers, staged.load(layout), mask=inside)
 
 
 @gluon.jit
