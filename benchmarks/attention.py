@@ -105,7 +105,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 Candidate = tuple[Attention, list[Tensor], Tensor]  # the function, q k v, dout
 
 
-def ours(problem: Problem) -> Candidate:
+def ours(problem: Problem, deterministic: bool) -> Candidate:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return hstu_attention(
             q,
@@ -116,6 +116,7 @@ def ours(problem: Problem) -> Candidate:
             intervals=problem.intervals,
             alpha=problem.alpha,
             scale=problem.scale,
+            deterministic=deterministic,
         )
 
     return attend, [problem.q, problem.k, problem.v], problem.dout
@@ -166,7 +167,8 @@ def generative_recommenders(problem: Problem) -> Candidate | None:
 
 
 def candidates(problem: Problem, peer_path: str | None) -> Iterator[tuple[str, Candidate]]:
-    yield "gr-train", ours(problem)
+    yield "gr-train", ours(problem, deterministic=True)
+    yield "gr-train, unordered", ours(problem, deterministic=False)
     peers: list[tuple[str, Callable[[], Candidate | None]]] = [
         ("SDPA cuDNN", lambda: sdpa(problem, "CUDNN_ATTENTION")),
         ("SDPA flash", lambda: sdpa(problem, "FLASH_ATTENTION")),

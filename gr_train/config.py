@@ -73,8 +73,12 @@ class ModelConfig:
     # stays, for one more matrix product. Attention never runs twice.
     recompute: Literal["none", "projections"] = "none"
     recompute_layers: int | None = None  # only the first so many; default: all
+    # Whether attention's backward gives the same bits from run to run. If not, it is faster: on
+    # Hopper, in 16 bits, where no sequence is cut and heads are wider than 64, up to 128.
+    deterministic: bool = True
     # GiB that attention's backward may take for a moment to be faster: on Hopper, in 16 bits, where
-    # no sequence is cut and heads are wider than 128 or the mean sequence is under 512 tokens.
+    # no sequence is cut and heads are wider than 128, the mean sequence is under 512 tokens, or
+    # `deterministic` is false.
     # Lower it if a job runs out of memory; 0: none.
     scratch_gib: float = 4.0
     time_buckets: int = 128  # log-spaced time gaps; 0: no time encoding

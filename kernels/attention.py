@@ -44,6 +44,7 @@ def hstu_attention(
     intervals: Tensor,
     alpha: float,
     scale: float,
+    deterministic: bool = True,
     backend: str = "auto",
 ) -> Tensor:
     """out_i = scale * sum_j silu(alpha * q_i . k_j) v_j over the keys j that query i sees.
@@ -53,6 +54,9 @@ def hstu_attention(
         known, the backward may be faster, on Hopper in 16 bits, for head dims over 128 and for
         short sequences, and takes memory for it: see `kernels.scratch`.
     intervals: int32 [Tq, 4], see `kernels.masks`.
+    deterministic: gradients are bitwise equal from run to run. If False, they need not be, where
+        that is faster: on Hopper in 16 bits, for head dims over 64 and up to 128, and sequences
+        that are neither short nor few. Takes memory for a float32 dq: see `kernels.scratch`.
     backend: one of BACKENDS; "auto" takes the fastest that can do it.
     Returns [Tq, H, Dv] in q's dtype; sums are float32 inside (float64 for float64).
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit. Values
@@ -67,7 +71,8 @@ def hstu_attention(
     if backend == "triton" or (backend == "auto" and _takes_triton(q, v)):
         _load_triton(q.device)
         mask = (queries.offsets, queries.positions, keys.offsets, keys.positions, intervals)
-        return torch.ops.gr_kernels.attention(q, k, v, *mask, queries.max_length, alpha, scale)
+        options = queries.max_length, alpha, scale, deterministic
+        return torch.ops.gr_kernels.attention(q, k, v, *mask, *options)
     return _Blockwise.apply(q, k, v, weighting)
 
 

@@ -45,12 +45,13 @@ def context_parallel_attention(
     alpha: float,
     scale: float,
     exchange: str = "ring",
+    deterministic: bool = True,
 ) -> Tensor:
     """`kernels.attention.hstu_attention` as if the cp group were one device.
 
     q, k: [rows of this rank, H, Dqk]; v: [rows, H, Dv], in the order of seen.shard.rows.
     alpha, scale: not 0. exchange: one of EXCHANGES; results do not depend on it but for the order
-    of sums.
+    of sums. deterministic: as there, if no sequence is cut; gradients of cut ones always are.
     Returns [rows, H, Dv] in q's dtype. Differentiable: gradients of k and v are sums over the
     group. Every rank of the group must call it, with however few rows.
     """
@@ -70,6 +71,7 @@ def context_parallel_attention(
         intervals=seen.intervals,
         alpha=alpha,
         scale=scale,
+        deterministic=deterministic,
     )
 
 

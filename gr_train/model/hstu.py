@@ -34,6 +34,7 @@ class HSTULayer(nn.Module):
         self.heads, self.qk_dim, self.v_dim = config.num_heads, config.qk_dim, config.v_dim
         self.alpha, self.scale = config.qk_dim**-0.5, 1 / max_length
         self.exchange, self.dropout, self.recompute = exchange, config.dropout, config.recompute
+        self.deterministic = config.deterministic
         self.splits = [self.heads * d for d in (self.v_dim, self.v_dim, self.qk_dim, self.qk_dim)]
         self.input_norm = nn.LayerNorm(config.width, eps=EPS)
         self.uvqk = init_linear(nn.Linear(config.width, sum(self.splits), bias=False))
@@ -70,6 +71,7 @@ class HSTULayer(nn.Module):
             alpha=self.alpha,
             scale=self.scale,
             exchange=self.exchange,
+            deterministic=self.deterministic,
         ).flatten(1)
         gated = self._gate(attended, u, seed, du)
         out = residual_linear(x, gated, self.output.weight)

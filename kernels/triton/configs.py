@@ -34,9 +34,9 @@ class Kept:
 
 @dataclass(frozen=True)
 class Resident:
-    """Of a kernel whose programs stay, see `hopper`: query rows of a tile, key rows of a block, how
-    many buffers there are for tiles and for blocks; and whether there is one more to copy a tile's
-    results from, asynchronously."""
+    """Of a kernel whose programs stay, see `hopper`: query rows and key rows, of a tile or of a
+    block; how many buffers there are for tiles and for blocks; and whether there is one more to
+    copy a tile's results from, asynchronously."""
 
     m: int
     n: int
@@ -48,7 +48,8 @@ class Resident:
 @dataclass(frozen=True)
 class Config:
     """One shape of problem. The plan's `tile` is a multiple of `part` and of forward.m, and `part`
-    of forward.n and of the backward's blocks; `kept` and `resident` have plans of their own."""
+    of forward.n and of the backward's blocks; `kept` and `resident` have plans of their own, and
+    `unordered` has the latter's."""
 
     tile: int
     part: int
@@ -58,6 +59,7 @@ class Config:
     value: Blocks | None = None  # dv's own launch, if it does not share dk's
     kept: Kept | None = None  # if it pays to keep slopes
     resident: Resident | None = None  # for the forward of one source, if it pays
+    unordered: Resident | None = None  # the backward where sums may come in any order, if it pays
 
 
 RESIDENT = Resident(128, 128, 2, 2, copies=True)
@@ -72,6 +74,7 @@ HOPPER = {
         Blocks(64, 64, 4, 2),
         Blocks(64, 64, 4, 2),
         resident=RESIDENT,
+        unordered=Resident(64, 128, 2, 2, copies=True),
     ),
     256: Config(
         128,

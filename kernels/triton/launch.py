@@ -5,6 +5,7 @@ Out, dq, dk and dv are written into tensors of any floating dtype, each plus ano
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from kernels.source import Source
 from kernels.triton.backward import key_value_kernel, query_kernel
 from kernels.triton.configs import Blocks, Config, Kept, Resident, config_for
 from kernels.triton.forward import forward_kernel
+from kernels.triton.hopper.backward import resident_backward_kernel
 from kernels.triton.hopper.forward import resident_forward_kernel
 from kernels.triton.integers import cdiv, next_power_of_2
 from kernels.triton.launcher import Rows, SharedRows, multiprocessors
@@ -138,14 +140,21 @@ def gradients(
     v: Tensor,
     weighting: Weighting,
     *,
+    deterministic: bool = True,
     out: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """`out`, written with dq, dk and dv of one block of queries and keys.
 
-    Where that is faster, dq, and perhaps dk, take slopes that the launch for dv keeps, if the host
-    knows how long a sequence may be and `scratch_limit` has room: for those of one head, or, where
-    dk has no launch of its own, of all. A ring, and a halo, find dq and dk of different pairs.
+    Unless it is to be deterministic, where that is faster, one kernel finds them all, if
+    `scratch_limit` has room for a float32 dq. Else, where that is faster, dq, and perhaps dk, take
+    slopes that the launch for dv keeps, if the host knows how long a sequence may be and there is
+    room: for those of one head, or, where dk has no launch of its own, of all. A ring, and a halo,
+    find dq and dk of different pairs.
     """
+    unordered = None if deterministic else _unordered_blocks(q, v, weighting, out)
+    if unordered is not None:
+        _gradients_unordered(unordered, dout, q, k, v, weighting, out)
+        return
     slopes = _Slopes.of(q, v, weighting)
     if slopes is None:
         key_value_gradients(k, v, Source((q, dout), weighting), out=out[1:])
@@ -154,6 +163,66 @@ def gradients(
     for start in range(0, q.shape[1], slopes.heads):
         heads = (x[:, start : start + slopes.heads] for x in (dout, q, k, v, *out))
         _gradients_by_slopes(slopes, weighting, *heads)
+
+
+def _unordered_blocks(
+    q: Tensor, v: Tensor, weighting: Weighting, out: tuple[Tensor, ...]
+) -> Resident | None:
+    """None: if order costs nothing, or less."""
+    dims = _padded_dim(q.shape[2]), _padded_dim(v.shape[2])
+    blocks = _config(weighting.queries, q.shape[1], dims, q.dtype, q.device).unordered
+    if not (q.shape[0] and v.shape[0]) or dims[0] != dims[1] or blocks is None:
+        return None
+    if q.shape[0] * q.shape[1] * dims[0] * 4 > scratch_limit():
+        return None
+    targets = (_Target(x, None, dims[0]).written for x in out)
+    return blocks if all(_is_ready(x, q.dtype) for x in targets) else None
+
+
+def _gradients_unordered(
+    blocks: Resident,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weighting: Weighting,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    walk = _Walk(k, [Source((q, dout), weighting)], resident=True)
+    plan, heads, dim = walk.plan, walk.heads, walk.qk_dim
+    assert plan.part == blocks.n
+    query, key, value = (_Target(x, None, dim) for x in out)
+    k, v, half = _ready(k), _ready(v), blocks.n // 2
+    rows = plan.most_segments() * blocks.n
+    sums = [k.new_empty(rows, heads, dim, dtype=torch.float32) for _ in range(2)]
+    dq = torch.zeros(query.written.shape, dtype=torch.float32, device=q.device)
+    resident_backward_kernel[(multiprocessors(k.device),)](
+        SharedRows(k, blocks.n),
+        SharedRows(v, blocks.n),
+        *key.out,
+        SharedRows(key.written, half),
+        sums[0],
+        *value.out,
+        SharedRows(value.written, half),
+        sums[1],
+        plan.counters(rows // half * heads),
+        SharedRows(dq.view(-1, 2 * heads, dim // 2), blocks.m),
+        plan.key_parts(),
+        plan.num_key_parts,
+        plan.most_segments(),
+        plan.counters(2),
+        *walk.factors,
+        *(SharedRows(x, blocks.m) for x in walk.rows[0]),
+        plan.bounds,
+        plan.queries.num_rows,
+        HEADS=heads,
+        TILES=blocks.tiles,
+        STAGES=blocks.stages,
+        num_warps=4,  # of a warpgroup
+    )
+    torch.mul(dq, math.prod(walk.factors), out=query.written)
+    for target in query, key, value:
+        target.finish()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton import knobs
-from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16
+from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16, float32
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -104,7 +104,7 @@ class Rows(TensorDescriptor):  # type: ignore[misc]
 
 
 class SharedRows(GluonDescriptor):  # type: ignore[misc]
-    """The same of 16-bit rows, for kernels that say where blocks lie in shared memory."""
+    """The same, for kernels that say where blocks lie in shared memory."""
 
     def __init__(self, x: Tensor, block: int) -> None:
         _describe(self, x, block)
@@ -118,7 +118,10 @@ def _describe(descriptor: Rows | SharedRows, x: Tensor, block: int) -> None:
     descriptor.padding, descriptor.round_f32_to_tf32 = "zero", False
 
 
+ELEMENTS = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float32}
+
+
 @cache
 def _shared_layout(block: int, dim: int, dtype: torch.dtype) -> NVMMASharedLayout:
-    element = {torch.bfloat16: bfloat16, torch.float16: float16}[dtype]
+    element = ELEMENTS[dtype]
     return NVMMASharedLayout.get_default_for([block, dim], element)

@@ -19,13 +19,15 @@ from kernels.weighting import Weighting
 
 INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor q_positions, Tensor k_offsets, "
-    "Tensor k_positions, Tensor intervals, SymInt? max_length, float alpha, float scale"
+    "Tensor k_positions, Tensor intervals, SymInt? max_length, float alpha, float scale, "
+    "bool deterministic"
 )
 OUTPUTS = "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv"
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *mask: Any) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *mask_and_more: Any) -> Tensor:
     """`kernels.attention.hstu_attention` without its checks, on the tensors of its `Jagged`s."""
+    *mask, _deterministic = mask_and_more
     return launch.forward(q, Source((k, v), _weighting(*mask)), out=_empty_output(q, k, v))
 
 
@@ -33,8 +35,9 @@ def attention_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *mask_and_gradients: Any
 ) -> None:
     """Writes the gradients of `attention` for q, k and v."""
-    *mask, dq, dk, dv = mask_and_gradients
-    launch.gradients(dout, q, k, v, _weighting(*mask), out=(dq, dk, dv))
+    *mask, deterministic, dq, dk, dv = mask_and_gradients
+    options = dict(deterministic=deterministic, out=(dq, dk, dv))
+    launch.gradients(dout, q, k, v, _weighting(*mask), **options)
 
 
 def _weighting(

@@ -139,10 +139,19 @@ class Plan:
     def _orders(self) -> dict[tuple[str, tuple[Plan, ...]], Tensor]:
         return {}
 
+    @property
+    def num_key_parts(self) -> Tensor:
+        """int32 [1]: how many of them there are, on the device, but for more segments than one."""
+        return self.key_cut.offsets[-1:]
+
+    @cached_property
+    def key_cut(self) -> Tiles:
+        return Tiles.cut(self.keys, None, self.part, self.part, self.aligned)
+
     @cached_property
     def key_records(self) -> Records:
         """Of the key parts."""
-        cut = Tiles.cut(self.keys, None, self.part, self.part, self.aligned)
+        cut = self.key_cut
         parts = Records.empty(cut.bound, self.bounds)
         key_tiles_kernel[(cut.bound,)](
             cut.pieces,

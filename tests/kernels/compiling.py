@@ -32,7 +32,7 @@ from tests.kernels.sass import unset_operands
 HEADS, DTYPES = 2, (torch.bfloat16, torch.float32)
 MANY, FEW, SHORT = [25_000], [10_000], [100] * 10  # lengths, see `configs`
 ATTENTION = {
-    "resident_forward_kernel",
+    *("resident_forward_kernel", "resident_backward_kernel"),
     *("forward_kernel", "query_kernel", "key_value_kernel", "query_slopes_kernel"),
 }
 
@@ -70,6 +70,9 @@ def compile_resident(dim: int, dtype: torch.dtype) -> None:
     source, partial = Source((k, v), weighting), torch.empty(v.shape)
     launch.forward(q, source, out=torch.empty_like(v))
     launch.forward(q, source, add=partial, out=partial)
+    if dim == 128:
+        out = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        launch.gradients(v, q, k, v, weighting, deterministic=False, out=out)
 
 
 def warnings_of(ptx: str) -> list[str]:

@@ -12,6 +12,7 @@ of registers: what a compiler makes of a kernel is for `compiling.py`, and for a
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import types
@@ -23,6 +24,11 @@ from torch import Tensor
 
 from kernels.triton.launcher import SharedRows
 
+# What kernels import by name.
+GLUON = {
+    *("warpgroup_mma", "warpgroup_mma_wait"),
+    *("fence_async_shared", "async_add_shared_to_global"),
+}
 PATIENCE = 20  # seconds
 NAN = float("nan")
 
@@ -56,7 +62,7 @@ class Pointer:
     @staticmethod
     def to(x: Tensor) -> Pointer:
         length = x.untyped_storage().nbytes() // x.itemsize - x.storage_offset()
-        return Pointer(x.as_strided((length,), (1,)), value(0))
+        return Pointer(x.detach().as_strided((length,), (1,)), value(0))
 
     def __add__(self, more: Any) -> Pointer:
         return Pointer(self.memory, self.at + more)
@@ -112,8 +118,11 @@ class Shared:
     def index(self, i: Any) -> Any:
         return self.x[int(i)] if isinstance(self.x, list) else Shared(self.x[int(i)])
 
-    def slice(self, start: int, length: int) -> Shared:
-        return Shared(self.x[start : start + length])
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.x.narrow(dim, start, length))
+
+    def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Shared:
+        return Shared(self.x.view(-1).view(dtype)[: math.prod(shape)].view(shape))
 
     def permute(self, order: list[int]) -> Shared:
         return Shared(self.x.permute(order))
@@ -185,7 +194,7 @@ class Gpu:
     def replaced(self, name: str, x: Any) -> Any:
         if name in ("gl", "tl", "mbarrier", "tma"):
             return self
-        if name in ("warpgroup_mma", "warpgroup_mma_wait", "fence_async_shared"):
+        if name in GLUON:
             return getattr(self, name)
         if hasattr(x, "fn"):  # triton.jit's and gluon.jit's
             return self.plain(x.fn)
@@ -210,6 +219,7 @@ class Gpu:
     static_range, constexpr = range, None
     where = staticmethod(lambda x, a, b: value(torch.where(torch.as_tensor(x), a, b)))
     maximum = staticmethod(lambda a, b: torch.maximum(value(a), value(b)))
+    minimum = staticmethod(lambda a, b: torch.minimum(value(a), value(b)))
     cdiv = staticmethod(lambda a, b: (a + b - 1) // b)
     max = staticmethod(lambda x, axis: x.amax(axis))
 
@@ -222,6 +232,9 @@ class Gpu:
     def zeros(self, shape: list[int], dtype: torch.dtype, layout: Any) -> Value:
         return self.full(shape, 0, dtype, layout)
 
+    def zeros_like(self, x: Tensor) -> Value:
+        return value(torch.zeros_like(x))
+
     def inline_asm_elementwise(self, asm: str, *args: Any, **kwargs: Any) -> Value:
         assert asm.startswith("tanh")
         return value(torch.tanh(args[1][0]))
@@ -231,6 +244,7 @@ class Gpu:
 
     BlockedLayout = SliceLayout = DotOperandLayout = layout
     NVMMADistributedLayout = SwizzledSharedLayout = layout
+    NVMMASharedLayout = types.SimpleNamespace(get_default_for=lambda *x: None)
     MBarrierLayout = staticmethod(lambda: Barrier)
     convert_layout = staticmethod(lambda x, layout: x)
 
@@ -260,13 +274,16 @@ class Gpu:
 
     # Copies, barriers, products.
 
+    def debug_barrier(self) -> None: ...
+
     def fence_async_shared(self) -> None: ...
 
     def init(self, barrier: Barrier, count: int) -> None:
         barrier.count = count
 
-    def wait(self, barrier: Barrier, parity: Any) -> None:
-        barrier.wait(parity)
+    def wait(self, barrier: Barrier, parity: Any, pred: Any = True) -> None:
+        if pred:
+            barrier.wait(parity)
 
     def arrive(self, barrier: Barrier, count: int) -> None:
         barrier.arrive(count)
@@ -289,6 +306,15 @@ class Gpu:
     def async_copy_shared_to_global(self, desc: Descriptor, at: list[Any], source: Shared) -> None:
         row, column = map(int, at)
         self.local.stores.append(lambda: desc.store(row, column, source.x))
+
+    def async_add_shared_to_global(self, desc: Descriptor, at: list[Any], source: Shared) -> None:
+        row, column = map(int, at)
+
+        def add() -> None:
+            with self.changed:
+                desc.store(row, column, source.x + desc.copied(row, column, source.x))
+
+        self.local.stores.append(add)
 
     def store_wait(self, pendings: int) -> None:
         assert pendings == 0
@@ -316,11 +342,16 @@ class Descriptor:
     """Blocks of rows of a matrix; what lies beyond it is 0."""
 
     def __init__(self, rows: SharedRows) -> None:
-        self.matrix = rows.base.as_strided(rows.shape, rows.strides)
+        self.matrix = rows.base.detach().as_strided(rows.shape, rows.strides)
         self.dtype, self.layout = rows.base.dtype, None
         shape = list(rows.block_shape)
         nbytes = shape[0] * shape[1] * rows.base.itemsize
         self.block_type = types.SimpleNamespace(shape=shape, nbytes=nbytes)
+
+    def copied(self, row: int, column: int, like: Tensor) -> Tensor:
+        found = torch.empty_like(like)
+        self.copy(row, column, found)
+        return found
 
     def copy(self, row: int, column: int, into: Tensor) -> int:
         """Bytes that have come."""

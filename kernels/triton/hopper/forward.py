@@ -86,8 +86,8 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
         full, runs = load_runs(record, 0, 2, BLOCK)
         if rows[3] > 0:
             announce(places, i, place)
-            fetch(q_desc, rows[0], head, upper, i)
-            fetch(q_desc, rows[0] + ROWS, head, lower, i)
+            fetch((q_desc,), rows[0], head, upper, i)
+            fetch((q_desc,), rows[0] + ROWS, head, lower, i)
             blocks = gl.maximum(masked + full, 1)
             for block in range(blocks):
                 if block == blocks - 1:  # who claims a tile long before its turn makes a tail
@@ -95,8 +95,8 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
                 row = _find_masked(of_masked, second, block, BLOCK)
                 full_row, _end = find_block(runs, block - masked, BLOCK)
                 row = gl.where(block < masked, row, full_row)
-                fetch(k_desc, row, head, keys, n)
-                fetch(v_desc, row, head, values, n)
+                fetch((k_desc,), row, head, keys, n)
+                fetch((v_desc,), row, head, values, n)
                 n += 1
             i += 1
         else:
@@ -126,11 +126,11 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
     q_ptr, q_stride, add_ptr, add_stride, out_ptr, out_stride, out_desc = matrices
     tiles_ptr, half_alpha, scale, bounds_ptr, num_rows = work
     places, queries, keys, values = rings
-    ROWS: gl.constexpr = queries[0].shape[1]
-    QK_DIM: gl.constexpr = queries[0].shape[2]
-    BLOCK: gl.constexpr = values[0].shape[1]
-    V_DIM: gl.constexpr = values[0].shape[2]
-    dtype: gl.constexpr = queries[0].dtype
+    ROWS: gl.constexpr = queries[0][0].shape[1]
+    QK_DIM: gl.constexpr = queries[0][0].shape[2]
+    BLOCK: gl.constexpr = values[0][0].shape[1]
+    V_DIM: gl.constexpr = values[0][0].shape[2]
+    dtype: gl.constexpr = queries[0][0].dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_DIM, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
@@ -150,10 +150,10 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
         masked, second, masked_runs = of_masked
         full, runs = of_full
         v_at = head * V_DIM
-        q = take(queries, i)
+        q = take(queries, i)[0]
         if rows[1] < rows[3]:
             load_riders(q, q_ptr, q_stride, rows, first, head * QK_DIM)
-        k = take(keys, n).permute([1, 0])
+        k = take(keys, n)[0].permute([1, 0])
         scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
         row = _find_masked(masked_runs, second, 0, BLOCK)
         low = gl.where(second > 0, low2, low1)
@@ -173,9 +173,9 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
         for kind in gl.static_range(2):  # masked blocks, then full ones, but for the first
             start = 1 if kind == 0 else gl.where(masked > 0, 0, 1)
             for block in range(start, masked if kind == 0 else full):
-                k = take(keys, n + 1).permute([1, 0])
+                k = take(keys, n + 1)[0].permute([1, 0])
                 scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-                sums = warpgroup_mma(weights, take(values, n), acc, is_async=True)
+                sums = warpgroup_mma(weights, take(values, n)[0], acc, is_async=True)
                 half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                 give(keys, n + 1)
                 if kind == 0:
@@ -190,7 +190,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
                 weights = following
                 n += 1
         give(queries, i)
-        sums = warpgroup_mma(weights, take(values, n), acc, is_async=True)
+        sums = warpgroup_mma(weights, take(values, n)[0], acc, is_async=True)
         i += 1
         place = next_place(places, i)
         tile = _load_tile(  # while the products run
@@ -242,9 +242,11 @@ def resident_forward_kernel(
     Grid: any; as many as there are multiprocessors to fill them.
     """
     places = ring_of_places()
-    upper, lower = ring_of(q_desc, TILES, 1), ring_of(q_desc, TILES, 1)
-    keys, values = ring_of(k_desc, STAGES), ring_of(v_desc, STAGES)
-    upper_out, lower_out = room_for(out_desc), room_for(out_desc)
+    upper, lower = ring_of((q_desc,), TILES, 1), ring_of((q_desc,), TILES, 1)
+    keys, values = ring_of((k_desc,), STAGES), ring_of((v_desc,), STAGES)
+    upper_out, lower_out = 0, 0
+    if out_desc is not None:
+        upper_out, lower_out = room_for(out_desc, 1).index(0), room_for(out_desc, 1).index(0)
     fence_async_shared()  # barriers are there
     matrices = q_ptr, q_stride, add_ptr, add_stride, out_ptr, out_stride, out_desc
     work = tiles_ptr, half_alpha, scale, bounds_ptr, num_rows

@@ -19,24 +19,23 @@ PRODUCER_REGISTERS = gl.constexpr(24)
 
 
 @gluon.jit
-def ring_of(desc, STAGES: gl.constexpr, EMPTIERS: gl.constexpr = CONSUMERS):
-    """A ring of buffers for the blocks of a descriptor. EMPTIERS: warpgroups that do."""
-    SHAPE: gl.constexpr = [STAGES] + desc.block_type.shape  # noqa: RUF005
-    buffers = gl.allocate_shared_memory(desc.dtype, SHAPE, desc.layout)
-    return buffers, _barriers(STAGES, 1), _barriers(STAGES, EMPTIERS)
+def ring_of(descs, STAGES: gl.constexpr, EMPTIERS: gl.constexpr = CONSUMERS):
+    """A ring of buffers, each for a block of every descriptor. EMPTIERS: warpgroups that do."""
+    buffers = ()
+    for i in gl.static_range(len(descs)):
+        buffers = buffers + (room_for(descs[i], STAGES),)  # noqa: RUF005
+    return buffers, barriers(STAGES, len(descs)), barriers(STAGES, EMPTIERS)
 
 
 @gluon.jit
-def room_for(desc):
-    """Shared memory for a block of a descriptor, if that is not None."""
-    if desc is None:
-        return 0
-    else:
-        return gl.allocate_shared_memory(desc.dtype, desc.block_type.shape, desc.layout)
+def room_for(desc, COUNT: gl.constexpr):
+    """Shared memory for so many blocks of a descriptor."""
+    SHAPE: gl.constexpr = [COUNT] + desc.block_type.shape  # noqa: RUF005
+    return gl.allocate_shared_memory(desc.dtype, SHAPE, desc.layout)
 
 
 @gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
+def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     found = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(COUNT):
         mbarrier.init(found.index(i), count=ARRIVALS)
@@ -44,23 +43,29 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def fetch(desc, row, head, ring, n):
-    """Begin to fill the n-th buffer with a block of one head's rows, once it is empty."""
+def fetch(descs, row, head, ring, n):
+    """Begin to fill the n-th buffer with blocks of one head's rows, once it is empty."""
     buffers, full, empty = ring
-    STAGES: gl.constexpr = buffers.shape[0]
-    stage, column = n % STAGES, head * desc.block_type.shape[1]
-    mbarrier.wait(empty.index(stage), _turn(n, STAGES) ^ 1)
-    mbarrier.expect(full.index(stage), desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(desc, [row, column], full.index(stage), buffers.index(stage))
+    STAGES: gl.constexpr = buffers[0].shape[0]
+    stage = n % STAGES
+    mbarrier.wait(empty.index(stage), turn(n, STAGES) ^ 1)
+    for i in gl.static_range(len(descs)):
+        mbarrier.expect(full.index(stage), descs[i].block_type.nbytes)
+        at = [row, head * descs[i].block_type.shape[1]]
+        into = buffers[i].index(stage)
+        tma.async_copy_global_to_shared(descs[i], at, full.index(stage), into)
 
 
 @gluon.jit
 def take(ring, n):
-    """The n-th buffer, once it is full."""
+    """The n-th buffer's blocks, once it is full."""
     buffers, full, _empty = ring
-    STAGES: gl.constexpr = buffers.shape[0]
-    mbarrier.wait(full.index(n % STAGES), _turn(n, STAGES))
-    return buffers.index(n % STAGES)
+    STAGES: gl.constexpr = buffers[0].shape[0]
+    mbarrier.wait(full.index(n % STAGES), turn(n, STAGES))
+    blocks = ()
+    for i in gl.static_range(len(buffers)):
+        blocks = blocks + (buffers[i].index(n % STAGES),)  # noqa: RUF005
+    return blocks
 
 
 @gluon.jit
@@ -68,12 +73,12 @@ def give(ring, n):
     """This warpgroup has done with the n-th buffer. (Triton has its threads meet before one arrives
     for all.)"""
     buffers, _full, empty = ring
-    STAGES: gl.constexpr = buffers.shape[0]
+    STAGES: gl.constexpr = buffers[0].shape[0]
     mbarrier.arrive(empty.index(n % STAGES), count=1)
 
 
 @gluon.jit
-def _turn(n, STAGES: gl.constexpr):
+def turn(n, STAGES: gl.constexpr):
     """The parity of how often the n-th buffer has been used before: what barriers wait for."""
     return n // STAGES & 1
 
@@ -85,7 +90,7 @@ def _turn(n, STAGES: gl.constexpr):
 def ring_of_places():
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     buffers = gl.allocate_shared_memory(gl.int32, [2, 1], layout)
-    return buffers, _barriers(2, 1), _barriers(2, CONSUMERS)
+    return (buffers,), barriers(2, 1), barriers(2, CONSUMERS)
 
 
 @gluon.jit
@@ -93,8 +98,8 @@ def announce(places, n, place):
     """The n-th place to work at; -1 behind the last."""
     buffers, full, empty = places
     one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    mbarrier.wait(empty.index(n % 2), _turn(n, 2) ^ 1)
-    buffers.index(n % 2).store(gl.full([1], place, gl.int32, one))
+    mbarrier.wait(empty.index(n % 2), turn(n, 2) ^ 1)
+    buffers[0].index(n % 2).store(gl.full([1], place, gl.int32, one))
     mbarrier.arrive(full.index(n % 2), count=1)
 
 
@@ -102,6 +107,6 @@ def announce(places, n, place):
 def next_place(places, n):
     """The n-th place that was announced."""
     one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    place = gl.max(take(places, n).load(one), 0)
+    place = gl.max(take(places, n)[0].load(one), 0)
     give(places, n)
     return place

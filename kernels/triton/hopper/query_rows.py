@@ -57,6 +57,15 @@ def load_riders(q, q_ptr, q_stride, rows, first, column):
     fence_async_shared()  # tensor cores read it
 
 
+@gluon.jit
+def clear_rows(x, count):
+    """Rows in shared memory from `count` on."""
+    layout: gl.constexpr = _as_in_memory(x.shape[1])
+    inside = gl.arange(0, x.shape[0], gl.SliceLayout(1, layout)) < count
+    x.store(gl.where(inside[:, None], x.load(layout), 0))
+    fence_async_shared()  # tensor cores read it
+
+
 @gluon.constexpr_function
 def _as_in_memory(width):
     """A layout for rows that are read and written: a thread has 16 bytes of a 16-bit row."""

@@ -1,0 +1,327 @@
+"""Attention backward of one source by programs that stay: dq, dk and dv in one pass, five products
+a block where `kernels.triton.backward` takes seven.
+
+One warp hands out key tiles and fetches. Two warpgroups compute, each half of a tile's keys, and
+scores transposed, [keys, queries]; what they find of the slopes they share, and each adds half of
+the dims of dq, of all of the tile's keys, to float32 in global memory: in whatever order tiles come
+to it, so that results differ in their last bits from run to run. That product is of the block
+before: no warpgroup waits for the other, which computes while this one finds slopes.
+"""
+
+# ruff: noqa: N803, N806 (Triton's constants are written in capitals)
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,misc"
+from __future__ import annotations
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels.triton.hopper.adding import async_add_shared_to_global
+from kernels.triton.hopper.pipeline import (
+    CONSUMER_REGISTERS,
+    CONSUMERS,
+    PRODUCER_REGISTERS,
+    announce,
+    barriers,
+    fetch,
+    give,
+    next_place,
+    ring_of,
+    ring_of_places,
+    room_for,
+    take,
+    turn,
+)
+from kernels.triton.hopper.query_rows import clear_rows, copy_rows, load_rows
+from kernels.triton.launcher import remembered
+from kernels.triton.runs import MASKED_RUNS, find_block, load_runs, load_segment, tile_at
+from kernels.triton.silu import UNSEEN, silu_and_twice_slope
+
+
+@gluon.jit
+def _load_masked(record, BLOCK: gl.constexpr):
+    """Of a key tile: blocks of queries for which an interval is to be tested, first those for the
+    second: how many, how many for the second, and the runs of both."""
+    second, runs2 = load_runs(record, 2, MASKED_RUNS, BLOCK)
+    first, runs1 = load_runs(record, 1, MASKED_RUNS, BLOCK)
+    return second + first, second, (runs2, runs1)
+
+
+@gluon.jit
+def _find_masked(runs, second, block, BLOCK: gl.constexpr):
+    """The first row of a masked block and the end of its run."""
+    row2, end2 = find_block(runs[0], block, BLOCK)
+    row1, end1 = find_block(runs[1], block - second, BLOCK)
+    return gl.where(block < second, row2, row1), gl.where(block < second, end2, end1)
+
+
+@gluon.jit
+def _produce(descs, tiles, rings, HEADS: gl.constexpr):
+    """One warp's: all tiles in turn, and their blocks.
+
+    counters_ptr: int32 [2], zero before and after a launch.
+    """
+    k_desc, v_desc, q_desc, dout_desc = descs
+    tiles_ptr, num_tiles_ptr, more_tiles, counters_ptr = tiles
+    places, keys, values, queries = rings
+    BLOCK: gl.constexpr = q_desc.block_type.shape[0]
+    programs = gl.num_programs(0)
+    count = (gl.load(num_tiles_ptr) + more_tiles) * HEADS
+    place = gl.atomic_add(counters_ptr, 1)
+    i = 0  # tiles so far
+    n = 0  # blocks
+    while place < count:
+        head, _part, record = tile_at(tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
+        rows = load_rows(record)
+        if rows[3] > 0:
+            announce(places, i, place)
+            fetch((k_desc,), rows[0], head, keys, i)
+            fetch((v_desc,), rows[0], head, values, i)
+            masked, second, masked_runs = _load_masked(record, BLOCK)
+            full, runs = load_runs(record, 0, 2, BLOCK)
+            for block in range(masked + full):
+                masked_row, _end = _find_masked(masked_runs, second, block, BLOCK)
+                row, _end = find_block(runs, block - masked, BLOCK)
+                row = gl.where(block < masked, masked_row, row)
+                fetch((q_desc, dout_desc), row, head, queries, n)
+                n += 1
+            i += 1
+        place = gl.atomic_add(counters_ptr, 1)
+    announce(places, i, -1)
+    if gl.atomic_add(counters_ptr + 1, 1) == programs - 1:  # nobody asks for a tile any more
+        gl.store(counters_ptr, 0)
+        gl.store(counters_ptr + 1, 0)
+
+
+@gluon.jit
+def _visible(bounds_ptr, num_rows, interval, row, end, key_row, scores):
+    """Which keys a block's queries see, by one of their intervals: none of a row behind `end`."""
+    layout: gl.constexpr = scores.type.layout
+    queries = row + gl.arange(0, scores.shape[1], gl.SliceLayout(0, layout))
+    keys = (key_row + gl.arange(0, scores.shape[0], gl.SliceLayout(1, layout)))[:, None]
+    at = bounds_ptr + interval * 2 * num_rows.to(gl.int64) + queries
+    low = gl.load(at, mask=queries < end, other=0)[None, :]
+    high = gl.load(at + num_rows, mask=queries < end, other=0)[None, :]
+    return (keys >= low) & (keys < high)
+
+
+@gluon.jit
+def _hand_over(dq, dq_desc, empty, n, row, column, room):
+    """Have what the n-th block's slopes gave added to dq. Other slopes may take their place."""
+    mbarrier.arrive(empty.index(n % 2), count=1)
+    tma.store_wait(0)
+    room.store(dq)
+    fence_async_shared()  # copies read it
+    async_add_shared_to_global(dq_desc, [row, column], room)
+
+
+@gluon.jit
+def _sums_at(ptr, row, head, HEADS: gl.constexpr, sums):
+    """Of a segment: pointers to its rows of a float32 buffer [rows, HEADS, dim]."""
+    ROWS: gl.constexpr = sums.shape[0]
+    DIM: gl.constexpr = sums.shape[1]
+    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, sums.type.layout))
+    columns = head * DIM + gl.arange(0, DIM, gl.SliceLayout(0, sums.type.layout))
+    return ptr + rows.to(gl.int64)[:, None] * (HEADS * DIM) + columns[None, :]
+
+
+@gluon.jit
+def _add_segments(ptr, row, segments, TILE: gl.constexpr, head, HEADS: gl.constexpr, like):
+    """The sum over a tile's segments."""
+    total = gl.zeros_like(like)
+    for segment in range(segments):
+        total += gl.load(_sums_at(ptr, row + segment * TILE, head, HEADS, like))
+    return total
+
+
+@gluon.jit
+def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.constexpr):
+    """One warpgroup's: half of the keys of each tile, and half of the dims of dq."""
+    of_dk, of_dv, dq_desc, done_ptr = matrices
+    dk_ptr, dk_stride, dk_desc, sums_k_ptr = of_dk
+    dv_ptr, dv_stride, dv_desc, sums_v_ptr = of_dv
+    tiles_ptr, half_alpha, scale, bounds_ptr, num_rows = work
+    places, keys, values, queries = rings
+    slopes, slopes_full, slopes_empty, room = shared
+    TILE: gl.constexpr = keys[0][0].shape[1]
+    DIM: gl.constexpr = keys[0][0].shape[2]
+    BLOCK: gl.constexpr = queries[0][0].shape[1]
+    ROWS: gl.constexpr = TILE // 2
+    COLUMNS: gl.constexpr = DIM // 2
+    dtype: gl.constexpr = keys[0][0].dtype
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
+    left_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
+    first: gl.constexpr = HALF * ROWS
+    zeros = gl.zeros([ROWS, BLOCK], gl.float32, scores_layout)
+    none = gl.zeros([BLOCK, COLUMNS], gl.float32, dq_layout)
+
+    i = 0  # tiles so far
+    n = 0  # blocks
+    place = next_place(places, i)
+    while place >= 0:
+        head, _part, record = tile_at(tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
+        rows = load_rows(record)
+        masked, second, masked_runs = _load_masked(record, BLOCK)
+        full, runs = load_runs(record, 0, 2, BLOCK)
+        at = head * DIM
+        dk = gl.zeros([ROWS, DIM], gl.float32, sums_layout)
+        dv = gl.zeros([ROWS, DIM], gl.float32, sums_layout)
+        whole_k = take(keys, i)[0]
+        k, v = whole_k.slice(first, ROWS), take(values, i)[0].slice(first, ROWS)
+        if rows[1] < TILE:  # others' keys, which no interval was tested for, must give dq nothing
+            clear_rows(k, rows[1] - first)
+            clear_rows(v, rows[1] - first)
+        k_columns = whole_k.slice(HALF * COLUMNS, COLUMNS, dim=1)
+        start = n
+        last_row = rows[0]
+        # One block at least is masked, if only in name: what a loop finds before it begins, the
+        # compiler (ptxas 12.8) may take for found in the next one, too.
+        named = gl.where(masked > 0, 0, gl.minimum(full, 1))
+        for kind in gl.static_range(2):  # masked ones, then full ones
+            for block in range(0 if kind == 0 else named, masked + named if kind == 0 else full):
+                q, dout = take(queries, n)
+                q_columns, dout_columns = q.permute([1, 0]), dout.permute([1, 0])
+                scores = warpgroup_mma(k, q_columns, zeros, use_acc=False, is_async=True)
+                dweights = warpgroup_mma(v, dout_columns, zeros, use_acc=False, is_async=True)
+                row, end = find_block(runs, block, BLOCK)
+                if kind == 0:
+                    masked_row, end = _find_masked(masked_runs, second, block, BLOCK)
+                    row = gl.where(named > 0, row, masked_row)
+                half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
+                if kind == 0:
+                    interval = gl.where(block < second, 1, 0)
+                    key_row = rows[0] + first
+                    of = bounds_ptr, num_rows, interval
+                    seen = _visible(*of, row, end, key_row, half_scores)
+                    half_scores = gl.where(seen | (named > 0), half_scores, UNSEEN)
+                weights, slope = silu_and_twice_slope(half_scores, True)
+                weights = gl.convert_layout(weights.to(dtype), left_layout)
+                dv_sums = warpgroup_mma(weights, dout, dv, is_async=True)
+                found = (warpgroup_mma_wait(1, deps=[dweights]) * slope).to(dtype)
+                mine = gl.convert_layout(found, left_layout)
+                dk_sums = warpgroup_mma(mine, q, dk, is_async=True)
+                mbarrier.wait(slopes_empty.index(n % 2), turn(n, 2) ^ 1)
+                slopes.index(n % 2).slice(first, ROWS).store(found)
+                fence_async_shared()  # tensor cores read it
+                mbarrier.arrive(slopes_full.index(n % 2), count=1)
+                # Of the block before; of a tile's first block it is thrown away.
+                mbarrier.wait(slopes_full.index((n + 1) % 2), turn(n + 1, 2) ^ 1, pred=n > start)
+                before = slopes.index((n + 1) % 2).permute([1, 0])
+                product = warpgroup_mma(before, k_columns, none, use_acc=False, is_async=True)
+                dv, weights, dk, mine = warpgroup_mma_wait(
+                    1, deps=[dv_sums, weights, dk_sums, mine]
+                )
+                give(queries, n)
+                dq = warpgroup_mma_wait(0, deps=[product])
+                if n > start:
+                    column = at + HALF * COLUMNS
+                    _hand_over(dq, dq_desc, slopes_empty, n + 1, last_row, column, room)
+                last_row = row
+                n += 1
+        give(values, i)
+        if n > start:
+            mbarrier.wait(slopes_full.index((n + 1) % 2), turn(n + 1, 2) ^ 1)
+            before = slopes.index((n + 1) % 2).permute([1, 0])
+            product = warpgroup_mma(before, k_columns, none, use_acc=False, is_async=True)
+            dq = warpgroup_mma_wait(0, deps=[product])
+            column = at + HALF * COLUMNS
+            _hand_over(dq, dq_desc, slopes_empty, n + 1, last_row, column, room)
+        give(keys, i)
+        i += 1
+        place = next_place(places, i)
+
+        segment, segments, slot = load_segment(record)
+        last = True
+        if segments > 1:
+            row = slot * TILE + first
+            gl.store(_sums_at(sums_k_ptr, row + segment * TILE, head, HEADS, dk), dk)
+            gl.store(_sums_at(sums_v_ptr, row + segment * TILE, head, HEADS, dv), dv)
+            tl.debug_barrier()  # all threads have stored
+            done_at = done_ptr + (slot * CONSUMERS + HALF) * HEADS + head
+            last = gl.atomic_add(done_at, 1) == segments - 1
+            if last:
+                gl.store(done_at, 0)  # as the next launch wants it
+                dk = _add_segments(sums_k_ptr, row, segments, TILE, head, HEADS, dk)
+                dv = _add_segments(sums_v_ptr, row, segments, TILE, head, HEADS, dv)
+        if last:
+            out = room._reinterpret(dtype, [ROWS, DIM], dk_desc.layout)
+            k_out, v_out = (dk * (scale * half_alpha)).to(dtype), (dv * scale).to(dtype)
+            copy_rows(dk_ptr, dk_stride, dk_desc, k_out, rows, first, at, out)
+            copy_rows(dv_ptr, dv_stride, dv_desc, v_out, rows, first, at, out)
+    tma.store_wait(0)
+
+
+@remembered
+@gluon.jit(
+    do_not_specialize=["half_alpha", "scale", "num_rows", "more_tiles"],
+    do_not_specialize_on_alignment=["num_tiles_ptr"],
+)
+def resident_backward_kernel(
+    k_desc,
+    v_desc,
+    dk_ptr,
+    dk_stride,
+    dk_desc,
+    sums_k_ptr,
+    dv_ptr,
+    dv_stride,
+    dv_desc,
+    sums_v_ptr,
+    done_ptr,
+    dq_desc,
+    tiles_ptr,
+    num_tiles_ptr,
+    more_tiles,
+    counters_ptr,
+    half_alpha,
+    scale,
+    q_desc,
+    dout_desc,
+    bounds_ptr,
+    num_rows,
+    HEADS: gl.constexpr,
+    TILES: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """dk, dv, and 2 / (scale * alpha) of dq added to zeros, float32. All else of 16 bits.
+
+    Descriptors of k and v have the rows of a tile, those of dk and dv half of them; those of q and
+    dout the rows of a block, that of dq half of its dims. One head dim for all. Segments of tiles
+    leave their sums as in `kernels.triton.backward`, half a tile each time; so done_ptr.
+    Grid: any; as many as there are multiprocessors to fill them.
+    """
+    places = ring_of_places()
+    keys, values = ring_of((k_desc,), TILES), ring_of((v_desc,), 1)
+    queries = ring_of((q_desc, dout_desc), STAGES)
+    TILE: gl.constexpr = k_desc.block_type.shape[0]
+    BLOCK: gl.constexpr = q_desc.block_type.shape[0]
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK], k_desc.dtype)
+    slopes = gl.allocate_shared_memory(k_desc.dtype, [2, TILE, BLOCK], layout)
+    full, empty = barriers(2, CONSUMERS), barriers(2, CONSUMERS)
+    room = room_for(dq_desc, CONSUMERS)
+    fence_async_shared()  # barriers are there
+    of_dk = dk_ptr, dk_stride, dk_desc, sums_k_ptr
+    of_dv = dv_ptr, dv_stride, dv_desc, sums_v_ptr
+    matrices = of_dk, of_dv, dq_desc, done_ptr
+    work = tiles_ptr, half_alpha, scale, bounds_ptr, num_rows
+    rings = places, keys, values, queries
+    descs = k_desc, v_desc, q_desc, dout_desc
+    tiles = tiles_ptr, num_tiles_ptr, more_tiles, counters_ptr
+    gl.warp_specialize(
+        [
+            (_consume, (0, matrices, work, rings, (slopes, full, empty, room.index(0)), HEADS)),
+            (_consume, (1, matrices, work, rings, (slopes, full, empty, room.index(1)), HEADS)),
+            (_produce, (descs, tiles, rings, HEADS)),
+        ],
+        [4, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
