@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.jagged import Jagged
 from kernels.scratch import scratch_limit
 from kernels.source import Source
+from kernels.triton import tiles as key_tiles
 from kernels.triton.backward import key_value_kernel, query_kernel
 from kernels.triton.configs import Blocks, Config, Kept, Resident, config_for
 from kernels.triton.forward import forward_kernel
@@ -209,7 +210,7 @@ def _gradients_unordered(
         SharedRows(dq.view(-1, 2 * heads, dim // 2), blocks.m),
         plan.key_parts(),
         plan.num_key_parts,
-        plan.most_segments(),
+        key_tiles.SHARES,  # so many records more there are at most, of segments
         plan.counters(2),
         *walk.factors,
         *(SharedRows(x, blocks.m) for x in walk.rows[0]),

@@ -23,7 +23,7 @@ def ring_of(descs, STAGES: gl.constexpr, EMPTIERS: gl.constexpr = CONSUMERS):
     """A ring of buffers, each for a block of every descriptor. EMPTIERS: warpgroups that do."""
     buffers = ()
     for i in gl.static_range(len(descs)):
-        buffers = buffers + (room_for(descs[i], STAGES),)  # noqa: RUF005
+        buffers = buffers + (room_for(descs[i], STAGES),)  # type: ignore[assignment] # noqa: RUF005
     return buffers, barriers(STAGES, len(descs)), barriers(STAGES, EMPTIERS)
 
 
@@ -64,7 +64,7 @@ def take(ring, n):
     mbarrier.wait(full.index(n % STAGES), turn(n, STAGES))
     blocks = ()
     for i in gl.static_range(len(buffers)):
-        blocks = blocks + (buffers[i].index(n % STAGES),)  # noqa: RUF005
+        blocks = blocks + (buffers[i].index(n % STAGES),)  # type: ignore[assignment] # noqa: RUF005
     return blocks
 
 
