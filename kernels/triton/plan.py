@@ -141,7 +141,7 @@ class Plan:
 
     @property
     def num_key_parts(self) -> Tensor:
-        """int32 [1]: how many there are, on the device. Of segments, at most SHARES records more."""
+        """int32 [1]: how many there are, on the device. Of segments, at most SHARES more."""
         return self.key_cut.offsets[-1:]
 
     @cached_property

@@ -7,6 +7,7 @@
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,misc"
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
@@ -64,6 +65,7 @@ def clear_rows(x, count):
     inside = gl.arange(0, x.shape[0], gl.SliceLayout(1, layout)) < count
     x.store(gl.where(inside[:, None], x.load(layout), 0))
     fence_async_shared()  # tensor cores read it
+    tl.debug_barrier()  # here, not in the loop that reads it
 
 
 @gluon.constexpr_function
