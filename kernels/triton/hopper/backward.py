@@ -113,6 +113,13 @@ def _visible(bounds_ptr, num_rows, interval, row, end, key_row, scores):
 
 
 @gluon.jit
+def _unknown_zero(block):
+    """0, but the compiler does not know. Where an operand of products lies is then found in the
+    loop, by the uniform datapath, which has time; and not before it, for registers it must spill."""
+    return block >> 30
+
+
+@gluon.jit
 def _hand_over(dq, dq_desc, empty, n, row, column, room):
     """Have what the n-th block's slopes gave added to dq. Other slopes may take their place."""
     mbarrier.arrive(empty.index(n % 2), count=1)
@@ -175,40 +182,40 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
         at = head * DIM
         dk = gl.zeros([ROWS, DIM], gl.float32, sums_layout)
         dv = gl.zeros([ROWS, DIM], gl.float32, sums_layout)
-        whole_k = take(keys, i)[0]
-        k, v = whole_k.slice(first, ROWS), take(values, i)[0].slice(first, ROWS)
+        k, v = take(keys, i)[0], take(values, i)[0]
         if rows[1] < TILE:  # others' keys, which no interval was tested for, must give dq nothing
-            clear_rows(k, rows[1] - first)
-            clear_rows(v, rows[1] - first)
-        k_columns = whole_k.slice(HALF * COLUMNS, COLUMNS, dim=1)
+            clear_rows(k.slice(first, ROWS), rows[1] - first)
+            clear_rows(v.slice(first, ROWS), rows[1] - first)
         start = n
         last_row = rows[0]
-        # One block at least is masked, if only in name: what a loop finds before it begins, the
-        # compiler (ptxas 12.8) may take for found in the next one, too.
-        named = gl.where(masked > 0, 0, gl.minimum(full, 1))
         for kind in gl.static_range(2):  # masked ones, then full ones
-            for block in range(0 if kind == 0 else named, masked + named if kind == 0 else full):
+            for block in range(masked if kind == 0 else full):
+                zero = _unknown_zero(block)
+                k = keys[0][0].index(i % keys[0][0].shape[0] + zero)
+                v = values[0][0].index(zero)
                 q, dout = take(queries, n)
                 q_columns, dout_columns = q.permute([1, 0]), dout.permute([1, 0])
-                scores = warpgroup_mma(k, q_columns, zeros, use_acc=False, is_async=True)
-                dweights = warpgroup_mma(v, dout_columns, zeros, use_acc=False, is_async=True)
-                row, end = find_block(runs, block, BLOCK)
+                mine = k.slice(first, ROWS)
+                scores = warpgroup_mma(mine, q_columns, zeros, use_acc=False, is_async=True)
+                mine = v.slice(first, ROWS)
+                dweights = warpgroup_mma(mine, dout_columns, zeros, use_acc=False, is_async=True)
                 if kind == 0:
-                    masked_row, end = _find_masked(masked_runs, second, block, BLOCK)
-                    row = gl.where(named > 0, row, masked_row)
+                    row, end = _find_masked(masked_runs, second, block, BLOCK)
+                else:
+                    row, end = find_block(runs, block, BLOCK)
                 half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                 if kind == 0:
                     interval = gl.where(block < second, 1, 0)
                     key_row = rows[0] + first
                     of = bounds_ptr, num_rows, interval
                     seen = _visible(*of, row, end, key_row, half_scores)
-                    half_scores = gl.where(seen | (named > 0), half_scores, UNSEEN)
+                    half_scores = gl.where(seen, half_scores, UNSEEN)
                 weights, slope = silu_and_twice_slope(half_scores, True)
                 weights = gl.convert_layout(weights.to(dtype), left_layout)
                 dv_sums = warpgroup_mma(weights, dout, dv, is_async=True)
                 found = (warpgroup_mma_wait(1, deps=[dweights]) * slope).to(dtype)
-                mine = gl.convert_layout(found, left_layout)
-                dk_sums = warpgroup_mma(mine, q, dk, is_async=True)
+                left = gl.convert_layout(found, left_layout)
+                dk_sums = warpgroup_mma(left, q, dk, is_async=True)
                 mbarrier.wait(slopes_empty.index(n % 2), turn(n, 2) ^ 1)
                 slopes.index(n % 2).slice(first, ROWS).store(found)
                 fence_async_shared()  # tensor cores read it
@@ -216,9 +223,10 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
                 # Of the block before; of a tile's first block it is thrown away.
                 mbarrier.wait(slopes_full.index((n + 1) % 2), turn(n + 1, 2) ^ 1, pred=n > start)
                 before = slopes.index((n + 1) % 2).permute([1, 0])
-                product = warpgroup_mma(before, k_columns, none, use_acc=False, is_async=True)
-                dv, weights, dk, mine = warpgroup_mma_wait(
-                    1, deps=[dv_sums, weights, dk_sums, mine]
+                mine = k.slice(HALF * COLUMNS, COLUMNS, dim=1)
+                product = warpgroup_mma(before, mine, none, use_acc=False, is_async=True)
+                dv, weights, dk, left = warpgroup_mma_wait(
+                    1, deps=[dv_sums, weights, dk_sums, left]
                 )
                 give(queries, n)
                 dq = warpgroup_mma_wait(0, deps=[product])
@@ -231,7 +239,8 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
         if n > start:
             mbarrier.wait(slopes_full.index((n + 1) % 2), turn(n + 1, 2) ^ 1)
             before = slopes.index((n + 1) % 2).permute([1, 0])
-            product = warpgroup_mma(before, k_columns, none, use_acc=False, is_async=True)
+            mine = keys[0][0].index(i % keys[0][0].shape[0]).slice(HALF * COLUMNS, COLUMNS, dim=1)
+            product = warpgroup_mma(before, mine, none, use_acc=False, is_async=True)
             dq = warpgroup_mma_wait(0, deps=[product])
             column = at + HALF * COLUMNS
             _hand_over(dq, dq_desc, slopes_empty, n + 1, last_row, column, room)
