@@ -40,6 +40,9 @@ class Value(Tensor):
     def type(self) -> Any:  # type: ignore[override]
         return types.SimpleNamespace(layout=None)
 
+    def to(self, dtype: Any) -> Any:  # type: ignore[override]
+        return self.long() & 0xFFFFFFFF if dtype == "uint32" else super().to(dtype)
+
     # A name gets another value: who has the old one keeps it.
     def __iadd__(self, other: Any) -> Value:  # type: ignore[misc, override]
         return self + other
@@ -216,6 +219,7 @@ class Gpu:
     # Numbers.
 
     int32, int64, float32 = torch.int32, torch.int64, torch.float32
+    uint32 = "uint32"
     static_range, constexpr = range, None
     where = staticmethod(lambda x, a, b: value(torch.where(torch.as_tensor(x), a, b)))
     maximum = staticmethod(lambda a, b: torch.maximum(value(a), value(b)))

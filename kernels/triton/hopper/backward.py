@@ -39,7 +39,7 @@ from kernels.triton.hopper.pipeline import (
     take,
     turn,
 )
-from kernels.triton.hopper.query_rows import clear_rows, copy_rows, load_rows
+from kernels.triton.hopper.query_rows import between, clear_rows, copy_rows, load_rows
 from kernels.triton.launcher import remembered
 from kernels.triton.runs import MASKED_RUNS, find_block, load_runs, load_segment, tile_at
 from kernels.triton.silu import UNSEEN, silu_and_twice_slope
@@ -109,13 +109,13 @@ def _visible(bounds_ptr, num_rows, interval, row, end, key_row, scores):
     at = bounds_ptr + interval * 2 * num_rows.to(gl.int64) + queries
     low = gl.load(at, mask=queries < end, other=0)[None, :]
     high = gl.load(at + num_rows, mask=queries < end, other=0)[None, :]
-    return (keys >= low) & (keys < high)
+    return between(keys, low, high)
 
 
 @gluon.jit
 def _unknown_zero(block):
     """0, but the compiler does not know. Where an operand of products lies is then found in the
-    loop, by the uniform datapath, which has time; and not before it, for registers it must spill."""
+    loop, by the uniform datapath, which has time; not before it, for registers that must spill."""
     return block >> 30
 
 

@@ -14,6 +14,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
+    mbarrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -23,6 +24,7 @@ from kernels.triton.hopper.pipeline import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     announce,
+    barriers,
     fetch,
     give,
     next_place,
@@ -30,6 +32,7 @@ from kernels.triton.hopper.pipeline import (
     ring_of_places,
     room_for,
     take,
+    turn,
 )
 from kernels.triton.hopper.query_rows import (
     copy_rows,
@@ -125,9 +128,10 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
     """One warpgroup's: half of the rows of each tile. staged: where to have them copied from."""
     q_ptr, q_stride, add_ptr, add_stride, out_ptr, out_stride, out_desc = matrices
     tiles_ptr, half_alpha, scale, bounds_ptr, num_rows = work
-    places, queries, keys, values = rings
+    places, queries, keys, values, order = rings
     ROWS: gl.constexpr = queries[0][0].shape[1]
     QK_DIM: gl.constexpr = queries[0][0].shape[2]
+    STAGES: gl.constexpr = values[0][0].shape[0]
     BLOCK: gl.constexpr = values[0][0].shape[1]
     V_DIM: gl.constexpr = values[0][0].shape[2]
     dtype: gl.constexpr = queries[0][0].dtype
@@ -154,6 +158,8 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
         if rows[1] < rows[3]:
             load_riders(q, q_ptr, q_stride, rows, first, head * QK_DIM)
         k = take(keys, n)[0].permute([1, 0])
+        if HALF == 1:  # out of step with the other, whose products then run while this one has none
+            mbarrier.wait(order.index(i % STAGES), turn(i, STAGES))
         scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
         row = _find_masked(masked_runs, second, 0, BLOCK)
         low = gl.where(second > 0, low2, low1)
@@ -163,6 +169,8 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
             low = low * 0 + row
             high = low + gl.where(full > 0, BLOCK, 0)
         half_scores = warpgroup_mma_wait(0, deps=[scores]) * half_alpha
+        if HALF == 0:
+            mbarrier.arrive(order.index(i % STAGES), count=1)
         give(keys, n)
         weights = silu(hide(half_scores, row, low, high), True).to(dtype)
         weights = gl.convert_layout(weights, weights_layout)
@@ -247,11 +255,12 @@ def resident_forward_kernel(
     upper_out, lower_out = 0, 0
     if out_desc is not None:
         upper_out, lower_out = room_for(out_desc, 1).index(0), room_for(out_desc, 1).index(0)
+    order = barriers(STAGES, 1)  # a tile's: the first one's keys are needed for one so many later
     fence_async_shared()  # barriers are there
     matrices = q_ptr, q_stride, add_ptr, add_stride, out_ptr, out_stride, out_desc
     work = tiles_ptr, half_alpha, scale, bounds_ptr, num_rows
     descs, tiles = (q_desc, k_desc, v_desc), (tiles_ptr, num_tiles_ptr, counters_ptr)
-    of_upper, of_lower = (places, upper, keys, values), (places, lower, keys, values)
+    of_upper, of_lower = (places, upper, keys, values, order), (places, lower, keys, values, order)
     gl.warp_specialize(
         [
             (_consume, (0, matrices, work, of_upper, upper_out, HEADS)),

@@ -129,4 +129,10 @@ def hide(half_scores, row, low, high):
     """half_scores [queries, keys] where the keys, those from `row` on, lie in [low, high)."""
     columns: gl.constexpr = gl.SliceLayout(0, half_scores.type.layout)
     keys = (row + gl.arange(0, half_scores.shape[1], columns))[None, :]
-    return gl.where((keys >= low[:, None]) & (keys < high[:, None]), half_scores, UNSEEN)
+    return gl.where(between(keys, low[:, None], high[:, None]), half_scores, UNSEEN)
+
+
+@gluon.jit
+def between(x, low, high):
+    """low <= x < high, by one comparison an element."""
+    return (x - low).to(gl.uint32) < gl.maximum(high - low, 0).to(gl.uint32)
