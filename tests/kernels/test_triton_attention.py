@@ -350,7 +350,7 @@ def test_autograd_compile_and_fake_tensors() -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
     jagged = (whole.offsets, whole.positions, whole.offsets, whole.positions)
-    arguments = (*qkv, *jagged, case.mask["intervals"], max(LENGTHS), 0.3, 0.1)
+    arguments = (*qkv, *jagged, case.mask["intervals"], max(LENGTHS), 0.3, 0.1, False)
     torch.library.opcheck(
         torch.ops.gr_kernels.attention.default,
         arguments,
