@@ -74,7 +74,8 @@ class ModelConfig:
     recompute: Literal["none", "projections"] = "none"
     recompute_layers: int | None = None  # only the first so many; default: all
     # Whether attention's backward gives the same bits from run to run. If not, it is faster: on
-    # Hopper, in 16 bits, where no sequence is cut and heads are wider than 64, up to 128.
+    # Hopper, in 16 bits, if no sequence of a batch is cut, for heads (qk_dim and v_dim) wider than
+    # 64, up to 128, unless sequences are few or under 512 tokens in the mean.
     deterministic: bool = True
     # GiB that attention's backward may take for a moment to be faster: on Hopper, in 16 bits, where
     # no sequence is cut and heads are wider than 128, the mean sequence is under 512 tokens, or

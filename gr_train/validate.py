@@ -139,6 +139,8 @@ def _check_model(config: Config) -> None:
             )
     if model.recompute != "none" and model.kind != "hstu":
         _refuse("model.recompute", model.recompute, "only HSTU's layers can; use none")
+    if not model.deterministic and model.kind != "hstu":
+        _refuse("model.deterministic", False, "only HSTU's attention need not be; use true")
     if model.width % 4:
         _refuse(
             "model.width",

@@ -55,8 +55,9 @@ def hstu_attention(
         short sequences, and takes memory for it: see `kernels.scratch`.
     intervals: int32 [Tq, 4], see `kernels.masks`.
     deterministic: gradients are bitwise equal from run to run. If False, they need not be, where
-        that is faster: on Hopper in 16 bits, for head dims over 64 and up to 128, and sequences
-        that are neither short nor few. Takes memory for a float32 dq: see `kernels.scratch`.
+        that is faster: on Hopper in 16 bits, for both head dims over 64 and up to 128, and
+        sequences that are neither short nor few; if there is memory for a float32 dq, see
+        `kernels.scratch`.
     backend: one of BACKENDS; "auto" takes the fastest that can do it.
     Returns [Tq, H, Dv] in q's dtype; sums are float32 inside (float64 for float64).
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit. Values

@@ -51,7 +51,7 @@ def context_parallel_attention(
 
     q, k: [rows of this rank, H, Dqk]; v: [rows, H, Dv], in the order of seen.shard.rows.
     alpha, scale: not 0. exchange: one of EXCHANGES; results do not depend on it but for the order
-    of sums. deterministic: as there, if no sequence is cut; gradients of cut ones always are.
+    of sums. deterministic: as there, if no sequence of the batch is cut; else gradients are.
     Returns [rows, H, Dv] in q's dtype. Differentiable: gradients of k and v are sums over the
     group. Every rank of the group must call it, with however few rows.
     """

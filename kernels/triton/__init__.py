@@ -5,7 +5,8 @@ plan.py       which blocks of keys and queries meet, once per batch: by tiles.py
 forward.py    attention forward, one program per query tile and head
 backward.py   attention backward: dk and dv per key tile, dq per query tile; no atomic sums
 slopes.py     what one kernel of the backward keeps in memory for the others, where that is faster
-hopper/       the forward again, by programs that stay; not chosen yet, see configs.py
+hopper/       the forward again, by programs that stay, and the backward where order is free: in
+              Gluon, for Hopper, where configs.py says so
 silu.py       SiLU and its slope through tanh, for both
 configs.py    block shapes per GPU generation and head dim
 launch.py     padding, descriptors and grids; rows of one source or two

@@ -17,7 +17,6 @@ from torch import Tensor
 from kernels.jagged import Jagged
 from kernels.scratch import scratch_limit
 from kernels.source import Source
-from kernels.triton import tiles as key_tiles
 from kernels.triton.backward import key_value_kernel, query_kernel
 from kernels.triton.configs import Blocks, Config, Kept, Resident, config_for
 from kernels.triton.forward import forward_kernel
@@ -147,14 +146,12 @@ def gradients(
     """`out`, written with dq, dk and dv of one block of queries and keys.
 
     Unless it is to be deterministic, where that is faster, one kernel finds them all, if
-    `scratch_limit` has room for a float32 dq. Else, where that is faster, dq, and perhaps dk, take
-    slopes that the launch for dv keeps, if the host knows how long a sequence may be and there is
-    room: for those of one head, or, where dk has no launch of its own, of all. A ring, and a halo,
-    find dq and dk of different pairs.
+    `scratch_limit` has room for a float32 dq and for sums of key tiles. Else, where that is faster,
+    dq, and perhaps dk, take slopes that the launch for dv keeps, if the host knows how long a
+    sequence may be and there is room: for those of one head, or, where dk has no launch of its own,
+    of all. A ring, and a halo, find dq and dk of different pairs.
     """
-    unordered = None if deterministic else _unordered_blocks(q, v, weighting, out)
-    if unordered is not None:
-        _gradients_unordered(unordered, dout, q, k, v, weighting, out)
+    if not deterministic and _gradients_unordered(dout, q, k, v, weighting, out):
         return
     slopes = _Slopes.of(q, v, weighting)
     if slopes is None:
@@ -166,35 +163,28 @@ def gradients(
         _gradients_by_slopes(slopes, weighting, *heads)
 
 
-def _unordered_blocks(
-    q: Tensor, v: Tensor, weighting: Weighting, out: tuple[Tensor, ...]
-) -> Resident | None:
-    """None: if order costs nothing, or less."""
-    dims = _padded_dim(q.shape[2]), _padded_dim(v.shape[2])
-    blocks = _config(weighting.queries, q.shape[1], dims, q.dtype, q.device).unordered
-    if not (q.shape[0] and v.shape[0]) or dims[0] != dims[1] or blocks is None:
-        return None
-    if q.shape[0] * q.shape[1] * dims[0] * 4 > scratch_limit():
-        return None
-    targets = (_Target(x, None, dims[0]).written for x in out)
-    return blocks if all(_is_ready(x, q.dtype) for x in targets) else None
-
-
 def _gradients_unordered(
-    blocks: Resident,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     weighting: Weighting,
     out: tuple[Tensor, Tensor, Tensor],
-) -> None:
+) -> bool:
+    """Whether it could be done, and is faster so."""
+    dims = _padded_dim(q.shape[2]), _padded_dim(v.shape[2])
+    blocks = _config(weighting.queries, q.shape[1], dims, q.dtype, q.device).unordered
+    if blocks is None or dims[0] != dims[1] or not (q.shape[0] and v.shape[0]):
+        return False
     walk = _Walk(k, [Source((q, dout), weighting)], resident=True)
     plan, heads, dim = walk.plan, walk.heads, walk.qk_dim
     assert plan.part == blocks.n
-    query, key, value = (_Target(x, None, dim) for x in out)
-    k, v, half = _ready(k), _ready(v), blocks.n // 2
-    rows = plan.most_segments() * blocks.n
+    query, key, value = targets = [_Target(x, None, dim) for x in out]
+    rows, half = plan.most_segments() * blocks.n, blocks.n // 2
+    scratch = 4 * heads * dim * (q.shape[0] + 2 * rows)
+    if scratch > scratch_limit() or not all(_is_ready(x.written, q.dtype) for x in targets):
+        return False
+    k, v = _ready(k), _ready(v)
     sums = [k.new_empty(rows, heads, dim, dtype=torch.float32) for _ in range(2)]
     dq = torch.zeros(query.written.shape, dtype=torch.float32, device=q.device)
     resident_backward_kernel[(multiprocessors(k.device),)](
@@ -210,7 +200,7 @@ def _gradients_unordered(
         SharedRows(dq.view(-1, 2 * heads, dim // 2), blocks.m),
         plan.key_parts(),
         plan.num_key_parts,
-        key_tiles.SHARES,  # so many records more there are at most, of segments
+        plan.most_segments_more,
         plan.counters(2),
         *walk.factors,
         *(SharedRows(x, blocks.m) for x in walk.rows[0]),
@@ -222,8 +212,9 @@ def _gradients_unordered(
         num_warps=4,  # of a warpgroup
     )
     torch.mul(dq, math.prod(walk.factors), out=query.written)
-    for target in query, key, value:
+    for target in targets:
         target.finish()
+    return True
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from triton.runtime import driver
 from kernels.jagged import Jagged
 from kernels.triton.key_tiles import key_tiles_kernel
 from kernels.triton.query_tiles import HULLS, query_tiles_kernel
-from kernels.triton.tiles import PIECES, Records, Tiles, most_segments, order_bits
+from kernels.triton.tiles import PIECES, SHARES, Records, Tiles, most_segments, order_bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +141,13 @@ class Plan:
 
     @property
     def num_key_parts(self) -> Tensor:
-        """int32 [1]: how many there are, on the device. Of segments, at most SHARES more."""
+        """int32 [1]: how many there are, on the device; not counting what segments are more."""
         return self.key_cut.offsets[-1:]
+
+    @property
+    def most_segments_more(self) -> int:
+        """Than key parts, at most."""
+        return SHARES
 
     @cached_property
     def key_cut(self) -> Tiles:

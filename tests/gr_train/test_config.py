@@ -56,6 +56,7 @@ def test_overrides_win() -> None:
         (f"{PROJECTIONS} model.recompute_layers=3", ["recompute_layers=3", "num_layers=2"]),
         ("model.scratch_gib=-1", ["model.scratch_gib=-1", "0 or more"]),
         ("model.kind=sasrec", ["parallel.cp=2", "sasrec"]),
+        ("model.kind=sasrec model.deterministic=false", ["model.deterministic=False", "use true"]),
         ("model.mask.prefix=4", ["model.mask.prefix=4", "model.mask.local"]),
         ("model.mask.full_suffix=4", ["model.mask.full_suffix=4", "model.mask.window"]),
         ("model.dropout=1.5", ["model.dropout=1.5"]),

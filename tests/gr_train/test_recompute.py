@@ -17,9 +17,11 @@ from gr_train.model import hstu
 from gr_train.model.hstu import HSTULayer
 from gr_train.model.recommender import DenseModel
 from gr_train.model.recompute import Recomputation
+from kernels import attention as kernels_attention
 from kernels import gated_norm, norm, projection
 from kernels.masks import hstu_intervals
 from kernels.norm import branch_norm
+from parallel import attention
 from parallel.attention import EXCHANGES
 from parallel.batch import JaggedBatch
 from parallel.layout import ZigzagLayout
@@ -136,6 +138,24 @@ def in_group(exchange: str, autocast: bool) -> None:
 @pytest.mark.parametrize("exchange", EXCHANGES)
 def test_context_parallel(run_in_world, exchange: str, autocast: bool) -> None:
     run_in_world(2, in_group, exchange, autocast)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_attention_is_told_whether_order_matters(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = []
+
+    def attend(*args: Any, **options: Any) -> Tensor:
+        told.append(options["deterministic"])
+        return kernels_attention.hstu_attention(*args, **options)
+
+    monkeypatch.setattr(attention, "hstu_attention", attend)
+    config = ModelConfig(width=WIDTH, deterministic=deterministic)
+    shard = make_shard(1, [5, 3])
+    x = torch.randn(shard.rows.num_rows, WIDTH)
+    HSTULayer(config, max_length=7, exchange="ring")(x, Visibility(shard, hstu_intervals))
+    assert told == [deterministic]
 
 
 def test_no_tokens() -> None:

@@ -221,6 +221,7 @@ class Gpu:
     int32, int64, float32 = torch.int32, torch.int64, torch.float32
     uint32 = "uint32"
     static_range, constexpr = range, None
+    static_assert = staticmethod(lambda holds: None if holds else 1 / 0)
     where = staticmethod(lambda x, a, b: value(torch.where(torch.as_tensor(x), a, b)))
     maximum = staticmethod(lambda a, b: torch.maximum(value(a), value(b)))
     minimum = staticmethod(lambda a, b: torch.minimum(value(a), value(b)))

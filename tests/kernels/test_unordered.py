@@ -20,6 +20,8 @@ from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, semi_local_intervals
 from kernels.scratch import limit_scratch, scratch_limit
 from kernels.triton import configs, launch, tiles
+from kernels.triton.plan import plan_for
+from kernels.triton.runs import SEGMENT_AT
 from kernels.weighting import Weighting
 from tests.kernels.cases import Case, any_intervals, cases, part_of
 from tests.kernels.gluon_interpreter import Interpreted
@@ -116,11 +118,12 @@ def test_full_blocks_of_a_tile_that_is_not() -> None:
 
 def test_tiles_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys that all queries see."""
-    monkeypatch.setattr(tiles, "SHARES", 4)
     monkeypatch.setattr(tiles, "LEAST", 2)
-    lengths = torch.tensor([LONG, LONG // 2, 5], dtype=torch.int32)
+    lengths = torch.tensor([LONG, LONG // 2, 5], dtype=torch.int32, device=DEVICE)
     whole = Jagged.whole(lengths)
     intervals = semi_local_intervals(whole, lengths, lengths.clamp(max=2), local=70, prefix=40)
+    parts = plan_for(whole, whole, intervals, 128, 128).key_parts()
+    assert parts[:, 0, SEGMENT_AT.value + 1].max() > 1
     check(whole, whole, intervals)
 
 
@@ -165,4 +168,4 @@ def test_shipped_blocks_have_a_plan() -> None:
         assert x.resident is not None
         assert x.unordered is not None
         assert x.unordered.n == x.resident.n
-        assert x.resident.m % x.unordered.m == 0
+        assert x.resident.n % x.unordered.m == 0

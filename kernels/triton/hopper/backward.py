@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.triton.hopper.adding import async_add_shared_to_global
+from kernels.triton.hopper.masked import find_masked, load_masked
 from kernels.triton.hopper.pipeline import (
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -32,6 +33,7 @@ from kernels.triton.hopper.pipeline import (
     barriers,
     fetch,
     give,
+    leave_counters,
     next_place,
     ring_of,
     ring_of_places,
@@ -41,25 +43,8 @@ from kernels.triton.hopper.pipeline import (
 )
 from kernels.triton.hopper.query_rows import between, clear_rows, copy_rows, load_rows
 from kernels.triton.launcher import remembered
-from kernels.triton.runs import MASKED_RUNS, find_block, load_runs, load_segment, tile_at
+from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, find_block, load_runs, load_segment, tile_at
 from kernels.triton.silu import UNSEEN, silu_and_twice_slope
-
-
-@gluon.jit
-def _load_masked(record, BLOCK: gl.constexpr):
-    """Of a key tile: blocks of queries for which an interval is to be tested, first those for the
-    second: how many, how many for the second, and the runs of both."""
-    second, runs2 = load_runs(record, 2, MASKED_RUNS, BLOCK)
-    first, runs1 = load_runs(record, 1, MASKED_RUNS, BLOCK)
-    return second + first, second, (runs2, runs1)
-
-
-@gluon.jit
-def _find_masked(runs, second, block, BLOCK: gl.constexpr):
-    """The first row of a masked block and the end of its run."""
-    row2, end2 = find_block(runs[0], block, BLOCK)
-    row1, end1 = find_block(runs[1], block - second, BLOCK)
-    return gl.where(block < second, row2, row1), gl.where(block < second, end2, end1)
 
 
 @gluon.jit
@@ -72,7 +57,6 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
     tiles_ptr, num_tiles_ptr, more_tiles, counters_ptr = tiles
     places, keys, values, queries = rings
     BLOCK: gl.constexpr = q_desc.block_type.shape[0]
-    programs = gl.num_programs(0)
     count = (gl.load(num_tiles_ptr) + more_tiles) * HEADS
     place = gl.atomic_add(counters_ptr, 1)
     i = 0  # tiles so far
@@ -84,10 +68,10 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
             announce(places, i, place)
             fetch((k_desc,), rows[0], head, keys, i)
             fetch((v_desc,), rows[0], head, values, i)
-            masked, second, masked_runs = _load_masked(record, BLOCK)
-            full, runs = load_runs(record, 0, 2, BLOCK)
+            masked, second, masked_runs = load_masked(record, MASKED_RUNS, BLOCK)
+            full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
             for block in range(masked + full):
-                masked_row, _end = _find_masked(masked_runs, second, block, BLOCK)
+                masked_row, _end = find_masked(masked_runs, second, block, BLOCK)
                 row, _end = find_block(runs, block - masked, BLOCK)
                 row = gl.where(block < masked, masked_row, row)
                 fetch((q_desc, dout_desc), row, head, queries, n)
@@ -95,9 +79,7 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
             i += 1
         place = gl.atomic_add(counters_ptr, 1)
     announce(places, i, -1)
-    if gl.atomic_add(counters_ptr + 1, 1) == programs - 1:  # nobody asks for a tile any more
-        gl.store(counters_ptr, 0)
-        gl.store(counters_ptr + 1, 0)
+    leave_counters(counters_ptr)
 
 
 @gluon.jit
@@ -167,6 +149,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     left_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
+    gl.static_assert(BLOCK >= ROWS and values[0][0].shape[0] == 1)  # as `room` and V are used
     first: gl.constexpr = HALF * ROWS
     zeros = gl.zeros([ROWS, BLOCK], gl.float32, scores_layout)
     none = gl.zeros([BLOCK, COLUMNS], gl.float32, dq_layout)
@@ -177,15 +160,15 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
     while place >= 0:
         head, _part, record = tile_at(tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
         rows = load_rows(record)
-        masked, second, masked_runs = _load_masked(record, BLOCK)
-        full, runs = load_runs(record, 0, 2, BLOCK)
+        masked, second, masked_runs = load_masked(record, MASKED_RUNS, BLOCK)
+        full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
         at = head * DIM
         dk = gl.zeros([ROWS, DIM], gl.float32, sums_layout)
         dv = gl.zeros([ROWS, DIM], gl.float32, sums_layout)
         k, v = take(keys, i)[0], take(values, i)[0]
         if rows[1] < TILE:  # others' keys, which no interval was tested for, must give dq nothing
             clear_rows(k.slice(first, ROWS), rows[1] - first)
-            clear_rows(v.slice(first, ROWS), rows[1] - first)
+            clear_rows(v.slice(first, ROWS), rows[1] - first)  # nor may 0 times infinity
         start = n
         last_row = rows[0]
         for kind in gl.static_range(2):  # masked ones, then full ones
@@ -200,7 +183,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
                 mine = v.slice(first, ROWS)
                 dweights = warpgroup_mma(mine, dout_columns, zeros, use_acc=False, is_async=True)
                 if kind == 0:
-                    row, end = _find_masked(masked_runs, second, block, BLOCK)
+                    row, end = find_masked(masked_runs, second, block, BLOCK)
                 else:
                     row, end = find_block(runs, block, BLOCK)
                 half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha

@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.triton.hopper.masked import find_masked, load_masked
 from kernels.triton.hopper.pipeline import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
@@ -27,6 +28,7 @@ from kernels.triton.hopper.pipeline import (
     barriers,
     fetch,
     give,
+    leave_counters,
     next_place,
     ring_of,
     ring_of_places,
@@ -44,25 +46,8 @@ from kernels.triton.hopper.query_rows import (
     store_rows,
 )
 from kernels.triton.launcher import remembered
-from kernels.triton.runs import find_block, load_runs, tile_at
+from kernels.triton.runs import FULL_RUNS, find_block, load_runs, tile_at
 from kernels.triton.silu import silu
-
-
-@gluon.jit
-def _load_masked(record, BLOCK: gl.constexpr):
-    """Blocks for which an interval is to be tested, first those for the second: how many, how many
-    for the second, and the runs of both."""
-    second, runs2 = load_runs(record, 2, 2, BLOCK)
-    first, runs1 = load_runs(record, 1, 2, BLOCK)
-    return second + first, second, (runs2, runs1)
-
-
-@gluon.jit
-def _find_masked(runs, second, block, BLOCK: gl.constexpr):
-    """The first row of a masked block."""
-    row2, _end2 = find_block(runs[0], block, BLOCK)
-    row1, _end1 = find_block(runs[1], block - second, BLOCK)
-    return gl.where(block < second, row2, row1)
 
 
 @gluon.jit
@@ -76,7 +61,6 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
     places, upper, lower, keys, values = rings
     BLOCK: gl.constexpr = k_desc.block_type.shape[0]
     ROWS: gl.constexpr = q_desc.block_type.shape[0]
-    programs = gl.num_programs(0)
     count = gl.load(num_tiles_ptr) * HEADS
     # Counted from the first on: a program whose multiprocessor is busy elsewhere comes late.
     place = gl.atomic_add(counters_ptr, 1)
@@ -85,8 +69,8 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
     while place < count:
         head, _part, record = tile_at(tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
         rows = load_rows(record)
-        masked, second, of_masked = _load_masked(record, BLOCK)
-        full, runs = load_runs(record, 0, 2, BLOCK)
+        masked, second, of_masked = load_masked(record, 2, BLOCK)
+        full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
         if rows[3] > 0:
             announce(places, i, place)
             fetch((q_desc,), rows[0], head, upper, i)
@@ -95,7 +79,7 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
             for block in range(blocks):
                 if block == blocks - 1:  # who claims a tile long before its turn makes a tail
                     place = gl.atomic_add(counters_ptr, 1)
-                row = _find_masked(of_masked, second, block, BLOCK)
+                row, _end = find_masked(of_masked, second, block, BLOCK)
                 full_row, _end = find_block(runs, block - masked, BLOCK)
                 row = gl.where(block < masked, row, full_row)
                 fetch((k_desc,), row, head, keys, n)
@@ -105,9 +89,7 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
         else:
             place = gl.atomic_add(counters_ptr, 1)
     announce(places, i, -1)
-    if gl.atomic_add(counters_ptr + 1, 1) == programs - 1:  # nobody asks for a tile any more
-        gl.store(counters_ptr, 0)
-        gl.store(counters_ptr + 1, 0)
+    leave_counters(counters_ptr)
 
 
 @gluon.jit
@@ -119,8 +101,8 @@ def _load_tile(
     head, _part, record = tile_at(tiles_ptr, gl.maximum(place, 0), HEADS, PARTS=1, SOURCES=1)
     rows = load_rows(record)
     bounds = load_bounds(bounds_ptr, num_rows, rows, first, ROWS, layout)
-    full, runs = load_runs(record, 0, 2, BLOCK)
-    return head, rows, bounds, _load_masked(record, BLOCK), (full, runs)
+    full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
+    return head, rows, bounds, load_masked(record, 2, BLOCK), (full, runs)
 
 
 @gluon.jit
@@ -161,7 +143,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
         if HALF == 1:  # out of step with the other, whose products then run while this one has none
             mbarrier.wait(order.index(i % STAGES), turn(i, STAGES))
         scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-        row = _find_masked(masked_runs, second, 0, BLOCK)
+        row, _end = find_masked(masked_runs, second, 0, BLOCK)
         low = gl.where(second > 0, low2, low1)
         high = gl.where(second > 0, high2, high1)
         if masked == 0:  # a full one, an interval that is the block; or the one that nobody sees
@@ -187,7 +169,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
                 half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                 give(keys, n + 1)
                 if kind == 0:
-                    row = _find_masked(masked_runs, second, block, BLOCK)
+                    row, _end = find_masked(masked_runs, second, block, BLOCK)
                     low = gl.where(block < second, low2, low1)
                     high = gl.where(block < second, high2, high1)
                     half_scores = hide(half_scores, row, low, high)

@@ -20,7 +20,8 @@ PRODUCER_REGISTERS = gl.constexpr(24)
 
 @gluon.jit
 def ring_of(descs, STAGES: gl.constexpr, EMPTIERS: gl.constexpr = CONSUMERS):
-    """A ring of buffers, each for a block of every descriptor. EMPTIERS: warpgroups that do."""
+    """A ring of buffers, each for a block of every descriptor. EMPTIERS: how many warpgroups empty
+    it."""
     buffers = ()
     for i in gl.static_range(len(descs)):
         buffers = buffers + (room_for(descs[i], STAGES),)  # type: ignore[assignment] # noqa: RUF005
@@ -81,6 +82,14 @@ def give(ring, n):
 def turn(n, STAGES: gl.constexpr):
     """The parity of how often the n-th buffer has been used before: what barriers wait for."""
     return n // STAGES & 1
+
+
+@gluon.jit
+def leave_counters(counters_ptr):
+    """By every program, once it has counted its last tile: the last one zeroes both counters."""
+    if gl.atomic_add(counters_ptr + 1, 1) == gl.num_programs(0) - 1:
+        gl.store(counters_ptr, 0)
+        gl.store(counters_ptr + 1, 0)
 
 
 # Which tile is next is a ring of two numbers.
