@@ -102,6 +102,14 @@ def _unknown_zero(block):
 
 
 @gluon.jit
+def _begin_dq(slopes, n, k, column: gl.constexpr, none):
+    """What the n-th block's slopes give for some dims of dq, being computed."""
+    of_queries = slopes.index(n % 2).permute([1, 0])
+    k_columns = k.slice(column, none.shape[1], dim=1)
+    return warpgroup_mma(of_queries, k_columns, none, use_acc=False, is_async=True)
+
+
+@gluon.jit
 def _hand_over(dq, dq_desc, empty, n, row, column, room):
     """Have what the n-th block's slopes gave added to dq. Other slopes may take their place."""
     mbarrier.arrive(empty.index(n % 2), count=1)
@@ -178,10 +186,9 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
                 v = values[0][0].index(zero)
                 q, dout = take(queries, n)
                 q_columns, dout_columns = q.permute([1, 0]), dout.permute([1, 0])
-                mine = k.slice(first, ROWS)
-                scores = warpgroup_mma(mine, q_columns, zeros, use_acc=False, is_async=True)
-                mine = v.slice(first, ROWS)
-                dweights = warpgroup_mma(mine, dout_columns, zeros, use_acc=False, is_async=True)
+                k_rows, v_rows = k.slice(first, ROWS), v.slice(first, ROWS)
+                scores = warpgroup_mma(k_rows, q_columns, zeros, use_acc=False, is_async=True)
+                dweights = warpgroup_mma(v_rows, dout_columns, zeros, use_acc=False, is_async=True)
                 if kind == 0:
                     row, end = find_masked(masked_runs, second, block, BLOCK)
                 else:
@@ -205,9 +212,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
                 mbarrier.arrive(slopes_full.index(n % 2), count=1)
                 # Of the block before; of a tile's first block it is thrown away.
                 mbarrier.wait(slopes_full.index((n + 1) % 2), turn(n + 1, 2) ^ 1, pred=n > start)
-                before = slopes.index((n + 1) % 2).permute([1, 0])
-                mine = k.slice(HALF * COLUMNS, COLUMNS, dim=1)
-                product = warpgroup_mma(before, mine, none, use_acc=False, is_async=True)
+                product = _begin_dq(slopes, n + 1, k, HALF * COLUMNS, none)
                 dv, weights, dk, left = warpgroup_mma_wait(
                     1, deps=[dv_sums, weights, dk_sums, left]
                 )
@@ -221,9 +226,8 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
         give(values, i)
         if n > start:
             mbarrier.wait(slopes_full.index((n + 1) % 2), turn(n + 1, 2) ^ 1)
-            before = slopes.index((n + 1) % 2).permute([1, 0])
-            mine = keys[0][0].index(i % keys[0][0].shape[0]).slice(HALF * COLUMNS, COLUMNS, dim=1)
-            product = warpgroup_mma(before, mine, none, use_acc=False, is_async=True)
+            k = keys[0][0].index(i % keys[0][0].shape[0])
+            product = _begin_dq(slopes, n + 1, k, HALF * COLUMNS, none)
             dq = warpgroup_mma_wait(0, deps=[product])
             column = at + HALF * COLUMNS
             _hand_over(dq, dq_desc, slopes_empty, n + 1, last_row, column, room)
