@@ -35,14 +35,14 @@ class Kept:
 @dataclass(frozen=True)
 class Resident:
     """Of a kernel whose programs stay, see `hopper`: query rows and key rows, of a tile or of a
-    block; how many buffers there are for tiles and for blocks; and whether there is one more to
-    copy a forward's results from, asynchronously (a backward has one)."""
+    block; how many buffers there are for tiles and for blocks; and whether a forward has one more,
+    to copy its results from asynchronously (a backward does)."""
 
     m: int
     n: int
     tiles: int
     stages: int
-    copies: bool
+    copies: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ HOPPER = {
         Blocks(64, 64, 4, 2),
         Blocks(64, 64, 4, 2),
         resident=RESIDENT,
-        unordered=Resident(64, 128, 2, 2, copies=True),
+        unordered=Resident(64, 128, 2, 2),
     ),
     256: Config(
         128,
@@ -84,7 +84,7 @@ HOPPER = {
         Blocks(64, 64, 4, 2),
         Blocks(64, 128, 8, 2),
         Kept(Blocks(32, 64, 4, 4), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
-        resident=Resident(128, 64, 1, 2, copies=False),
+        resident=Resident(128, 64, 1, 2),
     ),
 }
 # Sequences of a few hundred tokens are a few blocks each: latency and memory rule, not products.

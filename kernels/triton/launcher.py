@@ -68,11 +68,6 @@ class Launcher:
         )
 
 
-@cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 NO_HOOKS = None, None, None  # metadata for those around a launch, and they
 
 
@@ -123,5 +118,9 @@ ELEMENTS = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: flo
 
 @cache
 def _shared_layout(block: int, dim: int, dtype: torch.dtype) -> NVMMASharedLayout:
-    element = ELEMENTS[dtype]
-    return NVMMASharedLayout.get_default_for([block, dim], element)
+    return NVMMASharedLayout.get_default_for([block, dim], ELEMENTS[dtype])
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -19,9 +19,11 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from kernels.triton import launch
 from kernels.triton.launcher import SharedRows
 
 # What kernels import by name.
@@ -385,6 +387,13 @@ class Interpreted:
             Gpu(grid[0]).run(self.kernel, tuple(map(_argument, args)), constants)
 
         return launch
+
+
+def interpret(monkeypatch: pytest.MonkeyPatch, *kernels: str) -> None:
+    """Have kernels of `launch` run here, by three programs each."""
+    monkeypatch.setattr(launch, "multiprocessors", lambda device: 3)
+    for name in kernels:
+        monkeypatch.setattr(launch, name, Interpreted(getattr(launch, name)))
 
 
 def _argument(x: Any) -> Any:

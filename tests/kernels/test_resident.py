@@ -22,13 +22,13 @@ from kernels.source import Source
 from kernels.triton import configs, launch
 from kernels.weighting import Weighting
 from tests.kernels.cases import Case, any_intervals, cases, part_of
-from tests.kernels.gluon_interpreter import Interpreted
+from tests.kernels.gluon_interpreter import interpret
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason="not a Hopper GPU")
 DEVICE = torch.device("cuda" if HOPPER else "cpu")
 DIMS = (128, 128) if HOPPER else (32, 32)
-OTHER = configs.Resident(128, 64, 1, 3, copies=False)
+OTHER = configs.Resident(128, 64, 1, 3)
 LONG = 3000 if HOPPER else 300
 ROUNDINGS = 2 * 2**-8  # to bf16, of a weight and of an output: of a pair or two they may add up
 
@@ -39,9 +39,7 @@ def resident(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
     config = replace(configs.HOPPER[128], resident=request.param)
     monkeypatch.setattr(launch, "config_for", lambda *problem: config)
     if not HOPPER:
-        monkeypatch.setattr(launch, "multiprocessors", lambda device: 3)
-        kernel = Interpreted(launch.resident_forward_kernel)
-        monkeypatch.setattr(launch, "resident_forward_kernel", kernel)
+        interpret(monkeypatch, "resident_forward_kernel")
 
 
 def check(
