@@ -60,11 +60,9 @@ def key_value_kernel(
     q_desc,
     dout_desc,
     bounds_ptr,
-    num_rows,
     next_q_desc,
     next_dout_desc,
     next_bounds_ptr,
-    next_num_rows,
     HEADS: tl.constexpr,
     QK_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -108,8 +106,7 @@ def key_value_kernel(
 
     for source in tl.static_range(SOURCES):
         if source > 0:
-            q_desc, dout_desc = next_q_desc, next_dout_desc
-            bounds_ptr, num_rows = next_bounds_ptr, next_num_rows
+            q_desc, dout_desc, bounds_ptr = next_q_desc, next_dout_desc, next_bounds_ptr
         for kind in tl.static_range(2 if SLOPES else KINDS):
             at = record + source * RECORD
             blocks, runs = load_runs(
@@ -131,10 +128,10 @@ def key_value_kernel(
                     if kind > 0:
                         queries = row + tl.arange(0, BLOCK_M)
                         seen = queries < end
-                        low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, seen, 0)
+                        low, high = load_bounds(bounds_ptr, kind - 1, queries, seen, 0)
                         visible = (keys >= low) & (keys < high)
                         if SLOPES:  # both intervals at once
-                            low, high = load_bounds(bounds_ptr, num_rows, 1, queries, seen, 0)
+                            low, high = load_bounds(bounds_ptr, 1, queries, seen, 0)
                             visible = visible | (keys >= low) & (keys < high)
                         half_scores = tl.where(visible, half_scores, UNSEEN)
                     weights, slope = silu_and_twice_slope(half_scores, FAST)
@@ -227,11 +224,9 @@ def query_kernel(
     k_desc,
     v_desc,
     bounds_ptr,
-    num_rows,
     next_k_desc,
     next_v_desc,
     next_bounds_ptr,
-    next_num_rows,
     HEADS: tl.constexpr,
     QK_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -266,7 +261,7 @@ def query_kernel(
             dq = load_rows(sums_ptr, queries, inside, HEADS * QK_DIM, head * QK_DIM, QK_DIM)
     of_q = q, dout
     blocks: tl.constexpr = (BLOCK_N, FAST, PRECISION)
-    mask = queries, inside, bounds_ptr, num_rows
+    mask = queries, inside, bounds_ptr
     dq = _differentiate(dq, of_q, k_desc, v_desc, record, mask, head, half_alpha, again, blocks)
     if SOURCES == 2:
         if left_ptr is not None:  # noqa: SIM102 (known to the compiler)
@@ -275,7 +270,7 @@ def query_kernel(
                 store_rows(sums_ptr, HEADS * QK_DIM, None, 0, dq, rows, real, head * QK_DIM)
                 leave(left_ptr, place)
                 return
-        mask = queries, inside, next_bounds_ptr, next_num_rows
+        mask = queries, inside, next_bounds_ptr
         keys = next_k_desc, next_v_desc
         record += RECORD
         dq = _differentiate(dq, of_q, *keys, record, mask, head, half_alpha, False, blocks)
@@ -291,7 +286,7 @@ def _differentiate(
 ):
     """dq plus the sum over one source, unless it has been done already."""
     q, dout = of_q
-    queries, inside, bounds_ptr, num_rows = mask
+    queries, inside, bounds_ptr = mask
     BLOCK_N: tl.constexpr = BLOCKS[0]
     FAST: tl.constexpr = BLOCKS[1]
     PRECISION: tl.constexpr = BLOCKS[2]
@@ -301,7 +296,7 @@ def _differentiate(
         # Few tiles have all kinds. (Forward and dk/dv are a fifth slower for this question.)
         if kind == 0 or blocks > 0:
             if kind > 0:
-                low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, inside, 1)
+                low, high = load_bounds(bounds_ptr, kind - 1, queries, inside, 1)
             for block in tl.range(blocks):
                 row, _end = find_block(runs, block, BLOCK_N)
                 k = k_desc.load([row, head * q.shape[1]])

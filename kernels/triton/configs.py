@@ -35,8 +35,8 @@ class Kept:
 @dataclass(frozen=True)
 class Resident:
     """Of a kernel whose programs stay, see `hopper`: query rows and key rows, of a tile or of a
-    block; how many buffers there are for tiles and for blocks; and whether a forward has one more,
-    to copy its results from asynchronously (a backward does)."""
+    block; how many buffers there are for tiles and for blocks; and whether there is one more, to
+    copy query rows from asynchronously."""
 
     m: int
     n: int
@@ -46,10 +46,28 @@ class Resident:
 
 
 @dataclass(frozen=True)
+class Residents:
+    """Those that pay, for launches of one source. They share a plan."""
+
+    forward: Resident
+    query: Resident | None = None
+    key_value: Resident | None = None
+
+    def blocks(self, kernel: str, dims: tuple[int, int]) -> Resident | None:
+        """kernel: which of them. dims: padded, of queries and of values."""
+        alike = dims[0] == dims[1]
+        return None if kernel == "key_value" and not alike else getattr(self, kernel)
+
+    @property
+    def plan(self) -> tuple[int, int, int]:
+        """Its tile, part and key tile."""
+        return self.forward.m, self.forward.n, (self.key_value or self.forward).n
+
+
+@dataclass(frozen=True)
 class Config:
     """One shape of problem. The plan's `tile` is a multiple of `part` and of forward.m, and `part`
-    of forward.n and of the backward's blocks; `kept` and `resident` have plans of their own, and
-    `unordered` has the latter's."""
+    of forward.n and of the backward's blocks; `kept` and `resident` have plans of their own."""
 
     tile: int
     part: int
@@ -58,11 +76,15 @@ class Config:
     key: Blocks
     value: Blocks | None = None  # dv's own launch, if it does not share dk's
     kept: Kept | None = None  # if it pays to keep slopes
-    resident: Resident | None = None  # for the forward of one source, if it pays
-    unordered: Resident | None = None  # the backward where sums may come in any order, if it pays
+    resident: Residents | None = None
+    in_any_order: bool = False  # whether it pays to find dq with dk and dv, by sums in any order
 
 
-RESIDENT = Resident(128, 128, 2, 2, copies=True)
+RESIDENT = Residents(
+    forward=Resident(128, 64, 2, 3, copies=True),
+    query=Resident(128, 64, 1, 4, copies=True),
+    key_value=Resident(64, 128, 2, 2),
+)
 # By the larger of the two head dims, padded to a power of two. On Hopper two blocks of 4 warps
 # share a multiprocessor where they fit: one computes SiLU while the other's products run.
 HOPPER = {
@@ -74,7 +96,6 @@ HOPPER = {
         Blocks(64, 64, 4, 2),
         Blocks(64, 64, 4, 2),
         resident=RESIDENT,
-        unordered=Resident(64, 128, 2, 2),
     ),
     256: Config(
         128,
@@ -84,7 +105,7 @@ HOPPER = {
         Blocks(64, 64, 4, 2),
         Blocks(64, 128, 8, 2),
         Kept(Blocks(32, 64, 4, 4), Blocks(64, 64, 4, 3), Blocks(64, 64, 4, 3)),
-        resident=Resident(128, 64, 1, 2),
+        resident=Residents(Resident(128, 64, 1, 2)),
     ),
 }
 # Sequences of a few hundred tokens are a few blocks each: latency and memory rule, not products.
@@ -99,9 +120,12 @@ _SHORT = replace(
     kept=Kept(Blocks(32, 64, 4, 3), None, Blocks(64, 64, 4, 2)),
 )
 HOPPER_FEW = {64: _FEW, 128: replace(_FEW, resident=RESIDENT)}
-HOPPER_SHORT = {64: _SHORT, 128: replace(_SHORT, resident=RESIDENT)}
+HOPPER_SHORT = {64: _SHORT, 128: HOPPER_FEW[128]}
+# Of float32 dq, zeros are written before and a copy after: much, unless there are many products.
+HOPPER_LONG = HOPPER | {128: replace(HOPPER[128], in_any_order=True)}
 SHORT = 512  # tokens of the mean sequence
 FEW = 48 * 1024  # rows of all heads
+LONG = 4096
 CONSERVATIVE = {
     64: Config(128, 64, Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
     128: Config(128, 64, Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2)),
@@ -125,7 +149,9 @@ def config_for(
         return CONSERVATIVE[max(64, dim)]
     if dim <= 128 and mean_length < SHORT:
         return HOPPER_SHORT[max(64, dim)]
-    return (HOPPER_FEW if dim <= 128 and rows < FEW else HOPPER)[max(64, dim)]
+    if dim <= 128 and rows < FEW:
+        return HOPPER_FEW[max(64, dim)]
+    return (HOPPER if mean_length < LONG else HOPPER_LONG)[max(64, dim)]
 
 
 @cache

@@ -28,14 +28,14 @@ from kernels.triton.silu import UNSEEN, silu
 
 
 @triton.jit
-def load_bounds(bounds_ptr, num_rows, interval: tl.constexpr, queries, inside, AXIS: tl.constexpr):
+def load_bounds(bounds_ptr, interval: tl.constexpr, queries, inside, AXIS: tl.constexpr):
     """One of two intervals of key rows [low, high) that queries see, empty if not `inside`.
 
     AXIS: 1 makes them a column, for scores [queries, keys]; 0 a row.
     """
-    at = bounds_ptr + num_rows.to(tl.int64) * (2 * interval) + queries
+    at = bounds_ptr + queries.to(tl.int64) * 4 + 2 * interval
     low = tl.load(at, mask=inside, other=0)
-    high = tl.load(at + num_rows.to(tl.int64), mask=inside, other=0)
+    high = tl.load(at + 1, mask=inside, other=0)
     return tl.expand_dims(low, AXIS), tl.expand_dims(high, AXIS)
 
 
@@ -62,8 +62,8 @@ def store_rows(ptr, stride, add_ptr, add_stride, x, rows, inside, column0):
 
 # Sources come last among the arguments of every kernel, the second of them None for none.
 UNSPECIALIZED = [
-    *("half_alpha", "scale", "num_rows", "next_num_rows"),
-    *("count", "again_from", "agains", "key_parts", "query_parts"),
+    *("half_alpha", "scale", "count", "again_from", "agains"),
+    *("key_parts", "query_parts"),
 ]
 
 
@@ -88,11 +88,9 @@ def forward_kernel(
     k_desc,
     v_desc,
     bounds_ptr,
-    num_rows,
     next_k_desc,
     next_v_desc,
     next_bounds_ptr,
-    next_num_rows,
     HEADS: tl.constexpr,
     QK_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -126,7 +124,7 @@ def forward_kernel(
         if again:
             acc = load_rows(sums_ptr, queries, inside, HEADS * V_DIM, head * V_DIM, V_DIM)
     blocks: tl.constexpr = (BLOCK_N, FAST, PRECISION)
-    mask = queries, inside, bounds_ptr, num_rows
+    mask = queries, inside, bounds_ptr
     acc = _attend(acc, q, k_desc, v_desc, record, mask, head, half_alpha, again, blocks)
     if SOURCES == 2:
         if left_ptr is not None:  # noqa: SIM102 (known to the compiler)
@@ -135,7 +133,7 @@ def forward_kernel(
                 store_rows(sums_ptr, HEADS * V_DIM, None, 0, acc, rows, real, head * V_DIM)
                 leave(left_ptr, place)
                 return
-        mask = queries, inside, next_bounds_ptr, next_num_rows
+        mask = queries, inside, next_bounds_ptr
         record += RECORD
         keys = next_k_desc, next_v_desc
         acc = _attend(acc, q, *keys, record, mask, head, half_alpha, False, blocks)
@@ -148,7 +146,7 @@ def forward_kernel(
 @triton.jit
 def _attend(acc, q, k_desc, v_desc, record, mask, head, half_alpha, done, BLOCKS: tl.constexpr):
     """acc plus the sum over one source, unless it has been done already."""
-    queries, inside, bounds_ptr, num_rows = mask
+    queries, inside, bounds_ptr = mask
     BLOCK_N: tl.constexpr = BLOCKS[0]
     FAST: tl.constexpr = BLOCKS[1]
     PRECISION: tl.constexpr = BLOCKS[2]
@@ -156,7 +154,7 @@ def _attend(acc, q, k_desc, v_desc, record, mask, head, half_alpha, done, BLOCKS
         blocks, runs = load_runs(record, kind, 2, BLOCK_N)
         blocks = tl.where(done, 0, blocks)
         if kind > 0:
-            low, high = load_bounds(bounds_ptr, num_rows, kind - 1, queries, inside, 1)
+            low, high = load_bounds(bounds_ptr, kind - 1, queries, inside, 1)
         for block in tl.range(blocks):
             row, _ = find_block(runs, block, BLOCK_N)
             k = k_desc.load([row, head * q.shape[1]])

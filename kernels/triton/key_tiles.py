@@ -69,15 +69,16 @@ def key_tiles_kernel(
     num_pieces,
     num_query_tiles,
     TILE: tl.constexpr,
+    PART: tl.constexpr,
     PARTS: tl.constexpr,
     CHUNK: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
     """Run-length codes, for each key tile, of how its sequence's query tiles see it.
 
-    Query tiles of TILE rows here, that is, parts of the plan's. From the first run on that has no
-    room in the record, all tiles share the last run of either interval. ALIGNED: of the first,
-    which stands for both, see `_meets`.
+    TILE: rows of a key tile. Query tiles are of PART rows here: parts of the plan's. From the first
+    run on that has no room in the record, all tiles share the last run of either interval. ALIGNED:
+    of the first, which stands for both, see `_meets`.
     """
     key_tile = tl.program_id(0)
     piece, _, key0, key_end = locate(
@@ -123,13 +124,13 @@ def key_tiles_kernel(
             after = _meets(
                 hulls_ptr, num_query_tiles, tile + 1, tile + 1 < last, key0, key_end, TILE, ALIGNED
             )
-            begin = row_first + (tile - first) * TILE
-            begin = tl.where(tile >= second, origin_second + (tile - second) * TILE, begin)
-            begin = tl.where(tile >= third, origin_third + (tile - third) * TILE, begin)
+            begin = row_first + (tile - first) * PART
+            begin = tl.where(tile >= second, origin_second + (tile - second) * PART, begin)
+            begin = tl.where(tile >= third, origin_third + (tile - third) * PART, begin)
             start = tl.where(tile >= second, row_second, row_first)
             row = tl.maximum(begin, tl.where(tile >= third, row_third, start))
             end = tl.where(tile >= second, row_third, row_second)
-            row_end = tl.minimum(begin + TILE, tl.where(tile >= third, row_last, end))
+            row_end = tl.minimum(begin + PART, tl.where(tile >= third, row_last, end))
             # A new piece starts a new run: its first row need not follow a whole tile.
             starts = (tile == second) | (tile == third)
             ends = (tile + 1 == second) | (tile + 1 == third) | (row_end == overflow)
@@ -157,4 +158,4 @@ def key_tiles_kernel(
         store_run(record, 1, MASKED_RUNS - 1, overflow, a_end)
         if not ALIGNED:
             store_run(record, 2, MASKED_RUNS - 1, overflow, b_end)
-    tl.store(costs_ptr + key_tile, cost)
+    tl.store(costs_ptr + key_tile, tl.maximum(cost, 1))

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from triton import knobs
-from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16, float32
+from triton.experimental.gluon.language import (
+    NVMMASharedLayout,
+    bfloat16,
+    float16,
+    float32,
+    int32,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -113,7 +119,12 @@ def _describe(descriptor: Rows | SharedRows, x: Tensor, block: int) -> None:
     descriptor.padding, descriptor.round_f32_to_tf32 = "zero", False
 
 
-ELEMENTS = {torch.bfloat16: bfloat16, torch.float16: float16, torch.float32: float32}
+ELEMENTS = {
+    torch.bfloat16: bfloat16,
+    torch.float16: float16,
+    torch.float32: float32,
+    torch.int32: int32,
+}
 
 
 @cache

@@ -37,9 +37,9 @@ from kernels.triton.tiles import PIECES, SHARES, Records, Tiles, most_segments, 
 class Plan:
     """Of one source: see the module's docstring.
 
-    The forward's tiles have `tile` rows; the backward's, of queries and of keys, only `part`, which
-    divides it: fewer rows next to a mask's edge work for nothing. Full runs are multiples of
-    `part`, and that of the blocks that walk them.
+    Query tiles have `tile` rows, or only `part`, which divides it: fewer rows next to a mask's edge
+    work for nothing. Key tiles have `key_tile` rows. Full runs are multiples of `part`, and that of
+    the blocks that walk them.
 
     aligned: parts begin at multiples of `part` from their sequence's first row. A query part names
     each key part that it meets, once. A key part names those query parts, once each, and where its
@@ -48,9 +48,10 @@ class Plan:
 
     tile: int
     part: int
+    key_tile: int
     queries: Jagged
     keys: Jagged
-    bounds: Tensor  # int32 [4, Tq]: the key rows each query sees, in [low, high) and [low, high)
+    bounds: Tensor  # int32 [Tq, 4]: the key rows each query sees, in [low, high) and [low, high)
     query_cut: Tiles
     hulls: Tensor  # int32 [HULLS, query parts], in the order of the rows
     tile_records: Records
@@ -64,15 +65,17 @@ class Plan:
         intervals: Tensor,
         tile: int,
         part: int,
+        key_tile: int,
         aligned: bool = False,
     ) -> Plan:
         if aligned:
+            assert part == key_tile
             assert queries.max_length is not None
             fits = (queries.lengths() <= queries.max_length).all()
             torch._assert_async(fits, "max_length: a sequence of the queries is longer")
         intervals = intervals.contiguous()
         cut = Tiles.cut(queries, intervals, tile, part, aligned)
-        bounds = intervals.new_empty(4, queries.num_rows)
+        bounds = torch.empty_like(intervals)
         hulls = intervals.new_empty(HULLS, cut.bound * (tile // part))
         tiles, parts = Records.empty(cut.bound, bounds), Records.empty(hulls.shape[1], bounds)
         query_tiles_kernel[(cut.bound,)](
@@ -89,17 +92,16 @@ class Plan:
             parts.records,
             parts.costs,
             PIECES.value * queries.num_sequences,
-            queries.num_rows,
             hulls.shape[1],
             TILE=tile,
             PART=part,
             ALIGNED=aligned,
             num_warps=4,
         )
-        return Plan(tile, part, queries, keys, bounds, cut, hulls, tiles, parts, aligned)
+        return Plan(tile, part, key_tile, queries, keys, bounds, cut, hulls, tiles, parts, aligned)
 
     def query_tiles(self, *more: Plan) -> Tensor:
-        """int32 [query tiles, 1 + more, RECORD], heaviest first, as the next two. For the forward.
+        """int32 [query tiles, 1 + more, RECORD], heaviest first, as the next two.
 
         more: of the same queries and other keys.
         """
@@ -111,11 +113,11 @@ class Plan:
         return self.query_cut.offsets[-1:]
 
     def query_parts(self, *more: Plan) -> Tensor:
-        """int32 [query parts, 1 + more, RECORD]. For the backward. more: as above."""
+        """int32 [query parts, 1 + more, RECORD]. more: as above."""
         return self._ordered("part_records", more, Records.heaviest_first, self.queries)
 
-    def key_parts(self, *more: Plan) -> Tensor:
-        """int32 [segments of key parts, 1 + more, RECORD]. For the backward.
+    def key_tiles(self, *more: Plan) -> Tensor:
+        """int32 [segments of key tiles, 1 + more, RECORD].
 
         more: of the same keys and other queries.
         """
@@ -140,24 +142,24 @@ class Plan:
         return {}
 
     @property
-    def num_key_parts(self) -> Tensor:
+    def num_key_tiles(self) -> Tensor:
         """int32 [1]: how many there are, on the device; not counting what segments are more."""
         return self.key_cut.offsets[-1:]
 
     @property
     def most_segments_more(self) -> int:
-        """Than key parts, at most."""
+        """Than key tiles, at most."""
         return SHARES
 
     @cached_property
     def key_cut(self) -> Tiles:
-        return Tiles.cut(self.keys, None, self.part, self.part, self.aligned)
+        return Tiles.cut(self.keys, None, self.key_tile, self.key_tile, self.aligned)
 
     @cached_property
     def key_records(self) -> Records:
-        """Of the key parts."""
+        """Of the key tiles."""
         cut = self.key_cut
-        parts = Records.empty(cut.bound, self.bounds)
+        tiles = Records.empty(cut.bound, self.bounds)
         key_tiles_kernel[(cut.bound,)](
             cut.pieces,
             cut.origins,
@@ -166,17 +168,18 @@ class Plan:
             self.query_cut.origins,
             self.query_cut.offsets,
             self.hulls,
-            parts.records,
-            parts.costs,
+            tiles.records,
+            tiles.costs,
             PIECES.value * self.keys.num_sequences,
             self.hulls.shape[1],
-            TILE=self.part,
+            TILE=self.key_tile,
+            PART=self.part,
             PARTS=self.tile // self.part,
             CHUNK=256,
             ALIGNED=self.aligned,
             num_warps=4,
         )
-        return parts
+        return tiles
 
     @cached_property
     def _counters(self) -> dict[tuple[int, int], Tensor]:
@@ -193,7 +196,7 @@ class Plan:
         return known
 
     def most_segments(self, *more: Plan) -> int:
-        """Of key parts that have several: at most as many. more: as of `key_parts`."""
+        """Of key tiles that have several: at most as many. more: as of `key_tiles`."""
         return most_segments(sum(plan.hulls.shape[1] for plan in (self, *more)))
 
 
@@ -202,20 +205,27 @@ _plans = WeakIdKeyDictionary()
 
 
 def plan_for(
-    queries: Jagged, keys: Jagged, intervals: Tensor, tile: int, part: int, aligned: bool = False
+    queries: Jagged,
+    keys: Jagged,
+    intervals: Tensor,
+    tile: int,
+    part: int,
+    key_tile: int,
+    aligned: bool = False,
 ) -> Plan:
     """The plan of these very tensors, built on first sight.
 
     Tensors are told apart by identity and version, so writing into them in place is noticed; but a
     `Weighting` keeps its plan, so that who keeps it must not, nor capture a graph.
     """
-    arguments = queries, keys, intervals, tile, part, aligned
+    arguments = queries, keys, intervals, tile, part, key_tile, aligned
     if intervals.is_cuda and torch.cuda.is_current_stream_capturing():
         return Plan.build(*arguments)  # a graph must plan at every replay
     parts = (queries.offsets, queries.positions, keys.offsets, keys.positions)
     key = (
         tile,
         part,
+        key_tile,
         aligned,
         aligned and queries.max_length,
         _version(intervals),

@@ -97,7 +97,7 @@ def _store_query_record(
         cost = _store_whole_runs(record, a, b, first_key, PART)
     else:
         cost = _store_hull_runs(record, 0, a, PART) + _store_hull_runs(record, 1, b, PART)
-    tl.store(costs_ptr + tile, cost)
+    tl.store(costs_ptr + tile, tl.maximum(cost, 1))
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def _store_hulls(at, stride, hulls, whole):
 
 @remembered
 @triton.jit(
-    do_not_specialize=["num_pieces", "num_rows", "num_parts"],
+    do_not_specialize=["num_pieces", "num_parts"],
     do_not_specialize_on_alignment=["k_offsets_ptr", "k_positions_ptr"],
 )
 def query_tiles_kernel(
@@ -129,7 +129,6 @@ def query_tiles_kernel(
     parts_ptr,
     part_costs_ptr,
     num_pieces,
-    num_rows,
     num_parts,
     TILE: tl.constexpr,
     PART: tl.constexpr,
@@ -171,11 +170,11 @@ def query_tiles_kernel(
     a1 = _key_row(k_positions_ptr, k_start, k_length, tl.load(at + 1, mask=valid, other=0))
     b0 = _key_row(k_positions_ptr, k_start, k_length, tl.load(at + 2, mask=valid, other=0))
     b1 = _key_row(k_positions_ptr, k_start, k_length, tl.load(at + 3, mask=valid, other=0))
-    at = bounds_ptr + rows
+    at = bounds_ptr + rows.to(tl.int64) * 4
     tl.store(at, a0, mask=valid)
-    tl.store(at + num_rows.to(tl.int64), a1, mask=valid)
-    tl.store(at + num_rows.to(tl.int64) * 2, b0, mask=valid)
-    tl.store(at + num_rows.to(tl.int64) * 3, b1, mask=valid)
+    tl.store(at + 1, a1, mask=valid)
+    tl.store(at + 2, b0, mask=valid)
+    tl.store(at + 3, b1, mask=valid)
 
     part0 = tl.arange(0, PARTS) * PART
     whole = (begin + part0 >= row0) & (part0 + PART <= used)

@@ -24,7 +24,7 @@ from triton.runtime import driver
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals
 from kernels.source import Source
-from kernels.triton import configs, launch
+from kernels.triton import configs, launch, resident, walk
 from kernels.triton.launcher import Launcher
 from kernels.weighting import Weighting
 from tests.kernels.sass import unset_operands
@@ -32,7 +32,7 @@ from tests.kernels.sass import unset_operands
 HEADS, DTYPES = 2, (torch.bfloat16, torch.float32)
 MANY, FEW, SHORT = [25_000], [10_000], [100] * 10  # lengths, see `configs`
 ATTENTION = {
-    *("resident_forward_kernel", "resident_backward_kernel"),
+    *("resident_forward_kernel", "resident_query_kernel", "resident_backward_kernel"),
     *("forward_kernel", "query_kernel", "key_value_kernel", "query_slopes_kernel"),
 }
 
@@ -67,12 +67,16 @@ def compile_resident(dim: int, dtype: torch.dtype) -> None:
     weighting = Weighting(rows, rows, rows.offsets.new_empty(rows.num_rows, 4), 1.0, 1.0)
     q, k = torch.empty(2, rows.num_rows, HEADS, 128, dtype=dtype)
     v = torch.empty(rows.num_rows, HEADS, dim, dtype=dtype)
-    source, partial = Source((k, v), weighting), torch.empty(v.shape)
+    source, sums, partial = Source((k, v), weighting), torch.empty(v.shape), torch.empty(q.shape)
     launch.forward(q, source, out=torch.empty_like(v))
-    launch.forward(q, source, add=partial, out=partial)
+    launch.forward(q, source, add=sums, out=sums)
+    launch.query_gradient(v, q, source, out=torch.empty_like(q))
+    launch.query_gradient(v, q, source, add=partial, out=partial)
     if dim == 128:
         out = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         launch.gradients(v, q, k, v, weighting, deterministic=False, out=out)
+        source, sums = Source((q, v), weighting), (partial, partial)
+        launch.key_value_gradients(k, v, source, add=sums, out=sums)
 
 
 def warnings_of(ptx: str) -> list[str]:
@@ -104,9 +108,9 @@ def main(capability: int) -> None:
     config_for, hopper = configs.config_for, capability == 90
     Launcher._launch = show  # type: ignore[method-assign]
     configs._is_hopper = lambda device: hopper  # type: ignore[assignment]
-    launch.config_for = lambda *problem: config_for(*problem[:-1], gpu)  # type: ignore
-    launch.multiprocessors = lambda device: 132  # type: ignore[assignment]
-    launch._Walk.is_cuda = property(lambda self: True, lambda self, value: None)  # type: ignore
+    walk.config_for = lambda *problem: config_for(*problem[:-1], gpu)  # type: ignore
+    resident.multiprocessors = lambda device: 132  # type: ignore[assignment]
+    walk.Walk.is_cuda = property(lambda self: True, lambda self, value: None)  # type: ignore
     problems = [(dtype, dim, MANY) for dtype in DTYPES for dim in (128, 256)]
     if hopper:
         problems += [(torch.bfloat16, 128, FEW), (torch.bfloat16, 128, SHORT)]

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.triton import launch
+from kernels.triton import resident
 from kernels.triton.launcher import SharedRows
 
 # What kernels import by name.
@@ -305,7 +305,7 @@ class Gpu:
         self, desc: Descriptor, at: list[Any], barrier: Barrier, result: Shared
     ) -> None:
         row, column = map(int, at)
-        result.x.fill_(NAN)
+        result.x.fill_(NAN if result.x.is_floating_point() else -7)
         with self.changed:
             barrier.copies.append(lambda: desc.copy(row, column, result.x))
             self.changed.notify_all()
@@ -366,7 +366,8 @@ class Descriptor:
         into.zero_()
         low, high = max(row, 0), min(row + rows, len(self.matrix))
         if low < high:
-            into[low - row : high - row] = self.matrix[low:high, column : column + columns]
+            part = self.matrix[low:high, column : column + columns]
+            into[low - row : high - row, : part.shape[1]] = part
         return into.nbytes
 
     def store(self, row: int, column: int, x: Tensor) -> None:
@@ -389,11 +390,14 @@ class Interpreted:
         return launch
 
 
-def interpret(monkeypatch: pytest.MonkeyPatch, *kernels: str) -> None:
-    """Have kernels of `launch` run here, by three programs each."""
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 3)
-    for name in kernels:
-        monkeypatch.setattr(launch, name, Interpreted(getattr(launch, name)))
+KERNELS = "resident_forward_kernel", "resident_query_kernel", "resident_backward_kernel"
+
+
+def interpret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the kernels of `resident` run here, by three programs each."""
+    monkeypatch.setattr(resident, "multiprocessors", lambda device: 3)
+    for name in KERNELS:
+        monkeypatch.setattr(resident, name, Interpreted(getattr(resident, name)))
 
 
 def _argument(x: Any) -> Any:

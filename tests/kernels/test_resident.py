@@ -1,8 +1,9 @@
-"""The forward whose programs stay: on a Hopper GPU as it is, else by our interpreter of Gluon."""
+"""Kernels whose programs stay: on a Hopper GPU as they are, else by our interpreter of Gluon."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,11 +16,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 pytest.importorskip("triton")
 
+from kernels.blockwise import blockwise_backward
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, semi_local_intervals
 from kernels.naive import naive_attention
 from kernels.source import Source
-from kernels.triton import configs, launch
+from kernels.triton import configs, launch, tiles, walk
+from kernels.triton.configs import Resident, Residents
 from kernels.weighting import Weighting
 from tests.kernels.cases import Case, any_intervals, cases, part_of
 from tests.kernels.gluon_interpreter import interpret
@@ -28,18 +31,22 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason="not a Hopper GPU")
 DEVICE = torch.device("cuda" if HOPPER else "cpu")
 DIMS = (128, 128) if HOPPER else (32, 32)
-OTHER = configs.Resident(128, 64, 1, 3)
+OTHER = Residents(
+    forward=Resident(128, 128, 2, 2),
+    query=Resident(128, 64, 1, 2),
+    key_value=Resident(64, 128, 1, 3),
+)
 LONG = 3000 if HOPPER else 300
 ROUNDINGS = 2 * 2**-8  # to bf16, of a weight and of an output: of a pair or two they may add up
 
 
 @pytest.fixture(autouse=True, params=[configs.RESIDENT, OTHER])
-def resident(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def resident_configs(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Also where it would not pay; and three programs where there is no GPU."""
     config = replace(configs.HOPPER[128], resident=request.param)
-    monkeypatch.setattr(launch, "config_for", lambda *problem: config)
+    monkeypatch.setattr(walk, "config_for", lambda *problem: config)
     if not HOPPER:
-        interpret(monkeypatch, "resident_forward_kernel")
+        interpret(monkeypatch)
 
 
 def check(
@@ -52,8 +59,8 @@ def check(
     dtype: torch.dtype = torch.bfloat16,
     bound: float = 3e-3,
 ) -> None:
-    """Against float64, from rows that lie apart; with float32 partials to add to; and the same bits
-    again, so that nothing is left behind that the next launch would find."""
+    """Against float64, from rows that lie apart, to such rows; with float32 partials to add to; and
+    the same bits again, so that nothing is left behind that the next launch would find."""
     queries, keys = (
         Jagged(x.offsets.to(DEVICE), x.positions.to(DEVICE), x.num_rows) for x in (queries, keys)
     )
@@ -61,15 +68,30 @@ def check(
     q = torch.randn(queries.num_rows, 2, heads, dims[0], device=DEVICE, dtype=dtype)[:, 1]
     k = torch.randn(keys.num_rows, 2, heads, dims[0], device=DEVICE, dtype=dtype)[:, 0]
     v = torch.randn(keys.num_rows, 3, heads, dims[1], device=DEVICE, dtype=dtype)[:, 2]
-    want = naive_attention(q.double(), k.double(), v.double(), weighting)
-    source = Source((k, v), weighting)
+    dout = torch.randn(queries.num_rows, 2, heads, dims[1], device=DEVICE, dtype=dtype)[:, 0]
+    keys_of, queries_of = Source((k, v), weighting), Source((q, dout), weighting)
+    exact = tuple(x.double() for x in (dout, q, k, v))
+    want = naive_attention(*exact[1:], weighting), *blockwise_backward(*exact, weighting)
 
-    out = [launch.forward(q, source, out=torch.empty_like(want, dtype=dtype)) for _ in range(2)]
-    assert torch.equal(*out)
-    assert (out[0] - want).norm() <= bound * want.norm()
-    partial = torch.randn(want.shape, device=DEVICE)
-    sums = launch.forward(q, source, add=partial, out=torch.empty_like(partial))
-    assert (sums - partial - want).norm() <= bound * want.norm() + 1e-6 * partial.norm()
+    def attend(add: Sequence[Tensor | None], out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        launch.forward(q, keys_of, add=add[0], out=out[0])
+        launch.query_gradient(dout, q, keys_of, add=add[1], out=out[1])
+        if dims[0] == dims[1]:  # else there is no such kernel
+            more = None if add[2] is None or add[3] is None else (add[2], add[3])
+            launch.key_value_gradients(k, v, queries_of, add=more, out=(out[2], out[3]))
+        return out[: 4 if dims[0] == dims[1] else 2]
+
+    def apart(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return tuple(x.new_empty(x.shape[0], 2, *x.shape[1:], dtype=dtype)[:, 1] for x in want)
+
+    once, again = (attend([None] * 4, apart(dtype)) for _ in range(2))
+    partial = [torch.randn(x.shape, device=DEVICE) for x in want]
+    onto = attend(partial, apart(torch.float32))
+    for i, found in enumerate(once):
+        assert torch.equal(found, again[i])
+        assert (found - want[i]).norm() <= bound * want[i].norm()
+        more = onto[i] - partial[i]
+        assert (more - want[i]).norm() <= bound * want[i].norm() + 1e-6 * partial[i].norm()
 
 
 @settings(max_examples=40 if HOPPER else 4, deadline=None)
@@ -114,6 +136,27 @@ def test_nothing_is_masked_or_seen() -> None:
     intervals = torch.zeros(456, 4, dtype=torch.int32)
     intervals[:256, 1] = 256
     check(whole, whole, intervals)
+
+
+def test_tiles_of_keys_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that all queries see."""
+    monkeypatch.setattr(tiles, "LEAST", 2)
+    lengths = torch.tensor([LONG, LONG // 2, 5], dtype=torch.int32)
+    whole = Jagged.whole(lengths)
+    intervals = semi_local_intervals(whole, lengths, lengths.clamp(max=2), local=70, prefix=40)
+    check(whole, whole, intervals)
+
+
+@pytest.mark.parametrize("table", ["HOPPER", "HOPPER_FEW", "HOPPER_SHORT"])
+def test_shipped_blocks_fit_into_a_plan(table: str) -> None:
+    for config in getattr(configs, table).values():
+        if config.resident:
+            tile, part, key_tile = config.resident.plan
+            x = config.resident
+            assert tile % part == 0
+            assert all(part % blocks.n == 0 for blocks in (x.forward, x.query) if blocks)
+            assert all(blocks.m == tile for blocks in (x.forward, x.query) if blocks)
+            assert x.key_value is None or (part % x.key_value.m, x.key_value.n) == (0, key_tile)
 
 
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")

@@ -52,11 +52,11 @@ def check_plan(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:
     on_device = [
         Jagged(x.offsets.to(DEVICE), x.positions.to(DEVICE), x.num_rows) for x in (queries, keys)
     ]
-    plan = Plan.build(*on_device, intervals.to(DEVICE), PART, PART, aligned=True)
+    plan = Plan.build(*on_device, intervals.to(DEVICE), PART, PART, PART, aligned=True)
     seen = visible_pairs(queries, keys, intervals)
     firsts = [x.offsets[:-1].tolist() for x in (queries, keys)]
     by_key, by_query = [], []
-    for record in plan.key_parts()[:, 0].tolist():
+    for record in plan.key_tiles()[:, 0].tolist():
         key, end, _, _, sequence, first = record[:6]
         if key < end:
             assert (first, (key - firsts[1][sequence]) % PART) == (firsts[0][sequence], 0)

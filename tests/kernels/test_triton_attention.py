@@ -26,7 +26,7 @@ from kernels.blockwise import blockwise_backward, blockwise_forward
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, semi_local_intervals
 from kernels.source import Arrival, Source
-from kernels.triton import configs, launch, plan, runs, tiles
+from kernels.triton import configs, launch, plan, runs, target, tiles, walk
 from kernels.weighting import Weighting
 from tests.kernels.cases import part_of
 
@@ -86,7 +86,7 @@ def test_rows_that_are_one_are_laid_apart() -> None:
     """A gradient that is the same for all rows, expanded: descriptors have no row stride of 0."""
     for heads in (1, 2):
         same = torch.randn(1, heads, 32, device=DEVICE).expand(5, heads, 32)
-        ready = launch._ready(same)
+        ready = target.ready(same)
         assert ready.stride() == (heads * 32, 32, 1)
         assert torch.equal(ready, same)
 
@@ -218,7 +218,7 @@ def test_two_sources(
     def attend(when: str, shift: float) -> list[Tensor]:
         """And checks how many tiles were left after the first launch, and after the second."""
         left: list[int] = []
-        launches = launch._Walk.launches
+        launches = walk.Walk.launches
 
         def watched(*args: Any) -> Iterator[Any]:
             for programs, about in launches(*args):
@@ -227,7 +227,7 @@ def test_two_sources(
                     left.append(int(about[2].sum()))
 
         with monkeypatch.context() as patch:
-            patch.setattr(launch._Walk, "launches", watched)
+            patch.setattr(walk.Walk, "launches", watched)
             if when == "between":
                 patch.setattr(runs, "is_here", count_looks)
             results = attend_as_patched(when, shift)

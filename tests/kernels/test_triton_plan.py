@@ -24,6 +24,7 @@ from tests.kernels.cases import Case, any_intervals, cases, part_of, visible_pai
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TILE, PART = 16, 8
+KEY_TILES = PART, TILE
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def visited(plan: Plan, records: Tensor, tile: int, by_keys: bool) -> Tensor:
     """How often a kernel counts each pair: int [Tq, Tk]."""
     count = torch.zeros(plan.queries.num_rows, plan.keys.num_rows, dtype=torch.int32)
     key_rows = torch.arange(plan.keys.num_rows)
-    bounds = plan.bounds.cpu()[:, :, None]
+    bounds = plan.bounds.cpu().T[:, :, None]
     seen = [
         (key_rows >= 0).expand(len(count), -1),
         (key_rows >= bounds[0]) & (key_rows < bounds[1]),
@@ -71,7 +72,7 @@ def check_segments(plan: Plan, *more: Plan) -> int:
     """Segments of a tile are numbered, and their sums have places of their own; how many are not
     alone."""
     by_tile: dict[int, list[list[int]]] = {}
-    for record in plan.key_parts(*more)[:, 0].tolist():
+    for record in plan.key_tiles(*more)[:, 0].tolist():
         if record[0] < record[1]:
             by_tile.setdefault(record[0], []).append(record[SEGMENT_AT.value :][:3])
     slots = []
@@ -88,13 +89,16 @@ def check_segments(plan: Plan, *more: Plan) -> int:
 
 def check(queries: Jagged, keys: Jagged, intervals: Tensor) -> Plan:
     on_device = [Jagged(x.offsets.to(DEVICE), x.positions.to(DEVICE)) for x in (queries, keys)]
-    plan = Plan.build(*on_device, intervals.to(DEVICE), TILE, PART)
     want = visible_pairs(queries, keys, intervals)
+    for key_tile in KEY_TILES[::-1]:
+        plan = Plan.build(*on_device, intervals.to(DEVICE), TILE, PART, key_tile)
+        assert torch.equal(
+            visited(plan, plan.key_tiles()[:, 0], key_tile, by_keys=True), want.int()
+        )
+        check_segments(plan)
     tiles = plan.query_tiles()[: plan.num_query_tiles, 0]  # those behind are empty
     assert torch.equal(visited(plan, tiles, TILE, by_keys=False), want.int())
     assert torch.equal(visited(plan, plan.query_parts()[:, 0], PART, by_keys=False), want.int())
-    assert torch.equal(visited(plan, plan.key_parts()[:, 0], PART, by_keys=True), want.int())
-    check_segments(plan)
     return plan
 
 
@@ -153,7 +157,7 @@ def test_sources_are_walked_together() -> None:
     for plans, records, size, by_keys in (
         ((own, theirs), own.query_tiles(theirs), TILE, False),
         ((own, theirs), own.query_parts(theirs), PART, False),
-        ((own, asked), own.key_parts(asked), PART, True),
+        ((own, asked), own.key_tiles(asked), PART, True),
     ):
         assert records.shape[1] == 2
         for source, plan in enumerate(plans):
@@ -167,8 +171,8 @@ def test_heavy_tiles_come_first() -> None:
     lengths = torch.tensor([100, 600, 0, 300], dtype=torch.int32, device=DEVICE)
     whole = Jagged.whole(lengths)
     intervals = hstu_intervals(whole, lengths, torch.zeros_like(lengths))
-    plan = Plan.build(whole, whole, intervals, TILE, PART)
-    for records in (plan.query_tiles(), plan.query_parts(), plan.key_parts()):
+    plan = Plan.build(whole, whole, intervals, TILE, PART, PART)
+    for records in (plan.query_tiles(), plan.query_parts(), plan.key_tiles()):
         work = torch.tensor(
             [
                 sum(max(end - start, 0) for kind in runs_of(record) for start, end in kind)
@@ -191,7 +195,7 @@ def test_stripes_are_masked_at_the_diagonal_alone() -> None:
         parts = [part_of(whole, keep) for keep in (outer, keys)]
         intervals = hstu_intervals(parts[0], lengths, torch.zeros_like(lengths))
         plan = check(*parts, intervals)
-        for records in (plan.query_parts(), plan.key_parts()):
+        for records in (plan.query_parts(), plan.key_tiles()):
             masked = [runs_of(record)[1] for record in records[:, 0].tolist()]
             blocks = [sum(-(-max(end - start, 0) // PART) for start, end in x) for x in masked]
             assert max(blocks) <= 1

@@ -19,7 +19,7 @@ from kernels.blockwise import blockwise_backward
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, semi_local_intervals
 from kernels.scratch import limit_scratch, scratch_limit
-from kernels.triton import configs, launch, tiles
+from kernels.triton import configs, launch, resident, tiles, walk
 from kernels.triton.plan import plan_for
 from kernels.triton.runs import SEGMENT_AT
 from kernels.weighting import Weighting
@@ -31,23 +31,22 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason
 DEVICE = torch.device("cuda" if HOPPER else "cpu")
 DIM = 128 if HOPPER else 32
 LONG = 3000 if HOPPER else 300
-launched: list[tuple[int, ...]] = []  # grids
+launched: list[None] = []  # as long as there were launches for all three
 
 
 @pytest.fixture(autouse=True)
 def unordered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it would not pay; and three programs where there is no GPU."""
     if not HOPPER:
-        interpret(monkeypatch, "resident_forward_kernel", "resident_backward_kernel")
-    kernel = launch.resident_backward_kernel
+        interpret(monkeypatch)
+    launch_it = resident.key_value_gradients
 
-    class Counted:
-        def __getitem__(self, grid: tuple[int, ...]) -> object:
-            launched.append(grid)
-            return kernel[grid]
+    def counted(*arguments: object) -> None:
+        launched.extend([None] * (len(arguments) == 6))
+        launch_it(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(launch, "resident_backward_kernel", Counted())
-    monkeypatch.setattr(launch, "config_for", lambda *problem: configs.HOPPER[128])
+    monkeypatch.setattr(resident, "key_value_gradients", counted)
+    monkeypatch.setattr(walk, "config_for", lambda *problem: configs.HOPPER_LONG[128])
 
 
 def check(
@@ -119,7 +118,7 @@ def test_tiles_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = torch.tensor([LONG, LONG // 2, 5], dtype=torch.int32, device=DEVICE)
     whole = Jagged.whole(lengths)
     intervals = semi_local_intervals(whole, lengths, lengths.clamp(max=2), local=70, prefix=40)
-    parts = plan_for(whole, whole, intervals, 128, 128).key_parts()
+    parts = plan_for(whole, whole, intervals, 128, 64, 128).key_tiles()
     assert parts[:, 0, SEGMENT_AT.value + 1].max() > 1
     check(whole, whole, intervals)
 
@@ -155,14 +154,3 @@ def test_by_request_and_where_there_is_room() -> None:
         assert launched
     finally:
         limit_scratch(before)
-
-
-def test_shipped_blocks_have_a_plan() -> None:
-    shipped = [x for table in (configs.HOPPER, configs.HOPPER_FEW) for x in table.values()]
-    found = [x for x in shipped if x.unordered]
-    assert found
-    for x in found:
-        assert x.resident is not None
-        assert x.unordered is not None
-        assert x.unordered.n == x.resident.n
-        assert x.resident.n % x.unordered.m == 0

@@ -20,15 +20,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.triton.hopper.masked import find_masked, load_masked
+from kernels.triton.hopper.masked import find_masked
 from kernels.triton.hopper.pipeline import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
-    announce,
     barriers,
-    fetch,
     give,
-    leave_counters,
     next_place,
     ring_of,
     ring_of_places,
@@ -36,80 +33,18 @@ from kernels.triton.hopper.pipeline import (
     take,
     turn,
 )
-from kernels.triton.hopper.query_rows import (
-    copy_rows,
-    hide,
-    load_added,
-    load_bounds,
-    load_riders,
-    load_rows,
-    store_rows,
-)
+from kernels.triton.hopper.query_tiles import load_tile, produce
+from kernels.triton.hopper.rows import copy_rows, hide, load_added, load_riders, store_rows
 from kernels.triton.launcher import remembered
-from kernels.triton.runs import FULL_RUNS, find_block, load_runs, tile_at
+from kernels.triton.runs import find_block
 from kernels.triton.silu import silu
-
-
-@gluon.jit
-def _produce(descs, tiles, rings, HEADS: gl.constexpr):
-    """One warp's: all tiles in turn, and their blocks, masked ones first.
-
-    counters_ptr: int32 [2], zero before and after a launch.
-    """
-    q_desc, k_desc, v_desc = descs
-    tiles_ptr, num_tiles_ptr, counters_ptr = tiles
-    places, upper, lower, keys, values = rings
-    BLOCK: gl.constexpr = k_desc.block_type.shape[0]
-    ROWS: gl.constexpr = q_desc.block_type.shape[0]
-    count = gl.load(num_tiles_ptr) * HEADS
-    # Counted from the first on: a program whose multiprocessor is busy elsewhere comes late.
-    place = gl.atomic_add(counters_ptr, 1)
-    i = 0  # tiles so far
-    n = 0  # blocks
-    while place < count:
-        head, _part, record = tile_at(tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
-        rows = load_rows(record)
-        masked, second, of_masked = load_masked(record, 2, BLOCK)
-        full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
-        if rows[3] > 0:
-            announce(places, i, place)
-            fetch((q_desc,), rows[0], head, upper, i)
-            fetch((q_desc,), rows[0] + ROWS, head, lower, i)
-            blocks = gl.maximum(masked + full, 1)
-            for block in range(blocks):
-                if block == blocks - 1:  # who claims a tile long before its turn makes a tail
-                    place = gl.atomic_add(counters_ptr, 1)
-                row, _end = find_masked(of_masked, second, block, BLOCK)
-                full_row, _end = find_block(runs, block - masked, BLOCK)
-                row = gl.where(block < masked, row, full_row)
-                fetch((k_desc,), row, head, keys, n)
-                fetch((v_desc,), row, head, values, n)
-                n += 1
-            i += 1
-        else:
-            place = gl.atomic_add(counters_ptr, 1)
-    announce(places, i, -1)
-    leave_counters(counters_ptr)
-
-
-@gluon.jit
-def _load_tile(
-    tiles_ptr, place, HEADS: gl.constexpr, bounds_ptr, num_rows, first, ROWS: gl.constexpr,
-    BLOCK: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """What a warpgroup is to know of a tile; of any, behind the last."""
-    head, _part, record = tile_at(tiles_ptr, gl.maximum(place, 0), HEADS, PARTS=1, SOURCES=1)
-    rows = load_rows(record)
-    bounds = load_bounds(bounds_ptr, num_rows, rows, first, ROWS, layout)
-    full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
-    return head, rows, bounds, load_masked(record, 2, BLOCK), (full, runs)
 
 
 @gluon.jit
 def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.constexpr):
     """One warpgroup's: half of the rows of each tile. staged: where to have them copied from."""
     q_ptr, q_stride, add_ptr, add_stride, out_ptr, out_stride, out_desc = matrices
-    tiles_ptr, half_alpha, scale, bounds_ptr, num_rows = work
+    tiles_ptr, half_alpha, scale, bounds_ptr = work
     places, queries, keys, values, order = rings
     ROWS: gl.constexpr = queries[0][0].shape[1]
     QK_DIM: gl.constexpr = queries[0][0].shape[2]
@@ -127,9 +62,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
     i = 0  # tiles so far
     n = 0  # blocks
     place = next_place(places, i)
-    tile = _load_tile(
-        tiles_ptr, place, HEADS, bounds_ptr, num_rows, first, ROWS, BLOCK, bounds_layout
-    )
+    tile = load_tile(tiles_ptr, place, HEADS, bounds_ptr, first, ROWS, BLOCK, bounds_layout)
     while place >= 0:
         head, rows, bounds, of_masked, of_full = tile
         low1, high1, low2, high2 = bounds
@@ -183,8 +116,8 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
         sums = warpgroup_mma(weights, take(values, n)[0], acc, is_async=True)
         i += 1
         place = next_place(places, i)
-        tile = _load_tile(  # while the products run
-            tiles_ptr, place, HEADS, bounds_ptr, num_rows, first, ROWS, BLOCK, bounds_layout
+        tile = load_tile(  # while the products run
+            tiles_ptr, place, HEADS, bounds_ptr, first, ROWS, BLOCK, bounds_layout
         )
         acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
         give(values, n)
@@ -200,7 +133,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
 
 @remembered
 @gluon.jit(
-    do_not_specialize=["half_alpha", "scale", "num_rows"],
+    do_not_specialize=["half_alpha", "scale"],
     do_not_specialize_on_alignment=["num_tiles_ptr"],
 )
 def resident_forward_kernel(
@@ -220,7 +153,6 @@ def resident_forward_kernel(
     k_desc,
     v_desc,
     bounds_ptr,
-    num_rows,
     HEADS: gl.constexpr,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
@@ -240,14 +172,15 @@ def resident_forward_kernel(
     order = barriers(STAGES, 1)  # a tile's: the first one's keys are needed for one so many later
     fence_async_shared()  # barriers are there
     matrices = q_ptr, q_stride, add_ptr, add_stride, out_ptr, out_stride, out_desc
-    work = tiles_ptr, half_alpha, scale, bounds_ptr, num_rows
-    descs, tiles = (q_desc, k_desc, v_desc), (tiles_ptr, num_tiles_ptr, counters_ptr)
+    work = tiles_ptr, half_alpha, scale, bounds_ptr
+    tiles, of_block = (tiles_ptr, num_tiles_ptr, counters_ptr), (k_desc, v_desc)
+    to_fill = places, upper, lower, keys, values
     of_upper, of_lower = (places, upper, keys, values, order), (places, lower, keys, values, order)
     gl.warp_specialize(
         [
             (_consume, (0, matrices, work, of_upper, upper_out, HEADS)),
             (_consume, (1, matrices, work, of_lower, lower_out, HEADS)),
-            (_produce, (descs, tiles, (places, upper, lower, keys, values), HEADS)),
+            (produce, ((q_desc,), of_block, tiles, to_fill, HEADS)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

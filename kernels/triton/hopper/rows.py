@@ -1,4 +1,4 @@
-"""The rows of a query tile, as a warpgroup that computes half of them needs them.
+"""The rows of a tile, as a warpgroup that computes half of them needs them.
 
 `rows` is what `load_rows` says of a tile; `first` where in the tile the half begins.
 """
@@ -111,16 +111,15 @@ def copy_rows(ptr, stride, desc, x, rows, first, column, staged):
 
 
 @gluon.jit
-def load_bounds(bounds_ptr, num_rows, rows, first, ROWS: gl.constexpr, layout: gl.constexpr):
+def load_bounds(bounds_ptr, rows, first, ROWS: gl.constexpr, layout: gl.constexpr):
     """Both intervals of key rows that the half's queries see, [low, high) and [low, high); empty
     ones of rows that there are not."""
     row, inside = _rows_at(rows, first + gl.arange(0, ROWS, layout))
-    at = bounds_ptr + row
-    apart = num_rows.to(gl.int64)
+    at = bounds_ptr + row.to(gl.int64) * 4
     low1 = gl.load(at, mask=inside, other=0)
-    high1 = gl.load(at + apart, mask=inside, other=0)
-    low2 = gl.load(at + 2 * apart, mask=inside, other=0)
-    high2 = gl.load(at + 3 * apart, mask=inside, other=0)
+    high1 = gl.load(at + 1, mask=inside, other=0)
+    low2 = gl.load(at + 2, mask=inside, other=0)
+    high2 = gl.load(at + 3, mask=inside, other=0)
     return low1, high1, low2, high2
 
 
