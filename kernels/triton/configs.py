@@ -34,9 +34,9 @@ class Kept:
 
 @dataclass(frozen=True)
 class Resident:
-    """Of a kernel whose programs stay, see `hopper`: query rows and key rows, of a tile or of a
-    block; how many buffers there are for tiles and for blocks; and whether there is one more, to
-    copy query rows from asynchronously."""
+    """Of a kernel whose programs stay, see `hopper`: rows of a tile and of a block; how many
+    buffers there are for tiles and for blocks; and whether a forward has one more, to copy its
+    results from asynchronously (a backward does)."""
 
     m: int
     n: int
@@ -50,18 +50,18 @@ class Residents:
     """Those that pay, for launches of one source. They share a plan."""
 
     forward: Resident
-    query: Resident | None = None
-    key_value: Resident | None = None
+    gradients: Resident | None = None
+    unordered: Resident | None = None  # where sums may come in any order, of equal head dims
 
     def blocks(self, kernel: str, dims: tuple[int, int]) -> Resident | None:
         """kernel: which of them. dims: padded, of queries and of values."""
         alike = dims[0] == dims[1]
-        return None if kernel == "key_value" and not alike else getattr(self, kernel)
+        return None if kernel == "unordered" and not alike else getattr(self, kernel)
 
     @property
     def plan(self) -> tuple[int, int, int]:
         """Its tile, part and key tile."""
-        return self.forward.m, self.forward.n, (self.key_value or self.forward).n
+        return self.forward.m, self.forward.n, (self.gradients or self.forward).m
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,9 @@ class Config:
     value: Blocks | None = None  # dv's own launch, if it does not share dk's
     kept: Kept | None = None  # if it pays to keep slopes
     resident: Residents | None = None
-    in_any_order: bool = False  # whether it pays to find dq with dk and dv, by sums in any order
 
 
-RESIDENT = Residents(
-    forward=Resident(128, 64, 2, 3, copies=True),
-    query=Resident(128, 64, 1, 4, copies=True),
-    key_value=Resident(64, 128, 2, 2),
-)
+RESIDENT = Residents(Resident(128, 64, 2, 3, copies=True), gradients=Resident(128, 64, 2, 2))
 # By the larger of the two head dims, padded to a power of two. On Hopper two blocks of 4 warps
 # share a multiprocessor where they fit: one computes SiLU while the other's products run.
 HOPPER = {
@@ -122,7 +117,8 @@ _SHORT = replace(
 HOPPER_FEW = {64: _FEW, 128: replace(_FEW, resident=RESIDENT)}
 HOPPER_SHORT = {64: _SHORT, 128: HOPPER_FEW[128]}
 # Of float32 dq, zeros are written before and a copy after: much, unless there are many products.
-HOPPER_LONG = HOPPER | {128: replace(HOPPER[128], in_any_order=True)}
+_LONG = replace(RESIDENT, unordered=Resident(128, 64, 2, 2))
+HOPPER_LONG = HOPPER | {128: replace(HOPPER[128], resident=_LONG)}
 SHORT = 512  # tokens of the mean sequence
 FEW = 48 * 1024  # rows of all heads
 LONG = 4096

@@ -57,7 +57,7 @@ def query_gradient(
     dout: Tensor, q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor
 ) -> Tensor:
     """`out` [Tq, H, Dqk], written with dq, plus `add` if given."""
-    walk = Walk(q, sources, resident="query")
+    walk = Walk(q, sources, resident="gradients")
     if walk.is_empty:
         return nothing(add, out)
     config, dout, q = walk.config, ready(dout, q.dtype), ready(q)
@@ -92,7 +92,7 @@ def key_value_gradients(
 ) -> tuple[Tensor, Tensor]:
     """`out` [Tk, H, Dqk] and [Tk, H, Dv], written with dk and dv, plus `add` if given."""
     add_k, add_v = add or (None, None)
-    walk = Walk(k, sources, resident="key_value")
+    walk = Walk(k, sources, resident="gradients")
     if walk.is_empty:
         return nothing(add_k, out[0]), nothing(add_v, out[1])
     if walk.resident:
@@ -119,13 +119,16 @@ def gradients(
 ) -> None:
     """`out`, written with dq, dk and dv of one block of queries and keys.
 
-    Unless it is to be deterministic, where that is faster, one kernel finds them all, if
-    `scratch_limit` has room for a float32 dq and for sums of key tiles. Else, where that is faster,
-    dq, and perhaps dk, take slopes that the launch for dv keeps, if the host knows how long a
-    sequence may be and there is room: for those of one head, or, where dk has no launch of its own,
-    of all. A ring, and a halo, find dq and dk of different pairs.
+    Unless it is to be deterministic, where that is faster, one pass finds them all, if
+    `scratch_limit` has room for a float32 dq and for sums of key tiles. Else, where there is a
+    kernel for it, one launch; or, where that is faster, dq, and perhaps dk, take slopes that the
+    launch for dv keeps, if the host knows how long a sequence may be and there is room: for those
+    of one head, or, where dk has no launch of its own, of all. A ring, and a halo, find dq and dk
+    of different pairs.
     """
     if not deterministic and resident.gradients_in_any_order(dout, q, k, v, weighting, out):
+        return
+    if resident.gradients(dout, q, k, v, weighting, out):
         return
     slopes = _Slopes.of(q, v, weighting)
     if slopes is None:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from kernels.scratch import scratch_limit
 from kernels.source import Source
-from kernels.triton.hopper.backward import resident_backward_kernel
 from kernels.triton.hopper.forward import resident_forward_kernel
-from kernels.triton.hopper.query import resident_query_kernel
+from kernels.triton.hopper.gradients import resident_gradients_kernel
+from kernels.triton.hopper.unordered import resident_unordered_kernel
 from kernels.triton.launcher import SharedRows, multiprocessors
 from kernels.triton.target import Target, ready, rows_of
 from kernels.triton.walk import Walk
@@ -43,61 +43,76 @@ def forward(walk: Walk, q: Tensor, target: Target) -> None:
     )
 
 
-def query_gradient(walk: Walk, dout: Tensor, q: Tensor, target: Target) -> None:
+def query_gradient(walk: Walk, dout: Tensor, q: Tensor, query: Target) -> None:
+    k, v = walk.rows[0]
+    _gradients(walk, (q, dout), (k, v), query, None)
+
+
+def key_value_gradients(walk: Walk, k: Tensor, v: Tensor, key: Target, value: Target) -> None:
+    q, dout = walk.rows[0]
+    _gradients(walk, (q, dout), (k, v), None, (key, value))
+
+
+def gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weighting: Weighting,
+    out: tuple[Tensor, Tensor, Tensor],
+) -> bool:
+    """`out`, written with dq, dk and dv: whether there is a kernel for all three."""
+    walk = Walk(k, [Source((q, dout), weighting)], resident="gradients")
+    if walk.is_empty or not walk.resident:
+        return False
+    query, key, value = targets = [Target(x, None) for x in out]
+    q, dout = walk.rows[0]
+    _gradients(walk, (q, dout), (ready(k), ready(v)), query, (key, value))
+    for target in targets:
+        target.finish()
+    return True
+
+
+def _gradients(
+    walk: Walk,
+    of_queries: tuple[Tensor, Tensor],
+    of_keys: tuple[Tensor, Tensor],
+    query: Target | None,
+    keys: tuple[Target, Target] | None,
+) -> None:
+    """of_queries: q and dout; of_keys: k and v. query, keys: for dq, and for dk and dv."""
     walk.wait()
+    (q, dout), (k, v) = of_queries, of_keys
     plan, blocks, half = walk.plan, walk.blocks, walk.blocks.m // 2
-    copies = blocks.copies and target.is_ready(q.dtype)
-    resident_query_kernel[(multiprocessors(q.device),)](
-        SharedRows(dout, half),
-        *rows_of(dout),
+    targets = query or Target(q, None), *(keys or (Target(k, None), Target(v, None)))
+    copies = walk.qk_dim == walk.v_dim and all(x.is_ready(q.dtype) for x in targets)
+    written = []
+    for target in targets:
+        written += [*target.out, SharedRows(target.written, half) if copies else None]
+    rows = plan.most_segments() * blocks.m if keys else 0
+    sums = [x.new_empty(rows, *x.shape[1:], dtype=torch.float32) for x in of_keys]
+    tiles, none = plan.query_tiles() if query else plan.key_tiles(), plan.counters(1)
+    resident_gradients_kernel[(multiprocessors(q.device),)](
         SharedRows(q, half),
         *rows_of(q),
-        *target.add,
-        *target.out,
-        SharedRows(target.written, half) if copies else None,
-        plan.query_tiles(),
-        plan.num_query_tiles,
-        plan.counters(2),
-        *walk.factors,
-        *(SharedRows(x, blocks.n) for x in walk.rows[0]),
-        plan.bounds,
-        HEADS=walk.heads,
-        TILES=blocks.tiles,
-        STAGES=blocks.stages,
-        num_warps=WARPS,
-    )
-
-
-def key_value_gradients(
-    walk: Walk, k: Tensor, v: Tensor, key: Target, value: Target, dq: Tensor | None = None
-) -> None:
-    """dq: zeros, float32 [Tq, H, dim], to which 2 / (scale * alpha) of it is added in any order."""
-    walk.wait()
-    plan, blocks, heads, dim = walk.plan, walk.blocks, walk.heads, walk.qk_dim
-    rows, half = plan.most_segments() * blocks.n, blocks.n // 2
-    sums = [k.new_empty(rows, heads, dim, dtype=torch.float32) for _ in range(2)]
-    copies = key.is_ready(k.dtype) and value.is_ready(k.dtype)
-    assert copies or dq is None
-    resident_backward_kernel[(multiprocessors(k.device),)](
-        SharedRows(k, blocks.n),
-        SharedRows(v, blocks.n),
-        *key.add,
-        *value.add,
-        *key.out,
-        SharedRows(key.written, half) if copies else None,
-        *value.out,
-        SharedRows(value.written, half) if copies else None,
+        SharedRows(dout, half),
+        *rows_of(dout),
+        SharedRows(k, half),
+        SharedRows(v, half),
+        *(x for target in targets for x in target.add),
+        *written,
         *sums,
-        plan.counters(rows // half * heads),
-        None if dq is None else SharedRows(dq.view(-1, 2 * heads, dim // 2), blocks.m),
-        plan.key_tiles(),
-        plan.num_key_tiles,
-        plan.most_segments_more,
+        plan.counters(rows // half * walk.heads),
+        tiles,
+        plan.num_query_tiles if query else none,
+        plan.key_tiles() if keys else tiles,
+        plan.num_key_tiles if keys else none,
+        plan.most_segments_more if keys else 0,
         plan.counters(2),
         *walk.factors,
-        *(SharedRows(x, blocks.m) for x in walk.rows[0]),
-        SharedRows(plan.bounds[:, None], blocks.m),
-        HEADS=heads,
+        plan.bounds,
+        SharedRows(plan.bounds[:, None], blocks.n),
+        HEADS=walk.heads,
         TILES=blocks.tiles,
         STAGES=blocks.stages,
         num_warps=WARPS,
@@ -113,16 +128,41 @@ def gradients_in_any_order(
     out: tuple[Tensor, Tensor, Tensor],
 ) -> bool:
     """`out`, written with dq, dk and dv: whether it could be done, and is faster so."""
-    walk = Walk(k, [Source((q, dout), weighting)], resident="key_value")
-    if walk.is_empty or walk.resident is None or not walk.config.in_any_order:
+    walk = Walk(k, [Source((q, dout), weighting)], resident="unordered")
+    if walk.is_empty or not walk.resident:
         return False
+    plan, blocks, heads, dim = walk.plan, walk.blocks, walk.heads, walk.qk_dim
     query, key, value = targets = [Target(x, None) for x in out]
-    sums = 2 * walk.plan.most_segments() * walk.blocks.n
-    scratch = 4 * walk.heads * walk.qk_dim * (q.shape[0] + sums)
+    rows, half = plan.most_segments() * blocks.m, blocks.m // 2
+    scratch = 4 * heads * dim * (q.shape[0] + 2 * rows)
     if scratch > scratch_limit() or not all(x.is_ready(q.dtype) for x in targets):
         return False
+    walk.wait()
+    sums = [k.new_empty(rows, heads, dim, dtype=torch.float32) for _ in range(2)]
     dq = torch.zeros(query.written.shape, dtype=torch.float32, device=q.device)
-    key_value_gradients(walk, ready(k), ready(v), key, value, dq)
+    k, v = ready(k), ready(v)
+    resident_unordered_kernel[(multiprocessors(k.device),)](
+        SharedRows(k, blocks.m),
+        SharedRows(v, blocks.m),
+        *key.out,
+        SharedRows(key.written, half),
+        *value.out,
+        SharedRows(value.written, half),
+        *sums,
+        plan.counters(rows // half * heads),
+        SharedRows(dq.view(-1, 2 * heads, dim // 2), blocks.n),
+        plan.key_tiles(),
+        plan.num_key_tiles,
+        plan.most_segments_more,
+        plan.counters(2),
+        *walk.factors,
+        *(SharedRows(x, blocks.n) for x in walk.rows[0]),
+        SharedRows(plan.bounds[:, None], blocks.n),
+        HEADS=heads,
+        TILES=blocks.tiles,
+        STAGES=blocks.stages,
+        num_warps=WARPS,
+    )
     torch.mul(dq, math.prod(walk.factors), out=query.written)
     for target in targets:
         target.finish()

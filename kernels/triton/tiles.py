@@ -258,11 +258,10 @@ def _order_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Copy each record behind those of heavier tiles, and of some of equal weight.
+    """Copy each record behind those of heavier tiles, and of equal ones that come after it.
 
-    shares: if not 0, these are tiles of keys: a record for each segment, none of more than a share
-    of all costs, or `least`. Tiles that there are cost something, and come before those there are
-    not.
+    shares: if not 0, a record for each segment, none of more than a share of all costs, or `least`.
+    Tiles that there are cost something, and come before those there are not.
     """
     total = tl.zeros([CHUNK], tl.int64)
     heaviest = tl.zeros([CHUNK], tl.int32)
@@ -287,9 +286,8 @@ def _order_kernel(
         cost = _load_costs(costs_ptr, other, num_tiles, SOURCES)
         count, other_weight = _segments(cost, most, heavy, bits)
         count = tl.where(other < num_tiles, count, 0)
-        # Of causal masks, in the order of their weights: the first keys, the last queries.
-        earlier = tl.where(shares > 0, other < mine, other > mine)
-        ahead = (other_weight > weight) | ((other_weight == weight) & earlier)
+        # The last rows first: under a causal mask, queries in the order of their weights.
+        ahead = (other_weight > weight) | ((other_weight == weight) & (other > mine))
         place += tl.sum(tl.where(ahead, count, 0), 1, keep_dims=True)
         slot += tl.sum(tl.where((other < mine) & (count > 1), count, 0), 1, keep_dims=True)
     first_record = records_ptr + tl.minimum(mine, num_tiles - 1).to(tl.int64) * RECORD

@@ -32,7 +32,7 @@ from tests.kernels.sass import unset_operands
 HEADS, DTYPES = 2, (torch.bfloat16, torch.float32)
 MANY, FEW, SHORT = [25_000], [10_000], [100] * 10  # lengths, see `configs`
 ATTENTION = {
-    *("resident_forward_kernel", "resident_query_kernel", "resident_backward_kernel"),
+    *("resident_forward_kernel", "resident_gradients_kernel", "resident_unordered_kernel"),
     *("forward_kernel", "query_kernel", "key_value_kernel", "query_slopes_kernel"),
 }
 

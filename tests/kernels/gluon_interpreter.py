@@ -224,11 +224,15 @@ class Gpu:
     uint32 = "uint32"
     static_range, constexpr = range, None
     static_assert = staticmethod(lambda holds: None if holds else 1 / 0)
-    where = staticmethod(lambda x, a, b: value(torch.where(torch.as_tensor(x), a, b)))
     maximum = staticmethod(lambda a, b: torch.maximum(value(a), value(b)))
     minimum = staticmethod(lambda a, b: torch.minimum(value(a), value(b)))
     cdiv = staticmethod(lambda a, b: (a + b - 1) // b)
     max = staticmethod(lambda x, axis: x.amax(axis))
+
+    def where(self, x: Any, a: Any, b: Any) -> Any:
+        if isinstance(a, Pointer):
+            return a if x else b
+        return value(torch.where(torch.as_tensor(x), a, b))
 
     def arange(self, start: int, end: int, layout: Any = None) -> Value:
         return value(torch.arange(start, end, dtype=torch.int32))
@@ -390,7 +394,7 @@ class Interpreted:
         return launch
 
 
-KERNELS = "resident_forward_kernel", "resident_query_kernel", "resident_backward_kernel"
+KERNELS = "resident_forward_kernel", "resident_gradients_kernel", "resident_unordered_kernel"
 
 
 def interpret(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason
 DEVICE = torch.device("cuda" if HOPPER else "cpu")
 DIM = 128 if HOPPER else 32
 LONG = 3000 if HOPPER else 300
-launched: list[None] = []  # as long as there were launches for all three
+launched: list[tuple[int, ...]] = []  # grids
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +39,14 @@ def unordered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it would not pay; and three programs where there is no GPU."""
     if not HOPPER:
         interpret(monkeypatch)
-    launch_it = resident.key_value_gradients
+    kernel = resident.resident_unordered_kernel
 
-    def counted(*arguments: object) -> None:
-        launched.extend([None] * (len(arguments) == 6))
-        launch_it(*arguments)  # type: ignore[arg-type]
+    class Counted:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            launched.append(grid)
+            return kernel[grid]
 
-    monkeypatch.setattr(resident, "key_value_gradients", counted)
+    monkeypatch.setattr(resident, "resident_unordered_kernel", Counted())
     monkeypatch.setattr(walk, "config_for", lambda *problem: configs.HOPPER_LONG[128])
 
 

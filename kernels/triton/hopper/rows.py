@@ -111,6 +111,23 @@ def copy_rows(ptr, stride, desc, x, rows, first, column, staged):
 
 
 @gluon.jit
+def write(of, x, rows, first, column, staged):
+    """x, plus what there is to add to it, by way of `staged` if there is a descriptor."""
+    ptr, stride, desc, add_ptr, add_stride = of
+    if add_ptr is not None:
+        ROWS: gl.constexpr = x.shape[0]
+        WIDTH: gl.constexpr = x.shape[1]
+        layout: gl.constexpr = x.type.layout
+        x += load_added(add_ptr, add_stride, rows, first, column, ROWS, WIDTH, layout)
+    out = x.to(ptr.dtype.element_ty)
+    if desc is None:
+        store_rows(ptr, stride, out, rows, first, column)
+    else:
+        room = staged._reinterpret(out.dtype, [out.shape[0], out.shape[1]], desc.layout)
+        copy_rows(ptr, stride, desc, out, rows, first, column, room)
+
+
+@gluon.jit
 def load_bounds(bounds_ptr, rows, first, ROWS: gl.constexpr, layout: gl.constexpr):
     """Both intervals of key rows that the half's queries see, [low, high) and [low, high); empty
     ones of rows that there are not."""

@@ -1,20 +1,17 @@
-"""dk and dv of one source by programs that stay, and dq if its sums may come in any order.
+"""dq, dk and dv of one source by programs that stay, in one pass: five products a block, where
+`gradients.py` takes seven.
 
 One warp hands out key tiles and fetches. Two warpgroups compute, each half of a tile's keys, and
-scores transposed, [keys, queries]: four products a block.
-
-With dq there are five, where `query.py` for dq takes three more. What they find of the slopes the
-warpgroups share, and each adds half of the dims of dq, of all of the tile's keys, to float32 in
-global memory: in whatever order tiles come to it, so that results differ in their last bits from
-run to run. That product is of the block before: no warpgroup waits for the other, which computes
-while this one finds slopes.
+scores transposed, [keys, queries]; what they find of the slopes they share, and each adds half of
+the dims of dq, of all of the tile's keys, to float32 in global memory: in whatever order tiles come
+to it, so that results differ in their last bits from run to run. That product is of the block
+before: no warpgroup waits for the other, which computes while this one finds slopes.
 """
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,misc"
 from __future__ import annotations
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -26,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.triton.hopper.adding import async_add_shared_to_global
+from kernels.triton.hopper.key_tiles import add_segments, unknown_zero, visible
 from kernels.triton.hopper.masked import find_masked, load_masked
 from kernels.triton.hopper.pipeline import (
     CONSUMER_REGISTERS,
@@ -43,14 +41,7 @@ from kernels.triton.hopper.pipeline import (
     take,
     turn,
 )
-from kernels.triton.hopper.rows import (
-    between,
-    clear_rows,
-    copy_rows,
-    load_added,
-    load_rows,
-    store_rows,
-)
+from kernels.triton.hopper.rows import clear_rows, load_rows, write
 from kernels.triton.launcher import remembered
 from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, find_block, load_runs, load_segment, tile_at
 from kernels.triton.silu import UNSEEN, silu_and_twice_slope
@@ -106,27 +97,6 @@ def _load_tile(tiles_ptr, place, HEADS: gl.constexpr, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def _visible(bounds, by_second, row, end, key_row, scores):
-    """Which keys a block's queries see, by one of their intervals: none of a row behind `end`."""
-    layout: gl.constexpr = scores.type.layout
-    queries = (row + gl.arange(0, scores.shape[1], gl.SliceLayout(0, layout)))[None, :]
-    keys = (key_row + gl.arange(0, scores.shape[0], gl.SliceLayout(1, layout)))[:, None]
-    # As it came: for want of a swizzle, no other order than that of memory.
-    rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    of_rows = bounds._reinterpret(gl.int32, [scores.shape[1], 4], rows_layout).permute([1, 0])
-    low = gl.where(by_second, of_rows.slice(2, 1).load(layout), of_rows.slice(0, 1).load(layout))
-    high = gl.where(by_second, of_rows.slice(3, 1).load(layout), of_rows.slice(1, 1).load(layout))
-    return between(keys, low, gl.where(queries < end, high, low))
-
-
-@gluon.jit
-def _unknown_zero(block):
-    """0, but the compiler does not know. Where an operand of products lies is then found in the
-    loop, by the uniform datapath, which has time; not before it, for registers that must spill."""
-    return block >> 30
-
-
-@gluon.jit
 def _begin_dq(slopes, n, k, column: gl.constexpr, none):
     """What the n-th block's slopes give for some dims of dq, being computed."""
     of_queries = slopes.index(n % 2).permute([1, 0])
@@ -142,42 +112,6 @@ def _hand_over(dq, dq_desc, empty, n, row, column, room):
     room.store(dq)
     fence_async_shared()  # copies read it
     async_add_shared_to_global(dq_desc, [row, column], room)
-
-
-@gluon.jit
-def _sums_at(ptr, row, head, HEADS: gl.constexpr, sums):
-    """Of a segment: pointers to its rows of a float32 buffer [rows, HEADS, dim]."""
-    ROWS: gl.constexpr = sums.shape[0]
-    DIM: gl.constexpr = sums.shape[1]
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, sums.type.layout))
-    columns = head * DIM + gl.arange(0, DIM, gl.SliceLayout(0, sums.type.layout))
-    return ptr + rows.to(gl.int64)[:, None] * (HEADS * DIM) + columns[None, :]
-
-
-@gluon.jit
-def _add_segments(ptr, row, segments, TILE: gl.constexpr, head, HEADS: gl.constexpr, like):
-    """The sum over a tile's segments."""
-    total = gl.zeros_like(like)
-    for segment in range(segments):
-        total += gl.load(_sums_at(ptr, row + segment * TILE, head, HEADS, like))
-    return total
-
-
-@gluon.jit
-def _write(of, x, rows, first, column, staged):
-    """x, plus what there is to add to it."""
-    ptr, stride, desc, add_ptr, add_stride = of
-    if add_ptr is not None:
-        ROWS: gl.constexpr = x.shape[0]
-        WIDTH: gl.constexpr = x.shape[1]
-        layout: gl.constexpr = x.type.layout
-        x += load_added(add_ptr, add_stride, rows, first, column, ROWS, WIDTH, layout)
-    out = x.to(ptr.dtype.element_ty)
-    if desc is None:
-        store_rows(ptr, stride, out, rows, first, column)
-    else:
-        room = staged._reinterpret(out.dtype, [out.shape[0], out.shape[1]], desc.layout)
-        copy_rows(ptr, stride, desc, out, rows, first, column, room)
 
 
 @gluon.jit
@@ -197,7 +131,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLUMNS, 16])
     left_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
-    gl.static_assert(BLOCK >= ROWS)  # as `room` is used
+    gl.static_assert(BLOCK >= ROWS and values[0][0].shape[0] == 1)  # as `room` and V are used
     first: gl.constexpr = HALF * ROWS
     zeros = gl.zeros([ROWS, BLOCK], gl.float32, scores_layout)
     none = gl.zeros([BLOCK, COLUMNS], gl.float32, dq_layout)
@@ -211,23 +145,20 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
         head, rows, of_masked, of_full, of_segment = tile
         masked, second, masked_runs = of_masked
         full, runs = of_full
-        segment, segments, slot = of_segment
         at = head * DIM
         dk = gl.zeros([ROWS, DIM], gl.float32, sums_layout)
         dv = gl.zeros([ROWS, DIM], gl.float32, sums_layout)
         k, v = take(keys, i)[0], take(values, i)[0]
-        if dq_desc is not None:  # noqa: SIM102 (known to the compiler)
-            # Others' keys, which no interval was tested for, must give dq nothing.
-            if rows[1] < TILE:
-                clear_rows(k.slice(first, ROWS), rows[1] - first)
-                clear_rows(v.slice(first, ROWS), rows[1] - first)  # nor may 0 times infinity
+        if rows[1] < TILE:  # others' keys, which no interval was tested for, must give dq nothing
+            clear_rows(k.slice(first, ROWS), rows[1] - first)
+            clear_rows(v.slice(first, ROWS), rows[1] - first)  # nor may 0 times infinity
         start = n
         last_row = rows[0]
         for kind in gl.static_range(2):  # masked ones, then full ones
             for block in range(masked if kind == 0 else full):
-                zero = _unknown_zero(block)
+                zero = unknown_zero(block)
                 k = keys[0][0].index(i % keys[0][0].shape[0] + zero)
-                v = values[0][0].index(i % values[0][0].shape[0] + zero)
+                v = values[0][0].index(zero)
                 q, dout = take(queries, n)
                 q_columns, dout_columns = q.permute([1, 0]), dout.permute([1, 0])
                 k_rows, v_rows = k.slice(first, ROWS), v.slice(first, ROWS)
@@ -240,7 +171,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
                 half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                 if kind == 0:
                     of_rows, key_row = take(bounds, m)[0], rows[0] + first
-                    seen = _visible(of_rows, block < second, row, end, key_row, half_scores)
+                    seen = visible(of_rows, block < second, row, end, key_row, half_scores)
                     half_scores = gl.where(seen, half_scores, UNSEEN)
                     give(bounds, m)
                     m += 1
@@ -250,59 +181,42 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
                 found = (warpgroup_mma_wait(1, deps=[dweights]) * slope).to(dtype)
                 left = gl.convert_layout(found, left_layout)
                 dk_sums = warpgroup_mma(left, q, dk, is_async=True)
-                if dq_desc is None:
-                    dv, weights, dk, left = warpgroup_mma_wait(
-                        0, deps=[dv_sums, weights, dk_sums, left]
-                    )
-                    give(queries, n)
-                else:
-                    mbarrier.wait(slopes_empty.index(n % 2), turn(n, 2) ^ 1)
-                    slopes.index(n % 2).slice(first, ROWS).store(found)
-                    fence_async_shared()  # tensor cores read it
-                    mbarrier.arrive(slopes_full.index(n % 2), count=1)
-                    # Of the block before; of a tile's first block it is thrown away.
-                    before = slopes_full.index((n + 1) % 2)
-                    mbarrier.wait(before, turn(n + 1, 2) ^ 1, pred=n > start)
-                    product = _begin_dq(slopes, n + 1, k, HALF * COLUMNS, none)
-                    dv, weights, dk, left = warpgroup_mma_wait(
-                        1, deps=[dv_sums, weights, dk_sums, left]
-                    )
-                    give(queries, n)
-                    dq = warpgroup_mma_wait(0, deps=[product])
-                    if n > start:
-                        column = at + HALF * COLUMNS
-                        _hand_over(dq, dq_desc, slopes_empty, n + 1, last_row, column, room)
-                    last_row = row
+                mbarrier.wait(slopes_empty.index(n % 2), turn(n, 2) ^ 1)
+                slopes.index(n % 2).slice(first, ROWS).store(found)
+                fence_async_shared()  # tensor cores read it
+                mbarrier.arrive(slopes_full.index(n % 2), count=1)
+                # Of the block before; of a tile's first block it is thrown away.
+                before = slopes_full.index((n + 1) % 2)
+                mbarrier.wait(before, turn(n + 1, 2) ^ 1, pred=n > start)
+                product = _begin_dq(slopes, n + 1, k, HALF * COLUMNS, none)
+                dv, weights, dk, left = warpgroup_mma_wait(
+                    1, deps=[dv_sums, weights, dk_sums, left]
+                )
+                give(queries, n)
+                dq = warpgroup_mma_wait(0, deps=[product])
+                if n > start:
+                    column = at + HALF * COLUMNS
+                    _hand_over(dq, dq_desc, slopes_empty, n + 1, last_row, column, room)
+                last_row = row
                 n += 1
         give(values, i)
-        if dq_desc is not None:  # noqa: SIM102 (known to the compiler)
-            if n > start:
-                mbarrier.wait(slopes_full.index((n + 1) % 2), turn(n + 1, 2) ^ 1)
-                k = keys[0][0].index(i % keys[0][0].shape[0])
-                product = _begin_dq(slopes, n + 1, k, HALF * COLUMNS, none)
-                dq = warpgroup_mma_wait(0, deps=[product])
-                column = at + HALF * COLUMNS
-                _hand_over(dq, dq_desc, slopes_empty, n + 1, last_row, column, room)
+        if n > start:
+            mbarrier.wait(slopes_full.index((n + 1) % 2), turn(n + 1, 2) ^ 1)
+            k = keys[0][0].index(i % keys[0][0].shape[0])
+            product = _begin_dq(slopes, n + 1, k, HALF * COLUMNS, none)
+            dq = warpgroup_mma_wait(0, deps=[product])
+            column = at + HALF * COLUMNS
+            _hand_over(dq, dq_desc, slopes_empty, n + 1, last_row, column, room)
         give(keys, i)
         i += 1
         place = next_place(places, i)
         tile = _load_tile(tiles_ptr, place, HEADS, BLOCK)
 
-        last = True
-        if segments > 1:
-            row = slot * TILE + first
-            gl.store(_sums_at(sums_k_ptr, row + segment * TILE, head, HEADS, dk), dk)
-            gl.store(_sums_at(sums_v_ptr, row + segment * TILE, head, HEADS, dv), dv)
-            tl.debug_barrier()  # all threads have stored
-            done_at = done_ptr + (slot * CONSUMERS + HALF) * HEADS + head
-            last = gl.atomic_add(done_at, 1) == segments - 1
-            if last:
-                gl.store(done_at, 0)  # as the next launch wants it
-                dk = _add_segments(sums_k_ptr, row, segments, TILE, head, HEADS, dk)
-                dv = _add_segments(sums_v_ptr, row, segments, TILE, head, HEADS, dv)
+        sums = sums_k_ptr, sums_v_ptr
+        dk, dv, last = add_segments(dk, dv, sums, of_segment, done_ptr, first, head, HEADS)
         if last:
-            _write(of_dk, dk * (scale * half_alpha), rows, first, at, room)
-            _write(of_dv, dv * scale, rows, first, at, room)
+            write(of_dk, dk * (scale * half_alpha), rows, first, at, room)
+            write(of_dv, dv * scale, rows, first, at, room)
     tma.store_wait(0)
 
 
@@ -311,13 +225,9 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
     do_not_specialize=["half_alpha", "scale", "more_tiles"],
     do_not_specialize_on_alignment=["num_tiles_ptr"],
 )
-def resident_backward_kernel(
+def resident_unordered_kernel(
     k_desc,
     v_desc,
-    add_k_ptr,
-    add_k_stride,
-    add_v_ptr,
-    add_v_stride,
     dk_ptr,
     dk_stride,
     dk_desc,
@@ -341,39 +251,31 @@ def resident_backward_kernel(
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """dk and dv, each plus another if wanted; and, unless dq_desc is None, 2 / (scale * alpha) of
-    dq added to zeros, float32. 16-bit k, v, q, dout, of one head dim.
+    """dk, dv, and 2 / (scale * alpha) of dq added to zeros, float32. All else of 16 bits.
 
-    Descriptors of k and v have the rows of a tile, those of dk and dv half of them, or are None for
-    what is not of 16 bits; those of q, dout and bounds the rows of a block, that of dq half of its
-    dims. With dq there is one buffer for V. Segments of tiles leave their sums as in
-    `kernels.triton.backward`, half a tile each time; so done_ptr.
+    Descriptors of k and v have the rows of a tile, those of dk and dv half of them; those of q,
+    dout and bounds the rows of a block, that of dq half of its dims. One head dim for all. There is
+    one buffer for V. Segments of tiles leave their sums as in `kernels.triton.backward`, half a
+    tile each time; so done_ptr.
     Grid: any; as many as there are multiprocessors to fill them.
     """
     places = ring_of_places()
-    VALUES: gl.constexpr = TILES if dq_desc is None else 1
-    keys, values = ring_of((k_desc,), TILES), ring_of((v_desc,), VALUES)
+    keys, values = ring_of((k_desc,), TILES), ring_of((v_desc,), 1)
     queries, bounds = ring_of((q_desc, dout_desc), STAGES), ring_of((bounds_desc,), STAGES)
     TILE: gl.constexpr = k_desc.block_type.shape[0]
     BLOCK: gl.constexpr = q_desc.block_type.shape[0]
-    slopes, full, empty = 0, 0, 0
-    upper_room, lower_room = 0, 0
-    if dq_desc is not None:
-        layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK], k_desc.dtype)
-        slopes = gl.allocate_shared_memory(k_desc.dtype, [2, TILE, BLOCK], layout)
-        full, empty = barriers(2, CONSUMERS), barriers(2, CONSUMERS)
-        upper_room, lower_room = room_for(dq_desc, 1).index(0), room_for(dq_desc, 1).index(0)
-    elif dk_desc is not None:
-        upper_room, lower_room = room_for(dk_desc, 1).index(0), room_for(dk_desc, 1).index(0)
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK], k_desc.dtype)
+    slopes = gl.allocate_shared_memory(k_desc.dtype, [2, TILE, BLOCK], layout)
+    full, empty = barriers(2, CONSUMERS), barriers(2, CONSUMERS)
+    room = room_for(dq_desc, CONSUMERS)
     fence_async_shared()  # barriers are there
-    of_dk = dk_ptr, dk_stride, dk_desc, add_k_ptr, add_k_stride
-    of_dv = dv_ptr, dv_stride, dv_desc, add_v_ptr, add_v_stride
+    of_dk, of_dv = (dk_ptr, dk_stride, dk_desc, None, 0), (dv_ptr, dv_stride, dv_desc, None, 0)
     matrices = of_dk, of_dv, sums_k_ptr, sums_v_ptr, done_ptr, dq_desc
     work = tiles_ptr, half_alpha, scale
     rings = places, keys, values, queries, bounds
     descs = k_desc, v_desc, q_desc, dout_desc, bounds_desc
     tiles = tiles_ptr, num_tiles_ptr, more_tiles, counters_ptr
-    of_upper, of_lower = (slopes, full, empty, upper_room), (slopes, full, empty, lower_room)
+    of_upper, of_lower = (slopes, full, empty, room.index(0)), (slopes, full, empty, room.index(1))
     gl.warp_specialize(
         [
             (_consume, (0, matrices, work, rings, of_upper, HEADS)),
