@@ -51,6 +51,7 @@ class Residents:
 
     forward: Resident
     gradients: Resident | None = None
+    at_once: bool = False  # dq, dk and dv by one launch, if it pays
     unordered: Resident | None = None  # where sums may come in any order, of equal head dims
 
     def blocks(self, kernel: str, dims: tuple[int, int]) -> Resident | None:
@@ -114,8 +115,8 @@ _SHORT = replace(
     query=Blocks(64, 32, 4, 2),
     kept=Kept(Blocks(32, 64, 4, 3), None, Blocks(64, 64, 4, 2)),
 )
-HOPPER_FEW = {64: _FEW, 128: replace(_FEW, resident=RESIDENT)}
-HOPPER_SHORT = {64: _SHORT, 128: HOPPER_FEW[128]}
+HOPPER_FEW = {64: _FEW, 128: replace(_FEW, resident=replace(RESIDENT, at_once=True))}
+HOPPER_SHORT = {64: _SHORT, 128: replace(_FEW, resident=RESIDENT)}
 # Of float32 dq, zeros are written before and a copy after: much, unless there are many products.
 _LONG = replace(RESIDENT, unordered=Resident(128, 64, 2, 2))
 HOPPER_LONG = HOPPER | {128: replace(HOPPER[128], resident=_LONG)}

@@ -120,15 +120,14 @@ def gradients(
     """`out`, written with dq, dk and dv of one block of queries and keys.
 
     Unless it is to be deterministic, where that is faster, one pass finds them all, if
-    `scratch_limit` has room for a float32 dq and for sums of key tiles. Else, where there is a
-    kernel for it, one launch; or, where that is faster, dq, and perhaps dk, take slopes that the
-    launch for dv keeps, if the host knows how long a sequence may be and there is room: for those
-    of one head, or, where dk has no launch of its own, of all. A ring, and a halo, find dq and dk
-    of different pairs.
+    `scratch_limit` has room for a float32 dq and for sums of key tiles. Else, where that is faster,
+    one launch; or dq, and perhaps dk, take slopes that the launch for dv keeps, if the host knows
+    how long a sequence may be and there is room: for those of one head, or, where dk has no launch
+    of its own, of all. A ring, and a halo, find dq and dk of different pairs.
     """
     if not deterministic and resident.gradients_in_any_order(dout, q, k, v, weighting, out):
         return
-    if resident.gradients(dout, q, k, v, weighting, out):
+    if resident.gradients_at_once(dout, q, k, v, weighting, out):
         return
     slopes = _Slopes.of(q, v, weighting)
     if slopes is None:

@@ -53,7 +53,7 @@ def key_value_gradients(walk: Walk, k: Tensor, v: Tensor, key: Target, value: Ta
     _gradients(walk, (q, dout), (k, v), None, (key, value))
 
 
-def gradients(
+def gradients_at_once(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -61,9 +61,9 @@ def gradients(
     weighting: Weighting,
     out: tuple[Tensor, Tensor, Tensor],
 ) -> bool:
-    """`out`, written with dq, dk and dv: whether there is a kernel for all three."""
+    """`out`, written with dq, dk and dv by one launch: whether it could be done, and is faster."""
     walk = Walk(k, [Source((q, dout), weighting)], resident="gradients")
-    if walk.is_empty or not walk.resident:
+    if walk.is_empty or not walk.resident or not walk.is_at_once:
         return False
     query, key, value = targets = [Target(x, None) for x in out]
     q, dout = walk.rows[0]

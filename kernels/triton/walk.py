@@ -75,6 +75,10 @@ class Walk:
         assert self.resident is not None
         return self.resident
 
+    @property
+    def is_at_once(self) -> bool:
+        return self.config.resident is not None and self.config.resident.at_once
+
     def wait(self) -> None:
         """For all rows."""
         for source in self.sources:

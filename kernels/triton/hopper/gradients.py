@@ -4,9 +4,9 @@ Tiles are of keys, for dk and dv, or of queries, for dq. What is fetched is alik
 k and v meets blocks of q and dout, or the other way round. So is what is multiplied, but that dk
 and dv take four products a block, with scores transposed, [keys, queries], and dq three.
 
-One warp hands out tiles, of both kinds in turn, so that they find the rows of a sequence in the
-cache, and fetches. Two warpgroups compute, each half of a tile's rows. A warpgroup waits for its
-products; meanwhile the tensor cores have those of the other.
+One warp hands out tiles, of both kinds in turn if a launch has both, and fetches. Two warpgroups
+compute, each half of a tile's rows. A warpgroup waits for its products; meanwhile the tensor cores
+have those of the other.
 """
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
@@ -28,6 +28,7 @@ from kernels.triton.hopper.pipeline import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     announce,
+    claims,
     fetch,
     give,
     leave_counters,
@@ -63,9 +64,10 @@ def _record_at(of_queries, place, lists, HEADS: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_tile(of_tile, of_block, bounds_desc, record, head, so_far, rings):
+def _fetch_tile(of_tile, of_block, bounds_desc, record, head, so_far, rings, counters_ptr):
     """The tile's rows, half of them into one ring and half into another; its blocks, masked ones
-    first; unless None, bounds of those. Returns how many there were so far: tiles, blocks, bounds.
+    first; unless None, bounds of those. Returns how many there were so far: tiles, blocks, bounds;
+    and the next place.
     """
     upper, lower, blocks, bounds = rings
     i, n, m = so_far
@@ -76,7 +78,10 @@ def _fetch_tile(of_tile, of_block, bounds_desc, record, head, so_far, rings):
     fetch(of_tile, row0 + ROWS, head, lower, i)
     masked, second, masked_runs = load_masked(record, MASKED_RUNS, BLOCK)
     full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
+    place = -1
     for block in range(masked + full):
+        if claims(block, masked + full):
+            place = gl.atomic_add(counters_ptr, 1)
         masked_row, _end = find_masked(masked_runs, second, block, BLOCK)
         row, _end = find_block(runs, block - masked, BLOCK)
         row = gl.where(block < masked, masked_row, row)
@@ -86,7 +91,9 @@ def _fetch_tile(of_tile, of_block, bounds_desc, record, head, so_far, rings):
                 fetch((bounds_desc,), row, 0, bounds, m)
                 m += 1
         n += 1
-    return i + 1, n, m
+    if masked + full == 0:
+        place = gl.atomic_add(counters_ptr, 1)
+    return i + 1, n, m, place
 
 
 @gluon.jit
@@ -108,12 +115,13 @@ def _produce(descs, lists, counts, rings, HEADS: gl.constexpr):
         head, record = _record_at(kind, at, lists, HEADS)
         if load_rows(record)[3] > 0:
             announce(places, i, 2 * at + kind)
-            of = record, head, (i, n, m), to_fill
+            of = record, head, (i, n, m), to_fill, counters_ptr
             if kind == 1:
-                i, n, m = _fetch_tile(of_queries, of_keys, None, *of)
+                i, n, m, place = _fetch_tile(of_queries, of_keys, None, *of)
             else:
-                i, n, m = _fetch_tile(of_keys, of_queries, bounds_desc, *of)
-        place = gl.atomic_add(counters_ptr, 1)
+                i, n, m, place = _fetch_tile(of_keys, of_queries, bounds_desc, *of)
+        else:
+            place = gl.atomic_add(counters_ptr, 1)
     announce(places, i, -1)
     leave_counters(counters_ptr)
 
