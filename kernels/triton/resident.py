@@ -151,7 +151,7 @@ def gradients_in_any_order(
         *sums,
         plan.counters(rows // half * heads),
         SharedRows(dq.view(-1, 2 * heads, dim // 2), blocks.n),
-        plan.key_tiles(),
+        plan.key_tiles_first_first,
         plan.num_key_tiles,
         plan.most_segments_more,
         plan.counters(2),

@@ -96,15 +96,17 @@ class Records:
         """
         sources, count = self.costs.shape
         room = self.records.new_empty(count, sources, RECORD.value)
-        return self._ordered(room, part, bits, 0)
+        return self._ordered(room, part, bits, 0, last_first=True)
 
-    def in_segments(self, part: int, bits: int) -> Tensor:
-        """Heaviest first, and one record for each segment: at most SHARES more than tiles."""
+    def in_segments(self, part: int, bits: int, last_first: bool = True) -> Tensor:
+        """The same, and one record for each segment: at most SHARES more than tiles."""
         sources, count = self.costs.shape
         room = self.records.new_zeros(count + SHARES, sources, RECORD.value)
-        return self._ordered(room, part, bits, SHARES)
+        return self._ordered(room, part, bits, SHARES, last_first)
 
-    def _ordered(self, ordered: Tensor, part: int, bits: int, shares: int) -> Tensor:
+    def _ordered(
+        self, ordered: Tensor, part: int, bits: int, shares: int, last_first: bool
+    ) -> Tensor:
         sources, count = self.costs.shape
         _order_kernel[(cdiv(count, 32),)](
             self.records,
@@ -116,6 +118,7 @@ class Records:
             LEAST,
             SOURCES=sources,
             PART=part,
+            LAST_FIRST=last_first,
             BLOCK=32,
             CHUNK=256,
         )
@@ -126,8 +129,9 @@ class Records:
 # at least a share of the heaviest come sequence by sequence, and only the light ones, a few of a
 # hundred of all there is to do, by powers of two: they fill what would be a tail. (Counted: caches
 # miss 0.5 to 0.75 times as often as if powers of two were told apart from the heaviest on, and the
-# last program ends 0.5 % after the mean one, not 2 %.) But where there are few tiles for a GPU, all
-# are ordered, and by quarters of a power of two.
+# last program ends 0.5 % after the mean one, not 2 %.) Those of equal weight come last rows first,
+# which under a causal mask is the order of the queries' weights. But where there are few tiles for
+# a GPU, all are ordered, and by quarters of a power of two.
 HEAVY = tl.constexpr(4)  # shares
 FEW_ROWS = 48 * 1024
 
@@ -255,10 +259,11 @@ def _order_kernel(
     least,
     SOURCES: tl.constexpr,
     PART: tl.constexpr,
+    LAST_FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Copy each record behind those of heavier tiles, and of equal ones that come after it.
+    """Copy each record behind those of heavier tiles, and of equal ones that come first.
 
     shares: if not 0, a record for each segment, none of more than a share of all costs, or `least`.
     Tiles that there are cost something, and come before those there are not.
@@ -286,8 +291,8 @@ def _order_kernel(
         cost = _load_costs(costs_ptr, other, num_tiles, SOURCES)
         count, other_weight = _segments(cost, most, heavy, bits)
         count = tl.where(other < num_tiles, count, 0)
-        # The last rows first: under a causal mask, queries in the order of their weights.
-        ahead = (other_weight > weight) | ((other_weight == weight) & (other > mine))
+        comes_first = other > mine if LAST_FIRST else other < mine
+        ahead = (other_weight > weight) | ((other_weight == weight) & comes_first)
         place += tl.sum(tl.where(ahead, count, 0), 1, keep_dims=True)
         slot += tl.sum(tl.where((other < mine) & (count > 1), count, 0), 1, keep_dims=True)
     first_record = records_ptr + tl.minimum(mine, num_tiles - 1).to(tl.int64) * RECORD

@@ -92,9 +92,8 @@ def check(queries: Jagged, keys: Jagged, intervals: Tensor) -> Plan:
     want = visible_pairs(queries, keys, intervals)
     for key_tile in KEY_TILES[::-1]:
         plan = Plan.build(*on_device, intervals.to(DEVICE), TILE, PART, key_tile)
-        assert torch.equal(
-            visited(plan, plan.key_tiles()[:, 0], key_tile, by_keys=True), want.int()
-        )
+        for records in plan.key_tiles(), plan.key_tiles_first_first:
+            assert torch.equal(visited(plan, records[:, 0], key_tile, by_keys=True), want.int())
         check_segments(plan)
     tiles = plan.query_tiles()[: plan.num_query_tiles, 0]  # those behind are empty
     assert torch.equal(visited(plan, tiles, TILE, by_keys=False), want.int())
@@ -182,6 +181,30 @@ def test_heavy_tiles_come_first() -> None:
         assert work.max() > 8 * work[work > 0].min()
         still_to_come = work.flip(0).cummax(0).values.flip(0)
         assert (2 * work.clamp(min=64) >= still_to_come).all()
+
+
+def test_tiles_of_a_sequence_come_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for light ones, where tiles are many: from the last sequence and row on, or from the
+    first."""
+    monkeypatch.setattr("kernels.triton.plan.order_bits", lambda num_rows: 0)
+    monkeypatch.setattr(tiles, "LEAST", 1000)  # no segments
+    lengths = torch.tensor([640, 0, 500, 70], dtype=torch.int32, device=DEVICE)
+    whole = Jagged.whole(lengths)
+    intervals = hstu_intervals(whole, lengths, torch.zeros_like(lengths))
+    plan = Plan.build(whole, whole, intervals, TILE, PART, TILE)
+    ascending = plan.key_tiles_first_first
+    for records, step in (plan.query_tiles(), -1), (plan.key_tiles(), -1), (ascending, 1):
+        rows = [row for row, end in records[:, 0, :2].tolist() if row < end]
+        work = [
+            sum(-(-max(end - start, 0) // PART) for kind in runs_of(record) for start, end in kind)
+            for record in records[: len(rows), 0].tolist()
+        ]
+        least = 1 << (-(-max(work) // 4)).bit_length() - 1
+        heavy = sum(x >= least for x in work)
+        assert len(rows) / 2 < heavy < len(rows)
+        assert rows[:heavy] == sorted(rows[:heavy])[::step]
+        assert min(work[:heavy]) >= least > max(work[heavy:])
+        assert all(2 * x > max(work[i:]) for i, x in enumerate(work) if i >= heavy and x)
 
 
 def test_stripes_are_masked_at_the_diagonal_alone() -> None:

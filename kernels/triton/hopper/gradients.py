@@ -28,7 +28,6 @@ from kernels.triton.hopper.pipeline import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
     announce,
-    claims,
     fetch,
     give,
     leave_counters,
@@ -80,7 +79,7 @@ def _fetch_tile(of_tile, of_block, bounds_desc, record, head, so_far, rings, cou
     full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
     place = -1
     for block in range(masked + full):
-        if claims(block, masked + full):
+        if block == masked + full - 1:
             place = gl.atomic_add(counters_ptr, 1)
         masked_row, _end = find_masked(masked_runs, second, block, BLOCK)
         row, _end = find_block(runs, block - masked, BLOCK)

@@ -84,16 +84,6 @@ def turn(n, STAGES: gl.constexpr):
     return n // STAGES & 1
 
 
-# Who claims a tile long before its turn makes a tail; who claims it late waits for what it is.
-AHEAD = gl.constexpr(4)  # blocks of the tile before that are still to be fetched
-
-
-@gluon.jit
-def claims(block, blocks):
-    """Whether it is time to, while the blocks of a tile, of which there are some, are fetched."""
-    return block == gl.maximum(blocks - AHEAD, 0)
-
-
 @gluon.jit
 def leave_counters(counters_ptr):
     """By every program, once it has counted its last tile: the last one zeroes both counters."""

@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kernels.triton.hopper.masked import find_masked, load_masked
-from kernels.triton.hopper.pipeline import announce, claims, fetch, leave_counters
+from kernels.triton.hopper.pipeline import announce, fetch, leave_counters
 from kernels.triton.hopper.rows import load_bounds, load_rows
 from kernels.triton.runs import FULL_RUNS, find_block, load_runs, tile_at
 
@@ -42,7 +42,7 @@ def produce(of_tile, of_block, tiles, rings, HEADS: gl.constexpr):
             fetch(of_tile, rows[0] + ROWS, head, lower, i)
             blocks = gl.maximum(masked + full, 1)
             for block in range(blocks):
-                if claims(block, blocks):
+                if block == blocks - 1:  # who claims a tile long before its turn makes a tail
                     place = gl.atomic_add(counters_ptr, 1)
                 row, _end = find_masked(of_masked, second, block, BLOCK)
                 full_row, _end = find_block(runs, block - masked, BLOCK)
