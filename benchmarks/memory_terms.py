@@ -59,7 +59,7 @@ class Model:
         """
         weights = self.layers * (16 * self.weights + casts(self))
         messages = 2 * min(2, self.cp - 1)
-        sums = 2 * 4 * 128 * (128 if self.dim > 128 else 64) * self.heads * self.dim
+        sums = 2 * 4 * 128 * (128 if self.dim > 64 else 64) * self.heads * self.dim
         return weights + sums + (int(GROWTH * MESSAGE_BYTES) * messages if self.cp > 1 else 0)
 
 
@@ -111,8 +111,8 @@ def peak(model: Model, policy: str, pieces: int = 1) -> dict[str, int]:
 def needed(model: Model, policy: str, rows: int) -> int:
     """Bytes of one rank that holds so many rows, about as many as a ring's message or more.
 
-    Without what a backward may take at cp = 1 to be faster, where head dims are over 128 or the
-    mean sequence is under 512 tokens: see `kernels.scratch`.
+    Without what a backward may take at cp = 1 to be faster, where head dims are over 128, or up to
+    64 and the mean sequence is under 512 tokens: see `kernels.scratch`.
     """
     pieces = -(-rows * 4 * model.dim // MESSAGE_BYTES) if model.cp > 1 else 1
     # Of 16 bytes a row: intervals of every rank, and bounds of queries for each piece of keys, and

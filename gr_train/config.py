@@ -75,12 +75,11 @@ class ModelConfig:
     recompute_layers: int | None = None  # only the first so many; default: all
     # Whether attention's backward gives the same bits from run to run. If not, it is faster: on
     # Hopper, in 16 bits, if no sequence of a batch is cut, for heads (qk_dim and v_dim) wider than
-    # 64, up to 128, unless sequences are few or under 512 tokens in the mean.
+    # 64, up to 128, and sequences of 4,096 tokens or more in the mean that are not few.
     deterministic: bool = True
     # GiB that attention's backward may take for a moment to be faster: on Hopper, in 16 bits, where
-    # no sequence is cut and heads are wider than 128, the mean sequence is under 512 tokens, or
-    # `deterministic` is false.
-    # Lower it if a job runs out of memory; 0: none.
+    # no sequence is cut and heads are wider than 128, or up to 64 and the mean sequence under 512
+    # tokens, or `deterministic` is false. Lower it if a job runs out of memory; 0: none.
     scratch_gib: float = 4.0
     time_buckets: int = 128  # log-spaced time gaps; 0: no time encoding
     mask: MaskConfig = field(default_factory=MaskConfig)

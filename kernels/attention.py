@@ -51,13 +51,13 @@ def hstu_attention(
 
     q: [Tq, H, Dqk]; k: [Tk, H, Dqk]; v: [Tk, H, Dv]; one floating dtype, one device.
     queries, keys: the rows of q, and of k and v; the same B sequences. If queries.max_length is
-        known, the backward may be faster, on Hopper in 16 bits, for head dims over 128 and for
-        short sequences, and takes memory for it: see `kernels.scratch`.
+        known, the backward may be faster, on Hopper in 16 bits, for head dims over 128, and for
+        short sequences if up to 64, and takes memory for it: see `kernels.scratch`.
     intervals: int32 [Tq, 4], see `kernels.masks`.
     deterministic: gradients are bitwise equal from run to run. If False, they need not be, where
         that is faster: on Hopper in 16 bits, for both head dims over 64 and up to 128, and
-        sequences that are neither short nor few; if there is memory for a float32 dq, see
-        `kernels.scratch`.
+        sequences of 4,096 rows or more in the mean that are not few; if there is memory for a
+        float32 dq, see `kernels.scratch`.
     backend: one of BACKENDS; "auto" takes the fastest that can do it.
     Returns [Tq, H, Dv] in q's dtype; sums are float32 inside (float64 for float64).
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit. Values

@@ -5,11 +5,13 @@ plan.py       which blocks of keys and queries meet, once per batch: by tiles.py
 forward.py    attention forward, one program per query tile and head
 backward.py   attention backward: dk and dv per key tile, dq per query tile; no atomic sums
 slopes.py     what one kernel of the backward keeps in memory for the others, where that is faster
-hopper/       the forward again, by programs that stay, and the backward where order is free: in
-              Gluon, for Hopper, where configs.py says so
+hopper/       both again, of one source, by programs that stay, and the backward in one pass where
+              sums may come in any order: in Gluon, for Hopper, where configs.py says so
 silu.py       SiLU and its slope through tanh, for both
 configs.py    block shapes per GPU generation and head dim
-launch.py     padding, descriptors and grids; rows of one source or two
+launch.py     what attention.py calls: a launch or several, of kernels that configs.py chose
+resident.py   those of hopper/; walk.py: the sources of a launch; target.py: tensors as kernels read
+              and write them
 launcher.py   compiled kernels, found again by what their arguments are
 operator.py   all of it as one operator that autograd and torch.compile know
 

@@ -51,13 +51,8 @@ class Residents:
 
     forward: Resident
     gradients: Resident | None = None
-    at_once: bool = False  # dq, dk and dv by one launch, if it pays
+    at_once: bool = False  # dq, dk and dv by one launch
     unordered: Resident | None = None  # where sums may come in any order, of equal head dims
-
-    def blocks(self, kernel: str, dims: tuple[int, int]) -> Resident | None:
-        """kernel: which of them. dims: padded, of queries and of values."""
-        alike = dims[0] == dims[1]
-        return None if kernel == "unordered" and not alike else getattr(self, kernel)
 
     @property
     def plan(self) -> tuple[int, int, int]:
@@ -121,7 +116,7 @@ HOPPER_SHORT = {64: _SHORT, 128: replace(_FEW, resident=RESIDENT)}
 _LONG = replace(RESIDENT, unordered=Resident(128, 64, 2, 2))
 HOPPER_LONG = HOPPER | {128: replace(HOPPER[128], resident=_LONG)}
 SHORT = 512  # tokens of the mean sequence
-FEW = 48 * 1024  # rows of all heads
+FEW = 48 * 1024  # rows of all heads: one launch of the backward leaves one tail instead of two
 LONG = 4096
 CONSERVATIVE = {
     64: Config(128, 64, Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),

@@ -5,9 +5,10 @@ runs of key rows to visit, and for every key tile the runs of query rows; in a r
 sees every key, so nothing is masked, or one of the rows' two intervals is tested. Rows that no run
 names cost nothing. Key positions appear only here: the plan turns the position intervals of
 `kernels.masks` into intervals of key *rows*, so the kernels never load a position and need not know
-where a sequence or a context-parallel shard ends. Tiles come heaviest first; key tiles that far
-more queries see than see others (a prefix under a window) are walked in segments, side by side. The
-host learns no length: the number of tiles is bounded by shapes, and surplus tiles are empty.
+where a sequence or a context-parallel shard ends. Heavy tiles come first, see `tiles.py`; key tiles
+that far more queries see than see others (a prefix under a window) are walked in segments, side by
+side. The host learns no length: the number of tiles is bounded by shapes, and surplus tiles are
+empty.
 
 In an `aligned` plan, for `kernels.triton.slopes`, masked runs of query rows test both intervals,
 and runs of key rows, all stored as full ones, say which parts are met, not that all is seen.
@@ -75,7 +76,7 @@ class Plan:
             torch._assert_async(fits, "max_length: a sequence of the queries is longer")
         intervals = intervals.contiguous()
         cut = Tiles.cut(queries, intervals, tile, part, aligned)
-        bounds = torch.empty_like(intervals)
+        bounds = intervals.new_empty(intervals.shape)
         hulls = intervals.new_empty(HULLS, cut.bound * (tile // part))
         tiles, parts = Records.empty(cut.bound, bounds), Records.empty(hulls.shape[1], bounds)
         query_tiles_kernel[(cut.bound,)](
@@ -101,11 +102,11 @@ class Plan:
         return Plan(tile, part, key_tile, queries, keys, bounds, cut, hulls, tiles, parts, aligned)
 
     def query_tiles(self, *more: Plan) -> Tensor:
-        """int32 [query tiles, 1 + more, RECORD], heaviest first, as the next two.
+        """int32 [query tiles, 1 + more, RECORD], heavy ones first, as the next two.
 
         more: of the same queries and other keys.
         """
-        return self._ordered("tile_records", more, Records.heaviest_first, self.queries)
+        return self._ordered("tile_records", more, Records.heavy_first, self.queries)
 
     @property
     def num_query_tiles(self) -> Tensor:
@@ -114,7 +115,7 @@ class Plan:
 
     def query_parts(self, *more: Plan) -> Tensor:
         """int32 [query parts, 1 + more, RECORD]. more: as above."""
-        return self._ordered("part_records", more, Records.heaviest_first, self.queries)
+        return self._ordered("part_records", more, Records.heavy_first, self.queries)
 
     def key_tiles(self, *more: Plan) -> Tensor:
         """int32 [segments of key tiles, 1 + more, RECORD].

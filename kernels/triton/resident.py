@@ -9,12 +9,13 @@ from torch import Tensor
 
 from kernels.scratch import scratch_limit
 from kernels.source import Source
+from kernels.triton.configs import Residents
 from kernels.triton.hopper.forward import resident_forward_kernel
 from kernels.triton.hopper.gradients import resident_gradients_kernel
 from kernels.triton.hopper.unordered import resident_unordered_kernel
 from kernels.triton.launcher import SharedRows, multiprocessors
-from kernels.triton.target import Target, ready, rows_of
-from kernels.triton.walk import Walk
+from kernels.triton.target import Target, padded_dim, ready, rows_of
+from kernels.triton.walk import Walk, config_of
 from kernels.weighting import Weighting
 
 WARPS = 4  # of a warpgroup
@@ -44,11 +45,13 @@ def forward(walk: Walk, q: Tensor, target: Target) -> None:
 
 
 def query_gradient(walk: Walk, dout: Tensor, q: Tensor, query: Target) -> None:
+    walk.wait()
     k, v = walk.rows[0]
     _gradients(walk, (q, dout), (k, v), query, None)
 
 
 def key_value_gradients(walk: Walk, k: Tensor, v: Tensor, key: Target, value: Target) -> None:
+    walk.wait()
     q, dout = walk.rows[0]
     _gradients(walk, (q, dout), (k, v), None, (key, value))
 
@@ -62,15 +65,24 @@ def gradients_at_once(
     out: tuple[Tensor, Tensor, Tensor],
 ) -> bool:
     """`out`, written with dq, dk and dv by one launch: whether it could be done, and is faster."""
-    walk = Walk(k, [Source((q, dout), weighting)], resident="gradients")
-    if walk.is_empty or not walk.resident or not walk.is_at_once:
+    shipped = _shipped(q, v, weighting)
+    if not shipped or not shipped.at_once:
         return False
+    walk = Walk(k, [Source((q, dout), weighting)], resident="gradients")
     query, key, value = targets = [Target(x, None) for x in out]
     q, dout = walk.rows[0]
     _gradients(walk, (q, dout), (ready(k), ready(v)), query, (key, value))
     for target in targets:
         target.finish()
     return True
+
+
+def _shipped(q: Tensor, v: Tensor, weighting: Weighting) -> Residents | None:
+    """For a backward of such rows, if there are any: asked before a plan is made."""
+    if not (q.shape[0] and v.shape[0]):
+        return None
+    dims = padded_dim(q.shape[2]), padded_dim(v.shape[2])
+    return config_of(weighting.queries, q.shape[1], dims, q.dtype, q.device).resident
 
 
 def _gradients(
@@ -81,9 +93,9 @@ def _gradients(
     keys: tuple[Target, Target] | None,
 ) -> None:
     """of_queries: q and dout; of_keys: k and v. query, keys: for dq, and for dk and dv."""
-    walk.wait()
     (q, dout), (k, v) = of_queries, of_keys
     plan, blocks, half = walk.plan, walk.blocks, walk.blocks.m // 2
+    # In place of those that are not wanted, what has their shape: no tile is there to write it.
     targets = query or Target(q, None), *(keys or (Target(k, None), Target(v, None)))
     copies = walk.qk_dim == walk.v_dim and all(x.is_ready(q.dtype) for x in targets)
     written = []
@@ -128,16 +140,16 @@ def gradients_in_any_order(
     out: tuple[Tensor, Tensor, Tensor],
 ) -> bool:
     """`out`, written with dq, dk and dv: whether it could be done, and is faster so."""
-    walk = Walk(k, [Source((q, dout), weighting)], resident="unordered")
-    if walk.is_empty or not walk.resident:
+    shipped = _shipped(q, v, weighting)
+    if not shipped or not shipped.unordered or padded_dim(q.shape[2]) != padded_dim(v.shape[2]):
         return False
+    walk = Walk(k, [Source((q, dout), weighting)], resident="unordered")
     plan, blocks, heads, dim = walk.plan, walk.blocks, walk.heads, walk.qk_dim
     query, key, value = targets = [Target(x, None) for x in out]
     rows, half = plan.most_segments() * blocks.m, blocks.m // 2
     scratch = 4 * heads * dim * (q.shape[0] + 2 * rows)
     if scratch > scratch_limit() or not all(x.is_ready(q.dtype) for x in targets):
         return False
-    walk.wait()
     sums = [k.new_empty(rows, heads, dim, dtype=torch.float32) for _ in range(2)]
     dq = torch.zeros(query.written.shape, dtype=torch.float32, device=q.device)
     k, v = ready(k), ready(v)

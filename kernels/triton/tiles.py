@@ -1,4 +1,4 @@
-"""Rows of a jagged buffer cut into tiles, and tiles put in order: heaviest first.
+"""Rows of a jagged buffer cut into tiles, and tiles put in order: heavy ones first.
 
 The host learns no length: the number of tiles is bounded by shapes, and surplus tiles are empty.
 """
@@ -89,7 +89,7 @@ class Records:
         each = zip(*((x.records, x.costs) for x in records), strict=True)
         return Records(*(torch.cat(x) for x in each))
 
-    def heaviest_first(self, part: int, bits: int) -> Tensor:
+    def heavy_first(self, part: int, bits: int) -> Tensor:
         """int32 [tiles, sources, RECORD].
 
         part: what full runs are a multiple of; bits: how finely weights are told apart.
@@ -126,13 +126,13 @@ class Records:
 
 
 # Tiles of one sequence find the rows they share in the cache if they run side by side: all those of
-# at least a share of the heaviest come sequence by sequence, and only the light ones, a few of a
-# hundred of all there is to do, by powers of two: they fill what would be a tail. (Counted: caches
-# miss 0.5 to 0.75 times as often as if powers of two were told apart from the heaviest on, and the
-# last program ends 0.5 % after the mean one, not 2 %.) Those of equal weight come last rows first,
-# which under a causal mask is the order of the queries' weights. But where there are few tiles for
-# a GPU, all are ordered, and by quarters of a power of two.
-HEAVY = tl.constexpr(4)  # shares
+# at least a quarter of the heaviest's weight come sequence by sequence, and only the light ones, a
+# few of a hundred of all there is to do, by powers of two: they fill what would be a tail. Counted:
+# caches miss 0.5 to 0.75 times as often as if powers of two were told apart from the heaviest on,
+# and the last program ends 0.5 % after the mean one, not 2 %. Those of equal weight come last rows
+# first, unless it is said otherwise: under a causal mask the order of the queries' weights. But
+# where there are few tiles for a GPU, all are ordered, and by quarters of a power of two.
+HEAVY = tl.constexpr(4)  # the heaviest weighs so many times as much, or less
 FEW_ROWS = 48 * 1024
 
 

@@ -62,7 +62,7 @@ class Walk:
         if aligned:
             shape = (SIDE.value,) * 3
         elif resident and config.resident and len(weightings) == 1:
-            blocks = config.resident.blocks(resident, dims)
+            blocks = getattr(config.resident, resident)
             shape = config.resident.plan if blocks else shape
         plan, *more = (
             plan_for(x.queries, x.keys, x.intervals, *shape, aligned) for x in weightings
@@ -74,10 +74,6 @@ class Walk:
         """Of the kernel whose programs stay."""
         assert self.resident is not None
         return self.resident
-
-    @property
-    def is_at_once(self) -> bool:
-        return self.config.resident is not None and self.config.resident.at_once
 
     def wait(self) -> None:
         """For all rows."""

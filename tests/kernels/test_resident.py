@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,9 +21,11 @@ from kernels.blockwise import blockwise_backward
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, semi_local_intervals
 from kernels.naive import naive_attention
-from kernels.source import Source
+from kernels.source import Arrival, Source
 from kernels.triton import configs, launch, tiles, walk
 from kernels.triton.configs import Resident, Residents
+from kernels.triton.plan import plan_for
+from kernels.triton.runs import SEGMENT_AT
 from kernels.weighting import Weighting
 from tests.kernels.cases import Case, any_intervals, cases, part_of
 from tests.kernels.gluon_interpreter import interpret
@@ -31,13 +34,14 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason="not a Hopper GPU")
 DEVICE = torch.device("cuda" if HOPPER else "cpu")
 DIMS = (128, 128) if HOPPER else (32, 32)
-OTHER = Residents(Resident(128, 128, 2, 2), gradients=Resident(128, 64, 1, 3))
+OTHER = Residents(Resident(128, 128, 2, 2), gradients=Resident(128, 64, 1, 3), at_once=True)
+AT_ONCE = replace(configs.RESIDENT, at_once=True)
 LONG = 3000 if HOPPER else 300
 ROUNDINGS = 2 * 2**-8  # to bf16, of a weight and of an output: of a pair or two they may add up
 
 
 # A GPU compiles them for a long time: only those that are shipped.
-@pytest.fixture(autouse=True, params=[configs.RESIDENT] if HOPPER else [configs.RESIDENT, OTHER])
+@pytest.fixture(autouse=True, params=[configs.RESIDENT, AT_ONCE if HOPPER else OTHER])
 def resident_configs(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Also where it would not pay; and three programs where there is no GPU."""
     config = replace(configs.HOPPER[128], resident=request.param)
@@ -86,9 +90,12 @@ def check(
     attend([None] * 4, again)  # dq, dk and dv one by one
     partial = [torch.randn(x.shape, device=DEVICE) for x in want]
     onto = attend(partial, apart(torch.float32))
+    in_place = tuple(x.clone() for x in partial)
+    attend(in_place, in_place)
     for i, found in enumerate(once):
         assert torch.equal(found, again[i])
         assert (found - want[i]).norm() <= bound * want[i].norm()
+        assert torch.equal(in_place[i], onto[i])
         more = onto[i] - partial[i]
         assert (more - want[i]).norm() <= bound * want[i].norm() + 1e-6 * partial[i].norm()
 
@@ -146,6 +153,58 @@ def test_tiles_of_keys_in_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Jagged.whole(lengths)
     intervals = semi_local_intervals(whole, lengths, lengths.clamp(max=2), local=70, prefix=40)
     check(whole, whole, intervals)
+    on_device = Jagged(*(x.to(DEVICE) for x in (whole.offsets, whole.positions)), whole.num_rows)
+    records = plan_for(on_device, on_device, intervals.to(DEVICE), 128, 64, 128).key_tiles()
+    assert records[:, 0, SEGMENT_AT.value + 1].max() > 1
+
+
+def test_more_tiles_of_queries_than_of_keys() -> None:
+    lengths = torch.tensor([LONG, 100], dtype=torch.int32)
+    whole = Jagged.whole(lengths)
+    some = part_of(whole, whole.positions < 90)
+    check(whole, some, hstu_intervals(whole, lengths, torch.zeros_like(lengths)))
+
+
+class Late(Arrival):
+    """Rows that are not there before someone waits for them."""
+
+    def __init__(self, *rows: Tensor) -> None:
+        self.coming, self.rows = rows, tuple(torch.full_like(x, math.nan) for x in rows)
+
+    def wait(self) -> None:
+        for x, comes in zip(self.rows, self.coming, strict=True):
+            x.copy_(comes)
+
+
+@pytest.mark.parametrize("dim", [DIMS[0], 40])
+def test_rows_that_come_late(dim: int) -> None:
+    """Also those that have to be padded."""
+    lengths = torch.tensor([150, 30], dtype=torch.int32, device=DEVICE)
+    whole = Jagged.whole(lengths)
+    intervals = hstu_intervals(whole, lengths, torch.zeros_like(lengths))
+    weighting = Weighting(whole, whole, intervals, 0.2, 0.1)
+    q, k, v, dout = torch.randn(4, 180, 2, dim, device=DEVICE, dtype=torch.float16)
+
+    def attend(keys: Source, queries: Source) -> tuple[Tensor, ...]:
+        out, dq, dk, dv = torch.empty(4, 180, 2, dim, device=DEVICE, dtype=torch.float16)
+        launch.forward(q, keys, out=out)
+        launch.query_gradient(dout, q, keys, out=dq)
+        launch.key_value_gradients(k, v, queries, out=(dk, dv))
+        return out, dq, dk, dv
+
+    want = attend(Source((k, v), weighting), Source((q, dout), weighting))
+    for i in range(4):  # each the first to wait
+        keys, queries = Late(k, v), Late(q, dout)
+        of_keys, of_queries = (Source(x.rows, weighting, x) for x in (keys, queries))
+        out = torch.empty_like(q)
+        if i == 0:
+            found = [launch.forward(q, of_keys, out=out)]
+        elif i == 1:
+            found = [launch.query_gradient(dout, q, of_keys, out=out)]
+        else:
+            both = launch.key_value_gradients(k, v, of_queries, out=(out, torch.empty_like(v)))
+            found = [both[i - 2]]
+        assert torch.equal(found[0], want[i])
 
 
 @pytest.mark.parametrize("table", ["HOPPER", "HOPPER_LONG", "HOPPER_FEW", "HOPPER_SHORT"])

@@ -20,12 +20,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.triton.hopper.masked import find_masked
+from kernels.triton.hopper.masked import find_masked, load_masked
 from kernels.triton.hopper.pipeline import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
+    announce,
     barriers,
+    fetch,
     give,
+    leave_counters,
     next_place,
     ring_of,
     ring_of_places,
@@ -33,11 +36,74 @@ from kernels.triton.hopper.pipeline import (
     take,
     turn,
 )
-from kernels.triton.hopper.query_tiles import load_tile, produce
-from kernels.triton.hopper.rows import copy_rows, hide, load_added, load_riders, store_rows
+from kernels.triton.hopper.rows import (
+    copy_rows,
+    hide,
+    load_added,
+    load_bounds,
+    load_riders,
+    load_rows,
+    store_rows,
+)
 from kernels.triton.launcher import remembered
-from kernels.triton.runs import find_block
+from kernels.triton.runs import FULL_RUNS, find_block, load_runs, tile_at
 from kernels.triton.silu import silu
+
+
+@gluon.jit
+def _produce(descs, tiles, rings, HEADS: gl.constexpr):
+    """One warp's: all tiles in turn, half of their rows into one ring and half into another; and
+    their blocks, masked ones first. A tile that sees nothing has one block, which nobody sees.
+
+    counters_ptr: int32 [2], zero before and after a launch.
+    """
+    tiles_ptr, num_tiles_ptr, counters_ptr = tiles
+    places, upper, lower, keys, values = rings
+    q_desc, k_desc, v_desc = descs
+    BLOCK: gl.constexpr = k_desc.block_type.shape[0]
+    ROWS: gl.constexpr = q_desc.block_type.shape[0]
+    count = gl.load(num_tiles_ptr) * HEADS
+    # Counted from the first on: a program whose multiprocessor is busy elsewhere comes late.
+    place = gl.atomic_add(counters_ptr, 1)
+    i = 0  # tiles so far
+    n = 0  # blocks
+    while place < count:
+        head, _part, record = tile_at(tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
+        rows = load_rows(record)
+        masked, second, of_masked = load_masked(record, 2, BLOCK)
+        full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
+        if rows[3] > 0:
+            announce(places, i, place)
+            fetch((q_desc,), rows[0], head, upper, i)
+            fetch((q_desc,), rows[0] + ROWS, head, lower, i)
+            blocks = gl.maximum(masked + full, 1)
+            for block in range(blocks):
+                if block == blocks - 1:  # who claims a tile long before its turn makes a tail
+                    place = gl.atomic_add(counters_ptr, 1)
+                row, _end = find_masked(of_masked, second, block, BLOCK)
+                full_row, _end = find_block(runs, block - masked, BLOCK)
+                row = gl.where(block < masked, row, full_row)
+                fetch((k_desc,), row, head, keys, n)
+                fetch((v_desc,), row, head, values, n)
+                n += 1
+            i += 1
+        else:
+            place = gl.atomic_add(counters_ptr, 1)
+    announce(places, i, -1)
+    leave_counters(counters_ptr)
+
+
+@gluon.jit
+def _load_tile(
+    tiles_ptr, place, HEADS: gl.constexpr, bounds_ptr, first, ROWS: gl.constexpr,
+    BLOCK: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """What a warpgroup is to know of a tile; of any, behind the last."""
+    head, _part, record = tile_at(tiles_ptr, gl.maximum(place, 0), HEADS, PARTS=1, SOURCES=1)
+    rows = load_rows(record)
+    bounds = load_bounds(bounds_ptr, rows, first, ROWS, layout)
+    full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
+    return head, rows, bounds, load_masked(record, 2, BLOCK), (full, runs)
 
 
 @gluon.jit
@@ -62,7 +128,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
     i = 0  # tiles so far
     n = 0  # blocks
     place = next_place(places, i)
-    tile = load_tile(tiles_ptr, place, HEADS, bounds_ptr, first, ROWS, BLOCK, bounds_layout)
+    tile = _load_tile(tiles_ptr, place, HEADS, bounds_ptr, first, ROWS, BLOCK, bounds_layout)
     while place >= 0:
         head, rows, bounds, of_masked, of_full = tile
         low1, high1, low2, high2 = bounds
@@ -116,7 +182,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
         sums = warpgroup_mma(weights, take(values, n)[0], acc, is_async=True)
         i += 1
         place = next_place(places, i)
-        tile = load_tile(  # while the products run
+        tile = _load_tile(  # while the products run
             tiles_ptr, place, HEADS, bounds_ptr, first, ROWS, BLOCK, bounds_layout
         )
         acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
@@ -173,14 +239,14 @@ def resident_forward_kernel(
     fence_async_shared()  # barriers are there
     matrices = q_ptr, q_stride, add_ptr, add_stride, out_ptr, out_stride, out_desc
     work = tiles_ptr, half_alpha, scale, bounds_ptr
-    tiles, of_block = (tiles_ptr, num_tiles_ptr, counters_ptr), (k_desc, v_desc)
+    tiles = tiles_ptr, num_tiles_ptr, counters_ptr
     to_fill = places, upper, lower, keys, values
     of_upper, of_lower = (places, upper, keys, values, order), (places, lower, keys, values, order)
     gl.warp_specialize(
         [
             (_consume, (0, matrices, work, of_upper, upper_out, HEADS)),
             (_consume, (1, matrices, work, of_lower, lower_out, HEADS)),
-            (produce, ((q_desc,), of_block, tiles, to_fill, HEADS)),
+            (_produce, ((q_desc, k_desc, v_desc), tiles, to_fill, HEADS)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],

@@ -296,8 +296,8 @@ def resident_gradients_kernel(
     """dq, dk and dv, each plus another if wanted; of tiles of queries alone, or of keys alone, if
     there are none of the others. 16-bit q, dout, k, v.
 
-    All descriptors are of half of a tile's rows, or as many of a block; those of outputs None for
-    such as are not of 16 bits, or if head dims differ. Segments of key tiles leave their sums as in
+    All descriptors are of half of a tile's rows, or as many of a block; those of outputs None if
+    one is not of 16 bits, or if head dims differ. Segments of key tiles leave their sums as in
     `kernels.triton.backward`, half a tile each time; so done_ptr.
     Grid: any; as many as there are multiprocessors to fill them.
     """
@@ -308,8 +308,6 @@ def resident_gradients_kernel(
     upper_out, lower_out = 0, 0
     if dq_desc is not None:
         upper_out, lower_out = room_for(dq_desc, 1).index(0), room_for(dq_desc, 1).index(0)
-    elif dk_desc is not None:
-        upper_out, lower_out = room_for(dk_desc, 1).index(0), room_for(dk_desc, 1).index(0)
     fence_async_shared()  # barriers are there
     of_dq = dq_ptr, dq_stride, dq_desc, add_q_ptr, add_q_stride
     of_dk = dk_ptr, dk_stride, dk_desc, add_k_ptr, add_k_stride
