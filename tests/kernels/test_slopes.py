@@ -218,7 +218,7 @@ def test_shipped_blocks_are_squares() -> None:
 
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="of a GPU's instructions")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dims", [(256, 256), (200, 64), (64, 128)])
+@pytest.mark.parametrize("dims", [(256, 256), (200, 64), (64, 32)])
 def test_shipped_blocks(
     dims: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
