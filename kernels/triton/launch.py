@@ -125,11 +125,18 @@ def gradients(
     how long a sequence may be and there is room: for those of one head, or, where dk has no launch
     of its own, of all. A ring, and a halo, find dq and dk of different pairs.
     """
-    if not deterministic and resident.gradients_in_any_order(dout, q, k, v, weighting, out):
-        return
-    if resident.gradients_at_once(dout, q, k, v, weighting, out):
-        return
-    slopes = _Slopes.of(q, v, weighting)
+    slopes = None
+    if q.shape[0] and v.shape[0]:
+        dims = padded_dim(q.shape[2]), padded_dim(v.shape[2])
+        config = config_of(weighting.queries, q.shape[1], dims, q.dtype, q.device)
+        shipped, problem = config.resident, (dout, q, k, v, weighting, out)
+        in_any_order = shipped and shipped.unordered and not deterministic
+        if in_any_order and resident.gradients_in_any_order(*problem):
+            return
+        if shipped and shipped.at_once:
+            resident.gradients_at_once(*problem)
+            return
+        slopes = _Slopes.of(config.kept, q, weighting)
     if slopes is None:
         key_value_gradients(k, v, Source((q, dout), weighting), out=out[1:])
         query_gradient(dout, q, Source((k, v), weighting), out=out[0])
@@ -149,14 +156,10 @@ class _Slopes:
     query_parts: int
 
     @staticmethod
-    def of(q: Tensor, v: Tensor, weighting: Weighting) -> _Slopes | None:
+    def of(blocks: Kept | None, q: Tensor, weighting: Weighting) -> _Slopes | None:
         """None: better found twice."""
         queries, keys = weighting.queries, weighting.keys
-        if not (q.shape[0] and v.shape[0]) or queries.max_length is None:
-            return None
-        dims = padded_dim(q.shape[2]), padded_dim(v.shape[2])
-        blocks = config_of(queries, q.shape[1], dims, q.dtype, q.device).kept
-        if blocks is None:
+        if blocks is None or queries.max_length is None:
             return None
         key_parts = keys.num_rows // SIDE.value + keys.num_sequences
         query_parts = max(1, cdiv(min(queries.max_length, queries.num_rows), SIDE.value))

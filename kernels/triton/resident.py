@@ -9,13 +9,12 @@ from torch import Tensor
 
 from kernels.scratch import scratch_limit
 from kernels.source import Source
-from kernels.triton.configs import Residents
 from kernels.triton.hopper.forward import resident_forward_kernel
 from kernels.triton.hopper.gradients import resident_gradients_kernel
 from kernels.triton.hopper.unordered import resident_unordered_kernel
 from kernels.triton.launcher import SharedRows, multiprocessors
 from kernels.triton.target import Target, padded_dim, ready, rows_of
-from kernels.triton.walk import Walk, config_of
+from kernels.triton.walk import Walk
 from kernels.weighting import Weighting
 
 WARPS = 4  # of a warpgroup
@@ -63,26 +62,14 @@ def gradients_at_once(
     v: Tensor,
     weighting: Weighting,
     out: tuple[Tensor, Tensor, Tensor],
-) -> bool:
-    """`out`, written with dq, dk and dv by one launch: whether it could be done, and is faster."""
-    shipped = _shipped(q, v, weighting)
-    if not shipped or not shipped.at_once:
-        return False
+) -> None:
+    """`out`, written with dq, dk and dv by one launch."""
     walk = Walk(k, [Source((q, dout), weighting)], resident="gradients")
     query, key, value = targets = [Target(x, None) for x in out]
     q, dout = walk.rows[0]
     _gradients(walk, (q, dout), (ready(k), ready(v)), query, (key, value))
     for target in targets:
         target.finish()
-    return True
-
-
-def _shipped(q: Tensor, v: Tensor, weighting: Weighting) -> Residents | None:
-    """For a backward of such rows, if there are any: asked before a plan is made."""
-    if not (q.shape[0] and v.shape[0]):
-        return None
-    dims = padded_dim(q.shape[2]), padded_dim(v.shape[2])
-    return config_of(weighting.queries, q.shape[1], dims, q.dtype, q.device).resident
 
 
 def _gradients(
@@ -139,9 +126,8 @@ def gradients_in_any_order(
     weighting: Weighting,
     out: tuple[Tensor, Tensor, Tensor],
 ) -> bool:
-    """`out`, written with dq, dk and dv: whether it could be done, and is faster so."""
-    shipped = _shipped(q, v, weighting)
-    if not shipped or not shipped.unordered or padded_dim(q.shape[2]) != padded_dim(v.shape[2]):
+    """`out`, written with dq, dk and dv: whether it could be done."""
+    if padded_dim(q.shape[2]) != padded_dim(v.shape[2]):
         return False
     walk = Walk(k, [Source((q, dout), weighting)], resident="unordered")
     plan, blocks, heads, dim = walk.plan, walk.blocks, walk.heads, walk.qk_dim

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.triton.hopper.masked import find_masked, load_masked
+from kernels.triton.hopper.masked import find_masked, find_row, load_masked
 from kernels.triton.hopper.pipeline import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
@@ -37,13 +37,12 @@ from kernels.triton.hopper.pipeline import (
     turn,
 )
 from kernels.triton.hopper.rows import (
-    copy_rows,
     hide,
     load_added,
     load_bounds,
     load_riders,
     load_rows,
-    store_rows,
+    write,
 )
 from kernels.triton.launcher import remembered
 from kernels.triton.runs import FULL_RUNS, find_block, load_runs, tile_at
@@ -70,19 +69,17 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
     while place < count:
         head, _part, record = tile_at(tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
         rows = load_rows(record)
-        masked, second, of_masked = load_masked(record, 2, BLOCK)
+        of_masked = load_masked(record, 2, BLOCK)
         full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
         if rows[3] > 0:
             announce(places, i, place)
             fetch((q_desc,), rows[0], head, upper, i)
             fetch((q_desc,), rows[0] + ROWS, head, lower, i)
-            blocks = gl.maximum(masked + full, 1)
+            blocks = gl.maximum(of_masked[0] + full, 1)
             for block in range(blocks):
                 if block == blocks - 1:  # who claims a tile long before its turn makes a tail
                     place = gl.atomic_add(counters_ptr, 1)
-                row, _end = find_masked(of_masked, second, block, BLOCK)
-                full_row, _end = find_block(runs, block - masked, BLOCK)
-                row = gl.where(block < masked, row, full_row)
+                row = find_row(of_masked, runs, block, BLOCK)
                 fetch((k_desc,), row, head, keys, n)
                 fetch((v_desc,), row, head, values, n)
                 n += 1
@@ -188,11 +185,8 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
         acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
         give(values, n)
         n += 1
-        out = (acc * scale).to(out_ptr.dtype.element_ty)
-        if out_desc is None:
-            store_rows(out_ptr, out_stride, out, rows, first, v_at)
-        else:
-            copy_rows(out_ptr, out_stride, out_desc, out, rows, first, v_at, staged)
+        of_out = out_ptr, out_stride, out_desc, None, 0
+        write(of_out, acc * scale, rows, first, v_at, staged)
     if out_desc is not None:
         tma.store_wait(0)
 

@@ -22,8 +22,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.triton.hopper.key_tiles import add_segments, unknown_zero, visible
-from kernels.triton.hopper.masked import find_masked, load_masked
+from kernels.triton.hopper.key_tiles import add_segments, hide_keys, unknown_zero
+from kernels.triton.hopper.masked import find_masked, find_row, load_masked
 from kernels.triton.hopper.pipeline import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
@@ -39,8 +39,8 @@ from kernels.triton.hopper.pipeline import (
 )
 from kernels.triton.hopper.rows import hide, load_bounds, load_riders, load_rows, write
 from kernels.triton.launcher import remembered
-from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, find_block, load_runs, load_segment, tile_at
-from kernels.triton.silu import UNSEEN, silu_and_twice_slope
+from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, load_runs, load_segment, tile_at
+from kernels.triton.silu import silu_and_twice_slope
 
 
 @gluon.jit
@@ -75,15 +75,14 @@ def _fetch_tile(of_tile, of_block, bounds_desc, record, head, so_far, rings, cou
     row0 = gl.load(record)
     fetch(of_tile, row0, head, upper, i)
     fetch(of_tile, row0 + ROWS, head, lower, i)
-    masked, second, masked_runs = load_masked(record, MASKED_RUNS, BLOCK)
+    of_masked = load_masked(record, MASKED_RUNS, BLOCK)
     full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
+    masked = of_masked[0]
     place = -1
     for block in range(masked + full):
         if block == masked + full - 1:
             place = gl.atomic_add(counters_ptr, 1)
-        masked_row, _end = find_masked(masked_runs, second, block, BLOCK)
-        row, _end = find_block(runs, block - masked, BLOCK)
-        row = gl.where(block < masked, masked_row, row)
+        row = find_row(of_masked, runs, block, BLOCK)
         fetch(of_block, row, head, blocks, n)
         if bounds_desc is not None:  # noqa: SIM102 (known to the compiler)
             if block < masked:
@@ -143,6 +142,20 @@ def _load_tile(
 
 
 @gluon.jit
+def _begin(tiles, i, blocks, n, block, zeros):
+    """The n-th block's (c, d), and, being computed, the products a c^T and b d^T with the i-th
+    tile's (a, b). block: which of the tile's blocks it is."""
+    TILES: gl.constexpr = tiles[0][0].shape[0]
+    zero = unknown_zero(block)
+    a, b = tiles[0][0].index(i % TILES + zero), tiles[0][1].index(i % TILES + zero)
+    c, d = take(blocks, n)
+    c_columns, d_columns = c.permute([1, 0]), d.permute([1, 0])
+    scores = warpgroup_mma(a, c_columns, zeros, use_acc=False, is_async=True)
+    dweights = warpgroup_mma(b, d_columns, zeros, use_acc=False, is_async=True)
+    return c, d, scores, dweights
+
+
+@gluon.jit
 def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.constexpr):
     """One warpgroup's: half of the rows of each tile. staged: where to have them copied from."""
     of_q, of_dout, of_dq, of_dk, of_dv, sums_k_ptr, sums_v_ptr, done_ptr = matrices
@@ -152,7 +165,6 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
     QK_DIM: gl.constexpr = tiles[0][0].shape[2]
     V_DIM: gl.constexpr = tiles[0][1].shape[2]
     BLOCK: gl.constexpr = blocks[0][0].shape[1]
-    TILES: gl.constexpr = tiles[0][0].shape[0]
     dtype: gl.constexpr = tiles[0][0].dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     qk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QK_DIM, 16])
@@ -172,21 +184,16 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
         masked, second, masked_runs = of_masked
         full, _runs = of_full
         at, v_at = head * QK_DIM, head * V_DIM
-        a, b = take(tiles, i)
+        of_tile = take(tiles, i)
         if of_queries == 1:
             low1, high1, low2, high2 = of_rows
             if rows[1] < rows[3]:
-                load_riders(a, of_q[0], of_q[1], rows, first, at)
-                load_riders(b, of_dout[0], of_dout[1], rows, first, v_at)
+                load_riders(of_tile[0], of_q[0], of_q[1], rows, first, at)
+                load_riders(of_tile[1], of_dout[0], of_dout[1], rows, first, v_at)
             dq = gl.zeros([ROWS, QK_DIM], gl.float32, qk_layout)
             for kind in gl.static_range(2):  # masked blocks, then full ones
                 for block in range(masked if kind == 0 else full):
-                    zero = unknown_zero(block)
-                    a, b = tiles[0][0].index(i % TILES + zero), tiles[0][1].index(i % TILES + zero)
-                    k, v = take(blocks, n)
-                    k_columns, v_columns = k.permute([1, 0]), v.permute([1, 0])
-                    scores = warpgroup_mma(a, k_columns, zeros, use_acc=False, is_async=True)
-                    dweights = warpgroup_mma(b, v_columns, zeros, use_acc=False, is_async=True)
+                    k, _v, scores, dweights = _begin(tiles, i, blocks, n, block, zeros)
                     half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                     if kind == 0:
                         row, _end = find_masked(masked_runs, second, block, BLOCK)
@@ -210,19 +217,12 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
             dv = gl.zeros([ROWS, V_DIM], gl.float32, v_layout)
             for kind in gl.static_range(2):
                 for block in range(masked if kind == 0 else full):
-                    zero = unknown_zero(block)
-                    a, b = tiles[0][0].index(i % TILES + zero), tiles[0][1].index(i % TILES + zero)
-                    q, dout = take(blocks, n)
-                    q_columns, dout_columns = q.permute([1, 0]), dout.permute([1, 0])
-                    scores = warpgroup_mma(a, q_columns, zeros, use_acc=False, is_async=True)
-                    dweights = warpgroup_mma(b, dout_columns, zeros, use_acc=False, is_async=True)
+                    q, dout, scores, dweights = _begin(tiles, i, blocks, n, block, zeros)
                     half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                     if kind == 0:
                         row, end = find_masked(masked_runs, second, block, BLOCK)
-                        of_block, key_row = take(bounds, m)[0], rows[0] + first
-                        seen = visible(of_block, block < second, row, end, key_row, half_scores)
-                        half_scores = gl.where(seen, half_scores, UNSEEN)
-                        give(bounds, m)
+                        which = block < second, row, end, rows[0] + first
+                        half_scores = hide_keys(half_scores, bounds, m, *which)
                         m += 1
                     weights, slope = silu_and_twice_slope(half_scores, True)
                     weights = gl.convert_layout(weights.to(dtype), weights_layout)

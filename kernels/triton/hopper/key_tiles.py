@@ -8,22 +8,29 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kernels.triton.hopper.pipeline import CONSUMERS
+from kernels.triton.hopper.pipeline import CONSUMERS, give, take
 from kernels.triton.hopper.rows import between
+from kernels.triton.silu import UNSEEN
 
 
 @gluon.jit
-def visible(bounds, by_second, row, end, key_row, scores):
-    """Which keys a block's queries see, by one of their intervals: none of a row behind `end`."""
-    layout: gl.constexpr = scores.type.layout
-    queries = (row + gl.arange(0, scores.shape[1], gl.SliceLayout(0, layout)))[None, :]
-    keys = (key_row + gl.arange(0, scores.shape[0], gl.SliceLayout(1, layout)))[:, None]
+def hide_keys(half_scores, ring, n, by_second, row, end, key_row):
+    """half_scores [keys, queries] where the queries of a block, those from `row` on and before
+    `end`, see the keys by one of their intervals. ring: bounds of such blocks, this one's n-th."""
+    layout: gl.constexpr = half_scores.type.layout
+    bounds = take(ring, n)[0]
+    queries = (row + gl.arange(0, half_scores.shape[1], gl.SliceLayout(0, layout)))[None, :]
+    keys = (key_row + gl.arange(0, half_scores.shape[0], gl.SliceLayout(1, layout)))[:, None]
     # As it came: for want of a swizzle, no other order than that of memory.
     rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    of_rows = bounds._reinterpret(gl.int32, [scores.shape[1], 4], rows_layout).permute([1, 0])
+    shape: gl.constexpr = [half_scores.shape[1], 4]
+    of_rows = bounds._reinterpret(gl.int32, shape, rows_layout).permute([1, 0])
     low = gl.where(by_second, of_rows.slice(2, 1).load(layout), of_rows.slice(0, 1).load(layout))
     high = gl.where(by_second, of_rows.slice(3, 1).load(layout), of_rows.slice(1, 1).load(layout))
-    return between(keys, low, gl.where(queries < end, high, low))
+    seen = between(keys, low, gl.where(queries < end, high, low))
+    half_scores = gl.where(seen, half_scores, UNSEEN)
+    give(ring, n)
+    return half_scores
 
 
 @gluon.jit

@@ -24,3 +24,12 @@ def find_masked(runs, second, block, BLOCK: gl.constexpr):
     row2, end2 = find_block(runs[0], block, BLOCK)
     row1, end1 = find_block(runs[1], block - second, BLOCK)
     return gl.where(block < second, row2, row1), gl.where(block < second, end2, end1)
+
+
+@gluon.jit
+def find_row(of_masked, full_runs, block, BLOCK: gl.constexpr):
+    """The first row of any block: masked ones, as `load_masked` says of them, come first."""
+    masked, second, runs = of_masked
+    masked_row, _end = find_masked(runs, second, block, BLOCK)
+    full_row, _end = find_block(full_runs, block - masked, BLOCK)
+    return gl.where(block < masked, masked_row, full_row)

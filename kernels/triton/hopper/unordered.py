@@ -23,8 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.triton.hopper.adding import async_add_shared_to_global
-from kernels.triton.hopper.key_tiles import add_segments, unknown_zero, visible
-from kernels.triton.hopper.masked import find_masked, load_masked
+from kernels.triton.hopper.key_tiles import add_segments, hide_keys, unknown_zero
+from kernels.triton.hopper.masked import find_masked, find_row, load_masked
 from kernels.triton.hopper.pipeline import (
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -44,7 +44,7 @@ from kernels.triton.hopper.pipeline import (
 from kernels.triton.hopper.rows import clear_rows, load_rows, write
 from kernels.triton.launcher import remembered
 from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, find_block, load_runs, load_segment, tile_at
-from kernels.triton.silu import UNSEEN, silu_and_twice_slope
+from kernels.triton.silu import silu_and_twice_slope
 
 
 @gluon.jit
@@ -70,12 +70,11 @@ def _produce(descs, tiles, rings, HEADS: gl.constexpr):
             announce(places, i, place)
             fetch((k_desc,), rows[0], head, keys, i)
             fetch((v_desc,), rows[0], head, values, i)
-            masked, second, masked_runs = load_masked(record, MASKED_RUNS, BLOCK)
+            of_masked = load_masked(record, MASKED_RUNS, BLOCK)
             full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
+            masked = of_masked[0]
             for block in range(masked + full):
-                masked_row, _end = find_masked(masked_runs, second, block, BLOCK)
-                row, _end = find_block(runs, block - masked, BLOCK)
-                row = gl.where(block < masked, masked_row, row)
+                row = find_row(of_masked, runs, block, BLOCK)
                 fetch((q_desc, dout_desc), row, head, queries, n)
                 if block < masked:
                     fetch((bounds_desc,), row, 0, bounds, m)
@@ -170,10 +169,8 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
                     row, end = find_block(runs, block, BLOCK)
                 half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                 if kind == 0:
-                    of_rows, key_row = take(bounds, m)[0], rows[0] + first
-                    seen = visible(of_rows, block < second, row, end, key_row, half_scores)
-                    half_scores = gl.where(seen, half_scores, UNSEEN)
-                    give(bounds, m)
+                    which = block < second, row, end, rows[0] + first
+                    half_scores = hide_keys(half_scores, bounds, m, *which)
                     m += 1
                 weights, slope = silu_and_twice_slope(half_scores, True)
                 weights = gl.convert_layout(weights.to(dtype), left_layout)
