@@ -75,7 +75,7 @@ class Config:
     resident: Residents | None = None
 
 
-RESIDENT = Residents(Resident(128, 64, 2, 3, copies=True), gradients=Resident(128, 64, 2, 2))
+RESIDENT = Residents(Resident(128, 64, 2, 3, copies=True), gradients=Resident(128, 64, 2, 3))
 # By the larger of the two head dims, padded to a power of two. On Hopper two blocks of 4 warps
 # share a multiprocessor where they fit: one computes SiLU while the other's products run.
 HOPPER = {

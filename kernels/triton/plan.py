@@ -29,6 +29,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from triton.runtime import driver
 
 from kernels.jagged import Jagged
+from kernels.triton.halves import mark_halves
 from kernels.triton.key_tiles import key_tiles_kernel
 from kernels.triton.query_tiles import HULLS, query_tiles_kernel
 from kernels.triton.tiles import PIECES, SHARES, Records, Tiles, most_segments, order_bits
@@ -123,6 +124,15 @@ class Plan:
         more: of the same keys and other queries.
         """
         return self._ordered("key_records", more, Records.in_segments, self.keys)
+
+    @cached_property
+    def halved_query_tiles(self) -> Tensor:
+        """`query_tiles`, with what halves of them do not see, as the next."""
+        return mark_halves(self.query_tiles(), self.bounds, self.tile, self.part, of_keys=False)
+
+    @cached_property
+    def halved_key_tiles(self) -> Tensor:
+        return mark_halves(self.key_tiles(), self.bounds, self.key_tile, self.part, of_keys=True)
 
     @cached_property
     def key_tiles_first_first(self) -> Tensor:

@@ -30,7 +30,7 @@ def forward(walk: Walk, q: Tensor, target: Target) -> None:
         *target.add,
         *target.out,
         SharedRows(target.written, half) if copies else None,
-        plan.query_tiles(),
+        plan.halved_query_tiles,
         plan.num_query_tiles,
         plan.counters(2),
         *walk.factors,
@@ -90,7 +90,8 @@ def _gradients(
         written += [*target.out, SharedRows(target.written, half) if copies else None]
     rows = plan.most_segments() * blocks.m if keys else 0
     sums = [x.new_empty(rows, *x.shape[1:], dtype=torch.float32) for x in of_keys]
-    tiles, none = plan.query_tiles() if query else plan.key_tiles(), plan.counters(1)
+    tiles = plan.halved_query_tiles if query else plan.halved_key_tiles
+    none = plan.counters(1)
     resident_gradients_kernel[(multiprocessors(q.device),)](
         SharedRows(q, half),
         *rows_of(q),
@@ -104,7 +105,7 @@ def _gradients(
         plan.counters(rows // half * walk.heads),
         tiles,
         plan.num_query_tiles if query else none,
-        plan.key_tiles() if keys else tiles,
+        plan.halved_key_tiles if keys else tiles,
         plan.num_key_tiles if keys else none,
         plan.most_segments_more if keys else 0,
         plan.counters(2),

@@ -6,8 +6,9 @@ rows to visit as (start, end); what is unused is empty. There are three kinds of
 where every query sees every key, and those where the queries' first interval is to be tested, or
 their second (but see `plan.py` for aligned plans). A full run is a multiple of every block. Last,
 of a key tile, which of how many segments of its blocks these runs are, and where in a buffer the
-sums of the tile's segments begin. A kernel that visits the rows of several sources has a record for
-each, one behind the other, which differ in their runs.
+sums of the tile's segments begin; and what halves of the tile do not see, for kernels that ask, see
+`halves.py`. A kernel that visits the rows of several sources has a record for each, one behind the
+other, which differ in their runs.
 """
 
 from __future__ import annotations
@@ -23,15 +24,33 @@ MASKED_RUNS = tl.constexpr(4)  # per interval
 RIDERS_AT = tl.constexpr(2)
 SEQUENCE_AT = tl.constexpr(4)
 RUNS_AT = tl.constexpr(6)
-SEGMENT_AT = tl.constexpr(RUNS_AT + 2 * (FULL_RUNS + 2 * MASKED_RUNS))
+RUNS = tl.constexpr(FULL_RUNS + 2 * MASKED_RUNS)
+SEGMENT_AT = tl.constexpr(RUNS_AT + 2 * RUNS)
+HALVES_AT = tl.constexpr(SEGMENT_AT + 3)
 RECORD = tl.constexpr(32)
+
+
+@triton.constexpr_function
+def runs_at(kind):
+    """Where in a record runs of a kind begin: those for the second interval, for the first, full
+    ones."""
+    return RUNS_AT + 2 * (2 - kind) * MASKED_RUNS
 
 
 @triton.jit
 def run_at(kind: tl.constexpr, run):
     """Where in a record a run is."""
-    before: tl.constexpr = FULL_RUNS + (kind - 1) * MASKED_RUNS if kind > 0 else 0
-    return RUNS_AT + 2 * (before + run)
+    return runs_at(kind) + 2 * run
+
+
+@triton.jit
+def number_at(record, i: tl.constexpr):
+    """Of a record in memory, or of one that is a tuple of its numbers."""
+    if isinstance(record, tl.tuple):
+        number = record[i]
+    else:
+        number = tl.load(record + i)
+    return number
 
 
 @triton.jit
@@ -54,12 +73,19 @@ def load_sequence(record):
 
 
 @triton.jit
+def load_rows(record):
+    """The first row, how many there are, the first of others that ride along behind these, and how
+    many there are with these."""
+    row0 = number_at(record, 0)
+    own = number_at(record, 1) - row0
+    rider0 = number_at(record, RIDERS_AT)
+    return row0, own, rider0, own + number_at(record, RIDERS_AT + 1) - rider0
+
+
+@triton.jit
 def query_rows(record, part, BLOCK: tl.constexpr):
     """The rows of a part of a tile, which of them there are, and whether there are any."""
-    row0 = tl.load(record)
-    own = tl.load(record + 1) - row0
-    rider0 = tl.load(record + RIDERS_AT)
-    all = own + tl.load(record + RIDERS_AT + 1) - rider0
+    row0, own, rider0, all = load_rows(record)
     at = part * BLOCK + tl.arange(0, BLOCK)
     return tl.where(at < own, row0, rider0 - own) + at, at < all, part * BLOCK < all
 
@@ -149,8 +175,8 @@ def load_runs(
     blocks = 0
     runs = ()
     for run in tl.static_range(COUNT):
-        start = tl.load(record + run_at(kind, run))
-        end = tl.load(record + run_at(kind, run) + 1)
+        start = number_at(record, runs_at(kind) + 2 * run)
+        end = number_at(record, runs_at(kind) + 2 * run + 1)
         runs = runs + ((blocks, start - blocks * BLOCK, end),)  # type: ignore[assignment] # noqa: RUF005
         blocks += tl.cdiv(tl.maximum(end - start, 0), BLOCK * TIMES) * TIMES
     return blocks, runs
@@ -180,8 +206,8 @@ def store_segment(record, here, segment, segments, slot):
 @triton.jit
 def load_segment(record):
     """Which segment of its tile a record is, of how many, and where their sums begin."""
-    at = record + SEGMENT_AT
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    segment = number_at(record, SEGMENT_AT)
+    return segment, number_at(record, SEGMENT_AT + 1), number_at(record, SEGMENT_AT + 2)
 
 
 @triton.jit

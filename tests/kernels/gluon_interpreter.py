@@ -222,12 +222,13 @@ class Gpu:
 
     int32, int64, float32 = torch.int32, torch.int64, torch.float32
     uint32 = "uint32"
-    static_range, constexpr = range, None
+    static_range, constexpr, tuple = range, None, tuple
     static_assert = staticmethod(lambda holds: None if holds else 1 / 0)
     maximum = staticmethod(lambda a, b: torch.maximum(value(a), value(b)))
     minimum = staticmethod(lambda a, b: torch.minimum(value(a), value(b)))
     cdiv = staticmethod(lambda a, b: (a + b - 1) // b)
     max = staticmethod(lambda x, axis: x.amax(axis))
+    sum = staticmethod(lambda x, axis: x.sum(axis, dtype=x.dtype))
 
     def where(self, x: Any, a: Any, b: Any) -> Any:
         if isinstance(a, Pointer):

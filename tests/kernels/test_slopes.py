@@ -22,7 +22,7 @@ from kernels.masks import hstu_intervals, semi_local_intervals
 from kernels.scratch import limit_scratch, scratch_limit
 from kernels.triton import configs, launch, tiles
 from kernels.triton.plan import Plan
-from kernels.triton.runs import FULL_RUNS, RUNS_AT, SEGMENT_AT
+from kernels.triton.runs import MASKED_RUNS, RUNS_AT, SEGMENT_AT
 from kernels.weighting import Weighting
 from tests.kernels.cases import Case, any_intervals, cases, part_of, visible_pairs
 
@@ -44,7 +44,7 @@ def walked(record: list[int]) -> list[tuple[bool, int]]:
     """Whether a part is full, and its first row, of all parts that a record names."""
     ends = record[RUNS_AT.value : SEGMENT_AT.value]
     runs = enumerate(zip(ends[::2], ends[1::2], strict=True))
-    return [(i < FULL_RUNS.value, x) for i, (a, b) in runs for x in range(a, b, PART)]
+    return [(i >= 2 * MASKED_RUNS.value, x) for i, (a, b) in runs for x in range(a, b, PART)]
 
 
 def check_plan(queries: Jagged, keys: Jagged, intervals: Tensor) -> None:

@@ -18,8 +18,9 @@ pytest.importorskip("triton")
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, semi_local_intervals
 from kernels.triton import tiles
+from kernels.triton.halves import BITS
 from kernels.triton.plan import Plan
-from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, RIDERS_AT, RUNS_AT, SEGMENT_AT
+from kernels.triton.runs import HALVES_AT, MASKED_RUNS, RIDERS_AT, RUNS_AT, SEGMENT_AT
 from tests.kernels.cases import Case, any_intervals, cases, part_of, visible_pairs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -33,11 +34,11 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def runs_of(record: list[int]) -> list[list[tuple[int, int]]]:
-    """The runs of each kind."""
+    """The runs of each kind: full ones, and those for the first and the second interval."""
     ends = record[RUNS_AT.value : SEGMENT_AT.value]
     pairs = list(zip(ends[::2], ends[1::2], strict=True))
-    first, second = FULL_RUNS.value, FULL_RUNS.value + MASKED_RUNS.value
-    return [pairs[:first], pairs[first:second], pairs[second : second + MASKED_RUNS.value]]
+    masked = MASKED_RUNS.value
+    return [pairs[2 * masked :], pairs[masked : 2 * masked], pairs[:masked]]
 
 
 def visited(plan: Plan, records: Tensor, tile: int, by_keys: bool) -> Tensor:
@@ -68,6 +69,42 @@ def visited(plan: Plan, records: Tensor, tile: int, by_keys: bool) -> Tensor:
     return count
 
 
+def check_halves(plan: Plan) -> int:
+    """What halves of tiles are said not to see, pair by pair; how many blocks that is."""
+    count = 0
+    keys = torch.arange(plan.keys.num_rows)
+    bounds = plan.bounds.cpu()
+    by_interval = [
+        (keys >= bounds[:, :1]) & (keys < bounds[:, 1:2]),
+        (keys >= bounds[:, 2:3]) & (keys < bounds[:, 3:]),
+    ]
+    for halved, of_keys in (plan.halved_query_tiles, False), (plan.halved_key_tiles, True):
+        for record in halved[:, 0].tolist():
+            rows = list(range(record[0], min(record[0] + TILE, record[1])))
+            if not of_keys:
+                rows += range(record[RIDERS_AT.value], record[RIDERS_AT.value + 1])
+            unseen = [0, 0]
+            block = 0
+            _full, *masked = runs_of(record)
+            for kind in 1, 0:
+                for start, end in masked[kind]:
+                    for row in range(start, end, PART):
+                        last = min(row + PART, end) if of_keys else row + PART
+                        pairs = by_interval[kind]
+                        for half in range(2):
+                            mine = rows[half * PART : half * PART + PART]
+                            if of_keys:
+                                some = pairs[row:last][:, mine].any()
+                            else:
+                                some = pairs[mine][:, row:last].any()
+                            if not some and block < BITS.value:
+                                unseen[half] |= 1 << block
+                                count += 1
+                        block += 1
+            assert record[HALVES_AT.value :][:2] == unseen
+    return count
+
+
 def check_segments(plan: Plan, *more: Plan) -> int:
     """Segments of a tile are numbered, and their sums have places of their own; how many are not
     alone."""
@@ -95,6 +132,8 @@ def check(queries: Jagged, keys: Jagged, intervals: Tensor) -> Plan:
         for records in plan.key_tiles(), plan.key_tiles_first_first:
             assert torch.equal(visited(plan, records[:, 0], key_tile, by_keys=True), want.int())
         check_segments(plan)
+        if key_tile == TILE:
+            check_halves(plan)
     tiles = plan.query_tiles()[: plan.num_query_tiles, 0]  # those behind are empty
     assert torch.equal(visited(plan, tiles, TILE, by_keys=False), want.int())
     assert torch.equal(visited(plan, plan.query_parts()[:, 0], PART, by_keys=False), want.int())
@@ -127,6 +166,17 @@ def test_masks_and_shards(case: Case, data: st.DataObject) -> None:
 def test_any_intervals(seed: int) -> None:
     whole, intervals = any_intervals(seed)
     check(whole, whole, intervals)
+
+
+def test_halves_at_a_diagonal_and_at_a_window() -> None:
+    """Each has a block that the first half sees alone, and one that is the second's."""
+    lengths = torch.tensor([10 * TILE], dtype=torch.int32, device=DEVICE)
+    whole = Jagged.whole(lengths)
+    none = torch.zeros_like(lengths)
+    causal = Plan.build(whole, whole, hstu_intervals(whole, lengths, none), TILE, PART, TILE)
+    assert check_halves(causal) == 20  # one of each of ten tiles' two: of queries, and of keys
+    intervals = hstu_intervals(whole, lengths, none, window=2 * TILE)
+    assert check_halves(Plan.build(whole, whole, intervals, TILE, PART, TILE)) > 30
 
 
 def test_a_prefix_that_all_see_is_walked_in_segments() -> None:

@@ -1,9 +1,9 @@
 """Attention forward of one source by programs that stay: the sums of `kernels.triton.forward`.
 
-One warp hands out tiles and fetches: a tile's first blocks come while the one before is computed.
-Two warpgroups compute, each half of a tile's rows. Each has the scores of the next block computed
-while it adds what the weights of the last one give; and while one finds weights, the tensor cores
-work for the other.
+One warp hands out tiles, and one fetches: a tile's first blocks come while the one before is
+computed. Two warpgroups compute, each half of a tile's rows. Each has the scores of the next block
+computed while it adds what the weights of the last one give; and while one finds weights, the
+tensor cores work for the other.
 """
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
@@ -20,18 +20,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.triton.hopper.masked import find_masked, find_row, load_masked
+from kernels.triton.halves import is_unseen, unseen_by
 from kernels.triton.hopper.pipeline import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
-    announce,
     barriers,
     fetch,
     give,
-    leave_counters,
-    next_place,
     ring_of,
-    ring_of_places,
     room_for,
     take,
     turn,
@@ -41,74 +37,122 @@ from kernels.triton.hopper.rows import (
     load_added,
     load_bounds,
     load_riders,
-    load_rows,
     write,
 )
+from kernels.triton.hopper.schedule import (
+    HEAD_AT,
+    fetch_tile,
+    hand_out,
+    head_of,
+    next_record,
+    schedule,
+)
 from kernels.triton.launcher import remembered
-from kernels.triton.runs import FULL_RUNS, find_block, load_runs, tile_at
+from kernels.triton.masked import load_edge
+from kernels.triton.runs import (
+    FULL_RUNS,
+    find_block,
+    load_rows,
+    load_runs,
+    number_at,
+)
 from kernels.triton.silu import silu
 
+# First blocks of the second interval and of the first, full ones, last blocks of the first interval
+# and of the second: what a half of a tile does not see comes first or last, as far as it can.
+RUNS_IN_ORDER, STEPS = gl.constexpr(0x159840), gl.constexpr(6)
+
 
 @gluon.jit
-def _produce(descs, tiles, rings, HEADS: gl.constexpr):
-    """One warp's: all tiles in turn, half of their rows into one ring and half into another; and
-    their blocks, masked ones first. A tile that sees nothing has one block, which nobody sees.
-
-    counters_ptr: int32 [2], zero before and after a launch.
-    """
-    tiles_ptr, num_tiles_ptr, counters_ptr = tiles
-    places, upper, lower, keys, values = rings
+def _fetch(descs, of_schedule, rings):
+    """One warp's: all tiles, half of their rows into one ring and half into another. A tile that
+    sees nothing has one block, which nobody sees."""
+    upper, lower, keys, values = rings
     q_desc, k_desc, v_desc = descs
-    BLOCK: gl.constexpr = k_desc.block_type.shape[0]
-    ROWS: gl.constexpr = q_desc.block_type.shape[0]
-    count = gl.load(num_tiles_ptr) * HEADS
-    # Counted from the first on: a program whose multiprocessor is busy elsewhere comes late.
-    place = gl.atomic_add(counters_ptr, 1)
+    of_rows = (q_desc,), upper, lower
+    of_blocks = ((k_desc,), keys), ((v_desc,), values)
     i = 0  # tiles so far
     n = 0  # blocks
-    while place < count:
-        head, _part, record = tile_at(tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
-        rows = load_rows(record)
-        of_masked = load_masked(record, 2, BLOCK)
-        full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
-        if rows[3] > 0:
-            announce(places, i, place)
-            fetch((q_desc,), rows[0], head, upper, i)
-            fetch((q_desc,), rows[0] + ROWS, head, lower, i)
-            blocks = gl.maximum(of_masked[0] + full, 1)
-            for block in range(blocks):
-                if block == blocks - 1:  # who claims a tile long before its turn makes a tail
-                    place = gl.atomic_add(counters_ptr, 1)
-                row = find_row(of_masked, runs, block, BLOCK)
-                fetch((k_desc,), row, head, keys, n)
-                fetch((v_desc,), row, head, values, n)
-                n += 1
-            i += 1
-        else:
-            place = gl.atomic_add(counters_ptr, 1)
-    announce(places, i, -1)
-    leave_counters(counters_ptr)
+    head = head_of(of_schedule[0], i)
+    while head >= 0:
+        before = n
+        n, _m = fetch_tile(of_schedule, i, (n, 0), of_rows, of_blocks, (), RUNS_IN_ORDER, STEPS)
+        if n == before:
+            fetch((k_desc,), 0, head, keys, n)
+            fetch((v_desc,), 0, head, values, n)
+            n += 1
+        i += 1
+        head = head_of(of_schedule[0], i)
 
 
 @gluon.jit
-def _load_tile(
-    tiles_ptr, place, HEADS: gl.constexpr, bounds_ptr, first, ROWS: gl.constexpr,
-    BLOCK: gl.constexpr, layout: gl.constexpr,
+def _next_tile(
+    records, i, bounds_ptr, HALF: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
+    layout: gl.constexpr,
 ):  # fmt: skip
-    """What a warpgroup is to know of a tile; of any, behind the last."""
-    head, _part, record = tile_at(tiles_ptr, gl.maximum(place, 0), HEADS, PARTS=1, SOURCES=1)
+    """What a warpgroup is to know of the i-th tile; of any, behind the last."""
+    record = next_record(records, i)
+    head = number_at(record, HEAD_AT)
     rows = load_rows(record)
-    bounds = load_bounds(bounds_ptr, rows, first, ROWS, layout)
-    full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
-    return head, rows, bounds, load_masked(record, 2, BLOCK), (full, runs)
+    bounds = load_bounds(bounds_ptr, rows, HALF * ROWS, ROWS, layout)
+    edges = load_edge(record, 0, BLOCK), load_edge(record, 1, BLOCK)
+    of_full = load_runs(record, 0, FULL_RUNS, BLOCK)
+    return head, rows, bounds, edges, of_full, unseen_by(record, HALF)
 
 
 @gluon.jit
-def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.constexpr):
+def _mask_at(edge, bounds, block, SECOND_FIRST: gl.constexpr, BLOCK: gl.constexpr):
+    """Of a block at one edge: its first row, and the interval to be tested."""
+    first, second, row1, row2 = edge
+    low1, high1, low2, high2 = bounds
+    if SECOND_FIRST:
+        by_second = block < second
+        row = gl.where(by_second, row2, row1 - second * BLOCK) + block * BLOCK
+    else:
+        by_second = block >= first
+        row = gl.where(by_second, row2 - first * BLOCK, row1) + block * BLOCK
+    return row, gl.where(by_second, low2, low1), gl.where(by_second, high2, high1)
+
+
+@gluon.jit
+def _unseen_at_ends(unseen, edges, full, MOST: gl.constexpr):
+    """How many of a tile's first blocks a half does not see, and how many of its last ones: one
+    block is left, and no more than MOST are found."""
+    first, second = edges[0][0], edges[0][1]
+    last_first, last_second = edges[1][0], edges[1][1]
+    tails = last_first + last_second
+    most = gl.where(second > 0, second, first) - gl.where(full + tails > 0, 0, 1)
+    at = gl.where(second > 0, 0, last_second)  # as halves.py counts them
+    begin = 0
+    while (begin < gl.minimum(most, MOST)) & is_unseen(unseen, at + begin):
+        begin += 1
+    one = gl.where((last_first > 0) & (last_second > 0), 0, 1)
+    most = gl.where(last_second > 0, last_second, last_first) - one
+    at = second + last_second + gl.where(last_second > 0, 0, first + last_first)
+    left = 0
+    while (left < gl.minimum(most, MOST)) & is_unseen(unseen, at - 1 - left):
+        left += 1
+    return begin, left
+
+
+@gluon.jit
+def _pass_by(count, n, keys, values):
+    """Do without so many blocks; returns how many there were."""
+    for _block in range(count):
+        take(keys, n)
+        give(keys, n)
+        take(values, n)
+        give(values, n)
+        n += 1
+    return n
+
+
+@gluon.jit
+def _consume(HALF: gl.constexpr, matrices, work, rings, staged):
     """One warpgroup's: half of the rows of each tile. staged: where to have them copied from."""
     q_ptr, q_stride, add_ptr, add_stride, out_ptr, out_stride, out_desc = matrices
-    tiles_ptr, half_alpha, scale, bounds_ptr = work
-    places, queries, keys, values, order = rings
+    half_alpha, scale, bounds_ptr = work
+    records, queries, keys, values, order = rings
     ROWS: gl.constexpr = queries[0][0].shape[1]
     QK_DIM: gl.constexpr = queries[0][0].shape[2]
     STAGES: gl.constexpr = values[0][0].shape[0]
@@ -124,28 +168,29 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
 
     i = 0  # tiles so far
     n = 0  # blocks
-    place = next_place(places, i)
-    tile = _load_tile(tiles_ptr, place, HEADS, bounds_ptr, first, ROWS, BLOCK, bounds_layout)
-    while place >= 0:
-        head, rows, bounds, of_masked, of_full = tile
-        low1, high1, low2, high2 = bounds
-        masked, second, masked_runs = of_masked
+    tile = _next_tile(records, i, bounds_ptr, HALF, ROWS, BLOCK, bounds_layout)
+    while tile[0] >= 0:
+        head, rows, bounds, edges, of_full, unseen = tile
         full, runs = of_full
+        heads, tails = edges[0][0] + edges[0][1], edges[1][0] + edges[1][1]
         v_at = head * V_DIM
         q = take(queries, i)[0]
         if rows[1] < rows[3]:
             load_riders(q, q_ptr, q_stride, rows, first, head * QK_DIM)
+        # There are buffers for so many: before the other half has begun, or one's last sums ended.
+        begin, left = _unseen_at_ends(unseen, edges, full, STAGES - 1)
+        n = _pass_by(begin, n, keys, values)
         k = take(keys, n)[0].permute([1, 0])
         if HALF == 1:  # out of step with the other, whose products then run while this one has none
             mbarrier.wait(order.index(i % STAGES), turn(i, STAGES))
         scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-        row, _end = find_masked(masked_runs, second, 0, BLOCK)
-        low = gl.where(second > 0, low2, low1)
-        high = gl.where(second > 0, high2, high1)
-        if masked == 0:  # a full one, an interval that is the block; or the one that nobody sees
-            row, _end = find_block(runs, 0, BLOCK)
-            low = low * 0 + row
-            high = low + gl.where(full > 0, BLOCK, 0)
+        row, low, high = _mask_at(edges[0], bounds, begin, True, BLOCK)
+        if begin == heads:
+            row, low, high = _mask_at(edges[1], bounds, 0, False, BLOCK)
+            if full > 0 or tails == 0:  # a full one, its own interval; or the one that nobody sees
+                row, _end = find_block(runs, 0, BLOCK)
+                low = low * 0 + row
+                high = low + gl.where(full > 0, BLOCK, 0)
         half_scores = warpgroup_mma_wait(0, deps=[scores]) * half_alpha
         if HALF == 0:
             mbarrier.arrive(order.index(i % STAGES), count=1)
@@ -156,18 +201,24 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
         if add_ptr is not None:
             acc = load_added(add_ptr, add_stride, rows, first, v_at, ROWS, V_DIM, sums_layout)
             acc /= scale
-        for kind in gl.static_range(2):  # masked blocks, then full ones, but for the first
-            start = 1 if kind == 0 else gl.where(masked > 0, 0, 1)
-            for block in range(start, masked if kind == 0 else full):
+        for part in gl.static_range(3):  # first blocks, full ones, last blocks; but for the first
+            if part == 0:
+                start, end = begin + 1, heads
+            elif part == 1:
+                start, end = gl.where(begin < heads, 0, 1), full
+            else:
+                start, end = gl.where((begin < heads) | (full > 0), 0, 1), tails - left
+            for block in range(start, end):
                 k = take(keys, n + 1)[0].permute([1, 0])
                 scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
                 sums = warpgroup_mma(weights, take(values, n)[0], acc, is_async=True)
                 half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                 give(keys, n + 1)
-                if kind == 0:
-                    row, _end = find_masked(masked_runs, second, block, BLOCK)
-                    low = gl.where(block < second, low2, low1)
-                    high = gl.where(block < second, high2, high1)
+                if part == 0:
+                    row, low, high = _mask_at(edges[0], bounds, block, True, BLOCK)
+                    half_scores = hide(half_scores, row, low, high)
+                if part == 2:
+                    row, low, high = _mask_at(edges[1], bounds, block, False, BLOCK)
                     half_scores = hide(half_scores, row, low, high)
                 following = silu(half_scores, True).to(dtype)
                 following = gl.convert_layout(following, weights_layout)
@@ -178,13 +229,12 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
         give(queries, i)
         sums = warpgroup_mma(weights, take(values, n)[0], acc, is_async=True)
         i += 1
-        place = next_place(places, i)
-        tile = _load_tile(  # while the products run
-            tiles_ptr, place, HEADS, bounds_ptr, first, ROWS, BLOCK, bounds_layout
-        )
+        # While the products run. The next record comes once this tile's blocks are all fetched.
+        _pass_by(left, n + 1, keys, values)
+        tile = _next_tile(records, i, bounds_ptr, HALF, ROWS, BLOCK, bounds_layout)
         acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
         give(values, n)
-        n += 1
+        n += 1 + left
         of_out = out_ptr, out_stride, out_desc, None, 0
         write(of_out, acc * scale, rows, first, v_at, staged)
     if out_desc is not None:
@@ -223,7 +273,8 @@ def resident_forward_kernel(
     room in shared memory. TILES, STAGES: buffers for each.
     Grid: any; as many as there are multiprocessors to fill them.
     """
-    places = ring_of_places()
+    BLOCK: gl.constexpr = k_desc.block_type.shape[0]
+    of_schedule = schedule()
     upper, lower = ring_of((q_desc,), TILES, 1), ring_of((q_desc,), TILES, 1)
     keys, values = ring_of((k_desc,), STAGES), ring_of((v_desc,), STAGES)
     upper_out, lower_out = 0, 0
@@ -232,16 +283,20 @@ def resident_forward_kernel(
     order = barriers(STAGES, 1)  # a tile's: the first one's keys are needed for one so many later
     fence_async_shared()  # barriers are there
     matrices = q_ptr, q_stride, add_ptr, add_stride, out_ptr, out_stride, out_desc
-    work = tiles_ptr, half_alpha, scale, bounds_ptr
-    tiles = tiles_ptr, num_tiles_ptr, counters_ptr
-    to_fill = places, upper, lower, keys, values
-    of_upper, of_lower = (places, upper, keys, values, order), (places, lower, keys, values, order)
+    work = half_alpha, scale, bounds_ptr
+    records, to_fill = of_schedule[0], (upper, lower, keys, values)
+    of_upper, of_lower = (
+        (records, upper, keys, values, order),
+        (records, lower, keys, values, order),
+    )
+    lists = ((tiles_ptr, gl.load(num_tiles_ptr)),)
     gl.warp_specialize(
         [
-            (_consume, (0, matrices, work, of_upper, upper_out, HEADS)),
-            (_consume, (1, matrices, work, of_lower, lower_out, HEADS)),
-            (_produce, ((q_desc, k_desc, v_desc), tiles, to_fill, HEADS)),
+            (_consume, (0, matrices, work, of_upper, upper_out)),
+            (_consume, (1, matrices, work, of_lower, lower_out)),
+            (_fetch, ((q_desc, k_desc, v_desc), of_schedule, to_fill)),
+            (hand_out, (lists, counters_ptr, of_schedule, BLOCK, HEADS)),
         ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        [4, 1, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )

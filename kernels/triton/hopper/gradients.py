@@ -4,15 +4,16 @@ Tiles are of keys, for dk and dv, or of queries, for dq. What is fetched is alik
 k and v meets blocks of q and dout, or the other way round. So is what is multiplied, but that dk
 and dv take four products a block, with scores transposed, [keys, queries], and dq three.
 
-One warp hands out tiles, of both kinds in turn if a launch has both, and fetches. Two warpgroups
-compute, each half of a tile's rows. A warpgroup waits for its products; meanwhile the tensor cores
-have those of the other.
+One warp hands out tiles, of both kinds in turn if a launch has both, and one fetches. Two
+warpgroups compute, each half of a tile's rows. A warpgroup waits for its products; meanwhile the
+tensor cores have those of the other.
 """
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,misc"
 from __future__ import annotations
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -22,123 +23,77 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from kernels.triton.halves import unseen_by
 from kernels.triton.hopper.key_tiles import add_segments, hide_keys, unknown_zero
-from kernels.triton.hopper.masked import find_masked, find_row, load_masked
 from kernels.triton.hopper.pipeline import (
     CONSUMER_REGISTERS,
     PRODUCER_REGISTERS,
-    announce,
-    fetch,
     give,
-    leave_counters,
-    next_place,
     ring_of,
-    ring_of_places,
-    room_for,
+    skip,
     take,
 )
-from kernels.triton.hopper.rows import hide, load_bounds, load_riders, load_rows, write
+from kernels.triton.hopper.rows import hide, load_bounds, load_riders, write
+from kernels.triton.hopper.schedule import (
+    HEAD_AT,
+    LIST_AT,
+    fetch_tile,
+    hand_out,
+    head_of,
+    list_of,
+    next_record,
+    schedule,
+)
 from kernels.triton.launcher import remembered
-from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, load_runs, load_segment, tile_at
+from kernels.triton.masked import find_masked, load_masked
+from kernels.triton.runs import (
+    FULL_RUNS,
+    MASKED_RUNS,
+    load_rows,
+    load_runs,
+    load_segment,
+    number_at,
+)
 from kernels.triton.silu import silu_and_twice_slope
 
 
 @gluon.jit
-def _kind_at(place, num_query_tiles, num_key_tiles, HEADS: gl.constexpr):
-    """1 if a place is of queries, and which it is of those of its kind: both come in turn."""
-    tile = place // HEADS
-    pairs = gl.minimum(num_query_tiles, num_key_tiles)
-    paired = tile < 2 * pairs
-    of_queries = gl.where(paired, tile % 2, gl.where(num_query_tiles > pairs, 1, 0))
-    return of_queries, gl.where(paired, tile // 2, tile - pairs) * HEADS + place % HEADS
-
-
-@gluon.jit
-def _record_at(of_queries, place, lists, HEADS: gl.constexpr):
-    """The head and the record of a place among those of its kind."""
-    query_tiles_ptr, key_tiles_ptr = lists
-    in_queries = tile_at(query_tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
-    in_keys = tile_at(key_tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
-    return in_keys[0], gl.where(of_queries == 1, in_queries[2], in_keys[2])
-
-
-@gluon.jit
-def _fetch_tile(of_tile, of_block, bounds_desc, record, head, so_far, rings, counters_ptr):
-    """The tile's rows, half of them into one ring and half into another; its blocks, masked ones
-    first; unless None, bounds of those. Returns how many there were so far: tiles, blocks, bounds;
-    and the next place.
-    """
-    upper, lower, blocks, bounds = rings
-    i, n, m = so_far
-    ROWS: gl.constexpr = of_tile[0].block_type.shape[0]
-    BLOCK: gl.constexpr = of_block[0].block_type.shape[0]
-    row0 = gl.load(record)
-    fetch(of_tile, row0, head, upper, i)
-    fetch(of_tile, row0 + ROWS, head, lower, i)
-    of_masked = load_masked(record, MASKED_RUNS, BLOCK)
-    full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
-    masked = of_masked[0]
-    place = -1
-    for block in range(masked + full):
-        if block == masked + full - 1:
-            place = gl.atomic_add(counters_ptr, 1)
-        row = find_row(of_masked, runs, block, BLOCK)
-        fetch(of_block, row, head, blocks, n)
-        if bounds_desc is not None:  # noqa: SIM102 (known to the compiler)
-            if block < masked:
-                fetch((bounds_desc,), row, 0, bounds, m)
-                m += 1
-        n += 1
-    if masked + full == 0:
-        place = gl.atomic_add(counters_ptr, 1)
-    return i + 1, n, m, place
-
-
-@gluon.jit
-def _produce(descs, lists, counts, rings, HEADS: gl.constexpr):
-    """One warp's: all tiles in turn. counters_ptr: int32 [2], zero before and after a launch."""
+def _fetch(descs, of_schedule, rings):
+    """One warp's: all tiles, half of their rows into one ring and half into another; of blocks of
+    queries that are masked the bounds as well."""
     of_queries, of_keys, bounds_desc = descs
-    num_query_tiles_ptr, num_key_tiles_ptr, more_key_tiles, counters_ptr = counts
-    places, upper, lower, blocks, bounds = rings
-    to_fill = upper, lower, blocks, bounds
-    num_query_tiles = gl.load(num_query_tiles_ptr)
-    num_key_tiles = gl.load(num_key_tiles_ptr) + more_key_tiles
-    count = (num_query_tiles + num_key_tiles) * HEADS
-    place = gl.atomic_add(counters_ptr, 1)
+    upper, lower, blocks, bounds = rings
     i = 0  # tiles so far
     n = 0  # blocks
     m = 0  # bounds
-    while place < count:
-        kind, at = _kind_at(place, num_query_tiles, num_key_tiles, HEADS)
-        head, record = _record_at(kind, at, lists, HEADS)
-        if load_rows(record)[3] > 0:
-            announce(places, i, 2 * at + kind)
-            of = record, head, (i, n, m), to_fill, counters_ptr
-            if kind == 1:
-                i, n, m, place = _fetch_tile(of_queries, of_keys, None, *of)
-            else:
-                i, n, m, place = _fetch_tile(of_keys, of_queries, bounds_desc, *of)
+    head = head_of(of_schedule[0], i)
+    while head >= 0:
+        if list_of(of_schedule[0], i) == 0:
+            of_rows, of_blocks = (of_queries, upper, lower), ((of_keys, blocks),)
+            n, _m = fetch_tile(of_schedule, i, (n, m), of_rows, of_blocks, ())
         else:
-            place = gl.atomic_add(counters_ptr, 1)
-    announce(places, i, -1)
-    leave_counters(counters_ptr)
+            of_rows, of_blocks = (of_keys, upper, lower), ((of_queries, blocks),)
+            of_masked = (bounds_desc,), bounds
+            n, m = fetch_tile(of_schedule, i, (n, m), of_rows, of_blocks, of_masked)
+        i += 1
+        head = head_of(of_schedule[0], i)
 
 
 @gluon.jit
-def _load_tile(
-    place, lists, bounds_ptr, first, HEADS: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
+def _next_tile(
+    records, i, bounds_ptr, HALF: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
     layout: gl.constexpr,
 ):  # fmt: skip
-    """What a warpgroup is to know of a tile; of any, behind the last."""
-    place = gl.maximum(place, 0)
-    of_queries = place % 2
-    head, record = _record_at(of_queries, place // 2, lists, HEADS)
+    """What a warpgroup is to know of the i-th tile; of any, behind the last."""
+    record = next_record(records, i)
+    head, of_keys = number_at(record, HEAD_AT), number_at(record, LIST_AT)
     rows = load_rows(record)
-    wanted = rows[0], rows[1], rows[2], rows[3] * of_queries
-    of_rows = load_bounds(bounds_ptr, wanted, first, ROWS, layout)
+    wanted = rows[0], rows[1], rows[2], rows[3] * (1 - of_keys)
+    of_rows = load_bounds(bounds_ptr, wanted, HALF * ROWS, ROWS, layout)
     masked = load_masked(record, MASKED_RUNS, BLOCK)
-    full = load_runs(record, 0, FULL_RUNS, BLOCK)
-    return of_queries, head, rows, of_rows, masked, full, load_segment(record)
+    full, _runs = load_runs(record, 0, FULL_RUNS, BLOCK)
+    seen = masked, full, unseen_by(record, HALF)
+    return head, of_keys, rows, of_rows, seen, load_segment(record)
 
 
 @gluon.jit
@@ -156,11 +111,11 @@ def _begin(tiles, i, blocks, n, block, zeros):
 
 
 @gluon.jit
-def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.constexpr):
-    """One warpgroup's: half of the rows of each tile. staged: where to have them copied from."""
+def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
+    """One warpgroup's: half of the rows of each tile, from whose buffers results are copied."""
     of_q, of_dout, of_dq, of_dk, of_dv, sums_k_ptr, sums_v_ptr, done_ptr = matrices
-    lists, half_alpha, scale, bounds_ptr = work
-    places, tiles, blocks, bounds = rings
+    half_alpha, scale, bounds_ptr = work
+    records, tiles, blocks, bounds = rings
     ROWS: gl.constexpr = tiles[0][0].shape[1]
     QK_DIM: gl.constexpr = tiles[0][0].shape[2]
     V_DIM: gl.constexpr = tiles[0][1].shape[2]
@@ -174,26 +129,35 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
     bounds_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     first: gl.constexpr = HALF * ROWS
     zeros = gl.zeros([ROWS, BLOCK], gl.float32, scores_layout)
+    gl.static_assert(
+        tiles[0][0].shape[0] > 1
+    )  # the next tile's rows come before results are copied
     i = 0  # tiles so far
     n = 0  # blocks
     m = 0  # bounds
-    place = next_place(places, i)
-    tile = _load_tile(place, lists, bounds_ptr, first, HEADS, ROWS, BLOCK, bounds_layout)
-    while place >= 0:
-        of_queries, head, rows, of_rows, of_masked, of_full, of_segment = tile
+    tile = _next_tile(records, i, bounds_ptr, HALF, ROWS, BLOCK, bounds_layout)
+    while tile[0] >= 0:
+        head, of_keys, rows, of_rows, seen, of_segment = tile
+        of_masked, full, unseen = seen
         masked, second, masked_runs = of_masked
-        full, _runs = of_full
         at, v_at = head * QK_DIM, head * V_DIM
+        if i > 0:
+            tma.store_wait(0)
+            give(tiles, i - 1)  # results were copied from there
         of_tile = take(tiles, i)
-        if of_queries == 1:
+        if of_keys == 0:
             low1, high1, low2, high2 = of_rows
             if rows[1] < rows[3]:
                 load_riders(of_tile[0], of_q[0], of_q[1], rows, first, at)
                 load_riders(of_tile[1], of_dout[0], of_dout[1], rows, first, v_at)
             dq = gl.zeros([ROWS, QK_DIM], gl.float32, qk_layout)
             for kind in gl.static_range(2):  # masked blocks, then full ones
-                for block in range(masked if kind == 0 else full):
-                    k, _v, scores, dweights = _begin(tiles, i, blocks, n, block, zeros)
+                block = 0
+                if kind == 0:
+                    block = skip(unseen, block, ((blocks, n),))
+                while block < (masked if kind == 0 else full):
+                    at_block = n + block if kind == 0 else n + masked + block
+                    k, _v, scores, dweights = _begin(tiles, i, blocks, at_block, block, zeros)
                     half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                     if kind == 0:
                         row, _end = find_masked(masked_runs, second, block, BLOCK)
@@ -205,25 +169,29 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
                     slopes = gl.convert_layout(slopes, slopes_layout)
                     sums = warpgroup_mma(slopes, k, dq, is_async=True)
                     dq, slopes = warpgroup_mma_wait(0, deps=[sums, slopes])
-                    give(blocks, n)
-                    n += 1
-            give(tiles, i)
+                    give(blocks, at_block)
+                    block += 1
+                    if kind == 0:
+                        block = skip(unseen, block, ((blocks, n),))
             i += 1
-            place = next_place(places, i)
-            tile = _load_tile(place, lists, bounds_ptr, first, HEADS, ROWS, BLOCK, bounds_layout)
-            write(of_dq, dq * (scale * half_alpha), rows, first, at, staged)
+            n += masked + full
+            tile = _next_tile(records, i, bounds_ptr, HALF, ROWS, BLOCK, bounds_layout)
+            write(of_dq, dq * (scale * half_alpha), rows, first, at, of_tile[0])
         else:
             dk = gl.zeros([ROWS, QK_DIM], gl.float32, qk_layout)
             dv = gl.zeros([ROWS, V_DIM], gl.float32, v_layout)
             for kind in gl.static_range(2):
-                for block in range(masked if kind == 0 else full):
-                    q, dout, scores, dweights = _begin(tiles, i, blocks, n, block, zeros)
+                block = 0
+                if kind == 0:
+                    block = skip(unseen, block, ((blocks, n), (bounds, m)))
+                while block < (masked if kind == 0 else full):
+                    at_block = n + block if kind == 0 else n + masked + block
+                    q, dout, scores, dweights = _begin(tiles, i, blocks, at_block, block, zeros)
                     half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                     if kind == 0:
                         row, end = find_masked(masked_runs, second, block, BLOCK)
                         which = block < second, row, end, rows[0] + first
-                        half_scores = hide_keys(half_scores, bounds, m, *which)
-                        m += 1
+                        half_scores = hide_keys(half_scores, bounds, m + block, *which)
                     weights, slope = silu_and_twice_slope(half_scores, True)
                     weights = gl.convert_layout(weights.to(dtype), weights_layout)
                     dv_sums = warpgroup_mma(weights, dout, dv, is_async=True)
@@ -233,17 +201,22 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged, HEADS: gl.conste
                     dv, weights, dk, slopes = warpgroup_mma_wait(
                         0, deps=[dv_sums, weights, dk_sums, slopes]
                     )
-                    give(blocks, n)
-                    n += 1
-            give(tiles, i)
+                    give(blocks, at_block)
+                    if kind == 0:
+                        give(bounds, m + block)
+                    block += 1
+                    if kind == 0:
+                        block = skip(unseen, block, ((blocks, n), (bounds, m)))
+            m += masked
             i += 1
-            place = next_place(places, i)
-            tile = _load_tile(place, lists, bounds_ptr, first, HEADS, ROWS, BLOCK, bounds_layout)
+            n += masked + full
+            tile = _next_tile(records, i, bounds_ptr, HALF, ROWS, BLOCK, bounds_layout)
             sums = sums_k_ptr, sums_v_ptr
             dk, dv, last = add_segments(dk, dv, sums, of_segment, done_ptr, first, head, HEADS)
             if last:
-                write(of_dk, dk * (scale * half_alpha), rows, first, at, staged)
-                write(of_dv, dv * scale, rows, first, v_at, staged)
+                write(of_dk, dk * (scale * half_alpha), rows, first, at, of_tile[0])
+                write(of_dv, dv * scale, rows, first, v_at, of_tile[1])
+        tl.debug_barrier()  # here, not in the loops that read other tiles' rows
     tma.store_wait(0)
 
 
@@ -301,30 +274,30 @@ def resident_gradients_kernel(
     `kernels.triton.backward`, half a tile each time; so done_ptr.
     Grid: any; as many as there are multiprocessors to fill them.
     """
-    places = ring_of_places()
+    BLOCK: gl.constexpr = bounds_desc.block_type.shape[0]
+    of_schedule = schedule()
     of_queries, of_keys = (q_desc, dout_desc), (k_desc, v_desc)
     upper, lower = ring_of(of_keys, TILES, 1), ring_of(of_keys, TILES, 1)
-    blocks, bounds = ring_of(of_keys, STAGES), ring_of((bounds_desc,), STAGES)
-    upper_out, lower_out = 0, 0
-    if dq_desc is not None:
-        upper_out, lower_out = room_for(dq_desc, 1).index(0), room_for(dq_desc, 1).index(0)
+    blocks, bounds = ring_of(of_keys, STAGES), ring_of((bounds_desc,), 2)
     fence_async_shared()  # barriers are there
     of_dq = dq_ptr, dq_stride, dq_desc, add_q_ptr, add_q_stride
     of_dk = dk_ptr, dk_stride, dk_desc, add_k_ptr, add_k_stride
     of_dv = dv_ptr, dv_stride, dv_desc, add_v_ptr, add_v_stride
     of_q, of_dout = (q_ptr, q_stride), (dout_ptr, dout_stride)
     matrices = of_q, of_dout, of_dq, of_dk, of_dv, sums_k_ptr, sums_v_ptr, done_ptr
-    lists = query_tiles_ptr, key_tiles_ptr
-    work = lists, half_alpha, scale, bounds_ptr
-    counts = num_query_tiles_ptr, num_key_tiles_ptr, more_key_tiles, counters_ptr
-    descs, to_fill = (of_queries, of_keys, bounds_desc), (places, upper, lower, blocks, bounds)
-    of_upper, of_lower = (places, upper, blocks, bounds), (places, lower, blocks, bounds)
+    work = half_alpha, scale, bounds_ptr
+    query_tiles = query_tiles_ptr, gl.load(num_query_tiles_ptr)
+    key_tiles = key_tiles_ptr, gl.load(num_key_tiles_ptr) + more_key_tiles
+    descs, to_fill = (of_queries, of_keys, bounds_desc), (upper, lower, blocks, bounds)
+    records, lists = of_schedule[0], (query_tiles, key_tiles)
+    of_upper, of_lower = (records, upper, blocks, bounds), (records, lower, blocks, bounds)
     gl.warp_specialize(
         [
-            (_consume, (0, matrices, work, of_upper, upper_out, HEADS)),
-            (_consume, (1, matrices, work, of_lower, lower_out, HEADS)),
-            (_produce, (descs, lists, counts, to_fill, HEADS)),
+            (_consume, (0, matrices, work, of_upper, HEADS)),
+            (_consume, (1, matrices, work, of_lower, HEADS)),
+            (_fetch, (descs, of_schedule, to_fill)),
+            (hand_out, (lists, counters_ptr, of_schedule, BLOCK, HEADS)),
         ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        [4, 1, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )

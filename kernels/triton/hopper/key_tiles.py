@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kernels.triton.hopper.pipeline import CONSUMERS, give, take
+from kernels.triton.hopper.pipeline import CONSUMERS, take
 from kernels.triton.hopper.rows import between
 from kernels.triton.silu import UNSEEN
 
@@ -16,7 +16,9 @@ from kernels.triton.silu import UNSEEN
 @gluon.jit
 def hide_keys(half_scores, ring, n, by_second, row, end, key_row):
     """half_scores [keys, queries] where the queries of a block, those from `row` on and before
-    `end`, see the keys by one of their intervals. ring: bounds of such blocks, this one's n-th."""
+    `end`, see the keys by one of their intervals. ring: bounds of such blocks, this one's n-th: to
+    be given away when the scores have been used. (Sooner, the next ones were seen to come while
+    this one's were still being read.)"""
     layout: gl.constexpr = half_scores.type.layout
     bounds = take(ring, n)[0]
     queries = (row + gl.arange(0, half_scores.shape[1], gl.SliceLayout(0, layout)))[None, :]
@@ -28,9 +30,7 @@ def hide_keys(half_scores, ring, n, by_second, row, end, key_row):
     low = gl.where(by_second, of_rows.slice(2, 1).load(layout), of_rows.slice(0, 1).load(layout))
     high = gl.where(by_second, of_rows.slice(3, 1).load(layout), of_rows.slice(1, 1).load(layout))
     seen = between(keys, low, gl.where(queries < end, high, low))
-    half_scores = gl.where(seen, half_scores, UNSEEN)
-    give(ring, n)
-    return half_scores
+    return gl.where(seen, half_scores, UNSEEN)
 
 
 @gluon.jit

@@ -12,6 +12,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from kernels.triton.halves import is_unseen
+
 CONSUMERS = gl.constexpr(2)  # warpgroups that compute: each does half of a tile's rows
 # Of a thread: 2 x 240 + 24 = 3 x 168, what as many threads are launched with.
 CONSUMER_REGISTERS = gl.constexpr(240)
@@ -79,43 +81,20 @@ def give(ring, n):
 
 
 @gluon.jit
+def skip(unseen, start, rings):
+    """The first of a tile's masked blocks from `start` on that this warpgroup's half has to do
+    with. rings: each with how many buffers it had before this tile."""
+    block = start
+    while is_unseen(unseen, block):
+        for i in gl.static_range(len(rings)):
+            ring, before = rings[i]
+            take(ring, before + block)
+            give(ring, before + block)
+        block += 1
+    return block
+
+
+@gluon.jit
 def turn(n, STAGES: gl.constexpr):
     """The parity of how often the n-th buffer has been used before: what barriers wait for."""
     return n // STAGES & 1
-
-
-@gluon.jit
-def leave_counters(counters_ptr):
-    """By every program, once it has counted its last tile: the last one zeroes both counters."""
-    if gl.atomic_add(counters_ptr + 1, 1) == gl.num_programs(0) - 1:
-        gl.store(counters_ptr, 0)
-        gl.store(counters_ptr + 1, 0)
-
-
-# Which tile is next is a ring of two numbers.
-
-
-@gluon.jit
-def ring_of_places():
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    buffers = gl.allocate_shared_memory(gl.int32, [2, 1], layout)
-    return (buffers,), barriers(2, 1), barriers(2, CONSUMERS)
-
-
-@gluon.jit
-def announce(places, n, place):
-    """The n-th place to work at; -1 behind the last."""
-    buffers, full, empty = places
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    mbarrier.wait(empty.index(n % 2), turn(n, 2) ^ 1)
-    buffers[0].index(n % 2).store(gl.full([1], place, gl.int32, one))
-    mbarrier.arrive(full.index(n % 2), count=1)
-
-
-@gluon.jit
-def next_place(places, n):
-    """The n-th place that was announced."""
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    place = gl.max(take(places, n)[0].load(one), 0)
-    give(places, n)
-    return place

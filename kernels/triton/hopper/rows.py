@@ -12,18 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from kernels.triton.runs import RIDERS_AT
 from kernels.triton.silu import UNSEEN
-
-
-@gluon.jit
-def load_rows(record):
-    """The first row, how many there are, the first of others that ride along behind these, and how
-    many there are with these."""
-    row0 = gl.load(record)
-    own = gl.load(record + 1) - row0
-    rider0 = gl.load(record + RIDERS_AT)
-    return row0, own, rider0, own + gl.load(record + RIDERS_AT + 1) - rider0
 
 
 @gluon.jit
@@ -56,6 +45,7 @@ def load_riders(q, q_ptr, q_stride, rows, first, column):
     riders = gl.load(pointers, mask=rides, other=0)
     q.store(gl.where(rides, riders, q.load(layout)))
     fence_async_shared()  # tensor cores read it
+    tl.debug_barrier()  # here, not in the loop that reads it
 
 
 @gluon.jit

@@ -24,72 +24,64 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.triton.hopper.adding import async_add_shared_to_global
 from kernels.triton.hopper.key_tiles import add_segments, hide_keys, unknown_zero
-from kernels.triton.hopper.masked import find_masked, find_row, load_masked
 from kernels.triton.hopper.pipeline import (
     CONSUMER_REGISTERS,
     CONSUMERS,
     PRODUCER_REGISTERS,
-    announce,
     barriers,
     fetch,
     give,
-    leave_counters,
-    next_place,
     ring_of,
-    ring_of_places,
     room_for,
     take,
     turn,
 )
-from kernels.triton.hopper.rows import clear_rows, load_rows, write
+from kernels.triton.hopper.rows import clear_rows, write
+from kernels.triton.hopper.schedule import (
+    HEAD_AT,
+    fetch_tile,
+    first_row_of,
+    hand_out,
+    head_of,
+    next_record,
+    schedule,
+)
 from kernels.triton.launcher import remembered
-from kernels.triton.runs import FULL_RUNS, MASKED_RUNS, find_block, load_runs, load_segment, tile_at
+from kernels.triton.masked import find_masked, load_masked
+from kernels.triton.runs import (
+    FULL_RUNS,
+    MASKED_RUNS,
+    find_block,
+    load_rows,
+    load_runs,
+    load_segment,
+    number_at,
+)
 from kernels.triton.silu import silu_and_twice_slope
 
 
 @gluon.jit
-def _produce(descs, tiles, rings, HEADS: gl.constexpr):
-    """One warp's: all tiles in turn, and their blocks; of masked ones, which come first, the
-    queries' bounds as well.
-
-    counters_ptr: int32 [2], zero before and after a launch.
-    """
+def _fetch(descs, of_schedule, rings):
+    """One warp's: all tiles; of masked blocks the queries' bounds as well."""
     k_desc, v_desc, q_desc, dout_desc, bounds_desc = descs
-    tiles_ptr, num_tiles_ptr, more_tiles, counters_ptr = tiles
-    places, keys, values, queries, bounds = rings
-    BLOCK: gl.constexpr = q_desc.block_type.shape[0]
-    count = (gl.load(num_tiles_ptr) + more_tiles) * HEADS
-    place = gl.atomic_add(counters_ptr, 1)
+    keys, values, queries, bounds = rings
+    of_blocks, of_masked = (((q_desc, dout_desc), queries),), ((bounds_desc,), bounds)
     i = 0  # tiles so far
     n = 0  # blocks
     m = 0  # masked ones
-    while place < count:
-        head, _part, record = tile_at(tiles_ptr, place, HEADS, PARTS=1, SOURCES=1)
-        rows = load_rows(record)
-        if rows[3] > 0:
-            announce(places, i, place)
-            fetch((k_desc,), rows[0], head, keys, i)
-            fetch((v_desc,), rows[0], head, values, i)
-            of_masked = load_masked(record, MASKED_RUNS, BLOCK)
-            full, runs = load_runs(record, 0, FULL_RUNS, BLOCK)
-            masked = of_masked[0]
-            for block in range(masked + full):
-                row = find_row(of_masked, runs, block, BLOCK)
-                fetch((q_desc, dout_desc), row, head, queries, n)
-                if block < masked:
-                    fetch((bounds_desc,), row, 0, bounds, m)
-                    m += 1
-                n += 1
-            i += 1
-        place = gl.atomic_add(counters_ptr, 1)
-    announce(places, i, -1)
-    leave_counters(counters_ptr)
+    head = head_of(of_schedule[0], i)
+    while head >= 0:
+        fetch((v_desc,), first_row_of(of_schedule[0], i), head, values, i)
+        n, m = fetch_tile(of_schedule, i, (n, m), ((k_desc,), keys), of_blocks, of_masked)
+        i += 1
+        head = head_of(of_schedule[0], i)
 
 
 @gluon.jit
-def _load_tile(tiles_ptr, place, HEADS: gl.constexpr, BLOCK: gl.constexpr):
-    """What a warpgroup is to know of a tile; of any, behind the last."""
-    head, _part, record = tile_at(tiles_ptr, gl.maximum(place, 0), HEADS, PARTS=1, SOURCES=1)
+def _next_tile(records, i, BLOCK: gl.constexpr):
+    """What a warpgroup is to know of the i-th tile; of any, behind the last."""
+    record = next_record(records, i)
+    head = number_at(record, HEAD_AT)
     masked = load_masked(record, MASKED_RUNS, BLOCK)
     full = load_runs(record, 0, FULL_RUNS, BLOCK)
     return head, load_rows(record), masked, full, load_segment(record)
@@ -117,8 +109,8 @@ def _hand_over(dq, dq_desc, empty, n, row, column, room):
 def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.constexpr):
     """One warpgroup's: half of the keys of each tile, and half of the dims of dq."""
     of_dk, of_dv, sums_k_ptr, sums_v_ptr, done_ptr, dq_desc = matrices
-    tiles_ptr, half_alpha, scale = work
-    places, keys, values, queries, bounds = rings
+    half_alpha, scale = work
+    records, keys, values, queries, bounds = rings
     slopes, slopes_full, slopes_empty, room = shared
     TILE: gl.constexpr = keys[0][0].shape[1]
     DIM: gl.constexpr = keys[0][0].shape[2]
@@ -138,9 +130,8 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
     i = 0  # tiles so far
     n = 0  # blocks
     m = 0  # masked ones
-    place = next_place(places, i)
-    tile = _load_tile(tiles_ptr, place, HEADS, BLOCK)
-    while place >= 0:
+    tile = _next_tile(records, i, BLOCK)
+    while tile[0] >= 0:
         head, rows, of_masked, of_full, of_segment = tile
         masked, second, masked_runs = of_masked
         full, runs = of_full
@@ -171,7 +162,6 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
                 if kind == 0:
                     which = block < second, row, end, rows[0] + first
                     half_scores = hide_keys(half_scores, bounds, m, *which)
-                    m += 1
                 weights, slope = silu_and_twice_slope(half_scores, True)
                 weights = gl.convert_layout(weights.to(dtype), left_layout)
                 dv_sums = warpgroup_mma(weights, dout, dv, is_async=True)
@@ -190,6 +180,9 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
                     1, deps=[dv_sums, weights, dk_sums, left]
                 )
                 give(queries, n)
+                if kind == 0:
+                    give(bounds, m)
+                    m += 1
                 dq = warpgroup_mma_wait(0, deps=[product])
                 if n > start:
                     column = at + HALF * COLUMNS
@@ -206,9 +199,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
             _hand_over(dq, dq_desc, slopes_empty, n + 1, last_row, column, room)
         give(keys, i)
         i += 1
-        place = next_place(places, i)
-        tile = _load_tile(tiles_ptr, place, HEADS, BLOCK)
-
+        tile = _next_tile(records, i, BLOCK)
         sums = sums_k_ptr, sums_v_ptr
         dk, dv, last = add_segments(dk, dv, sums, of_segment, done_ptr, first, head, HEADS)
         if last:
@@ -256,7 +247,7 @@ def resident_unordered_kernel(
     tile each time; so done_ptr.
     Grid: any; as many as there are multiprocessors to fill them.
     """
-    places = ring_of_places()
+    of_schedule = schedule()
     keys, values = ring_of((k_desc,), TILES), ring_of((v_desc,), 1)
     queries, bounds = ring_of((q_desc, dout_desc), STAGES), ring_of((bounds_desc,), STAGES)
     TILE: gl.constexpr = k_desc.block_type.shape[0]
@@ -268,17 +259,19 @@ def resident_unordered_kernel(
     fence_async_shared()  # barriers are there
     of_dk, of_dv = (dk_ptr, dk_stride, dk_desc, None, 0), (dv_ptr, dv_stride, dv_desc, None, 0)
     matrices = of_dk, of_dv, sums_k_ptr, sums_v_ptr, done_ptr, dq_desc
-    work = tiles_ptr, half_alpha, scale
-    rings = places, keys, values, queries, bounds
+    work = half_alpha, scale
+    records, to_fill = of_schedule[0], (keys, values, queries, bounds)
+    rings = records, keys, values, queries, bounds
     descs = k_desc, v_desc, q_desc, dout_desc, bounds_desc
-    tiles = tiles_ptr, num_tiles_ptr, more_tiles, counters_ptr
+    lists = ((tiles_ptr, gl.load(num_tiles_ptr) + more_tiles),)
     of_upper, of_lower = (slopes, full, empty, room.index(0)), (slopes, full, empty, room.index(1))
     gl.warp_specialize(
         [
             (_consume, (0, matrices, work, rings, of_upper, HEADS)),
             (_consume, (1, matrices, work, rings, of_lower, HEADS)),
-            (_produce, (descs, tiles, rings, HEADS)),
+            (_fetch, (descs, of_schedule, to_fill)),
+            (hand_out, (lists, counters_ptr, of_schedule, BLOCK, HEADS)),
         ],
-        [4, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        [4, 1, 1],
+        [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )

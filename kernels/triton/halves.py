@@ -1,0 +1,80 @@
+"""What halves of tiles do not see: kernels that compute tiles by halves need not look at it.
+
+Next to an edge of the mask are blocks that one half of a tile has nothing to do with, such as, at
+the diagonal of a causal mask, the last block of the keys for the first half of a query tile.
+"""
+
+# ruff: noqa: N803 (Triton's constants are written in capitals)
+# mypy: disallow-untyped-defs=False
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.triton.launcher import remembered
+from kernels.triton.masked import find_masked, load_masked
+from kernels.triton.runs import (
+    HALVES_AT,
+    MASKED_RUNS,
+    RECORD,
+    load_rows,
+    number_at,
+    query_rows,
+)
+
+BITS = tl.constexpr(31)  # masked blocks that are told of; any after them may be seen
+
+
+def mark_halves(records: Tensor, bounds: Tensor, tile: int, block: int, of_keys: bool) -> Tensor:
+    """Records of one source, int32 [tiles, 1, RECORD], in which it is written. bounds: a plan's."""
+    _mark_kernel[(len(records),)](
+        records, bounds, TILE=tile, BLOCK=block, OF_KEYS=of_keys, num_warps=4
+    )
+    return records
+
+
+@triton.jit
+def unseen_by(record, half: tl.constexpr):
+    """For `is_unseen`."""
+    return number_at(record, HALVES_AT + half)
+
+
+@triton.jit
+def is_unseen(unseen, block):
+    """Whether a half has nothing to do with a masked block, one of those of `load_masked`."""
+    return (unseen >> tl.minimum(block, BITS)) & 1 == 1
+
+
+@remembered
+@triton.jit
+def _mark_kernel(
+    records_ptr, bounds_ptr, TILE: tl.constexpr, BLOCK: tl.constexpr, OF_KEYS: tl.constexpr
+):
+    record = records_ptr + tl.program_id(0).to(tl.int64) * RECORD
+    masked, second, runs = load_masked(record, MASKED_RUNS, BLOCK)
+    row0, own, _rider0, _count = load_rows(record)
+    tile_rows, tile_inside, _some = query_rows(record, 0, TILE)
+    of_first_half = tl.arange(0, TILE) < TILE // 2
+    first_unseen, second_unseen = 0, 0
+    for block in range(tl.minimum(masked, BITS)):
+        row, end = find_masked(runs, second, block, BLOCK)
+        queries, inside = tile_rows, tile_inside
+        if OF_KEYS:
+            queries = row + tl.arange(0, BLOCK)
+            inside = queries < end
+        at = bounds_ptr + queries.to(tl.int64) * 4 + tl.where(block < second, 2, 0)
+        low = tl.load(at, mask=inside, other=0)
+        high = tl.load(at + 1, mask=inside, other=0)
+        some = inside & (low < high)
+        if OF_KEYS:
+            middle = row0 + TILE // 2
+            in_first = some & (low < tl.minimum(middle, row0 + own)) & (high > row0)
+            in_second = some & (low < row0 + own) & (high > middle)
+        else:
+            some = some & (low < row + BLOCK) & (high > row)
+            in_first, in_second = some & of_first_half, some & ~of_first_half
+        first_unseen |= (1 - tl.max(in_first.to(tl.int32))) << block
+        second_unseen |= (1 - tl.max(in_second.to(tl.int32))) << block
+    tl.store(record + HALVES_AT, first_unseen)
+    tl.store(record + HALVES_AT + 1, second_unseen)

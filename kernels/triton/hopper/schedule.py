@@ -1,0 +1,184 @@
+"""Tiles handed out, by a warp of its own: it waits for memory, so that those that fetch and compute
+need not. What a tile is they find in shared memory.
+"""
+
+# ruff: noqa: N803, N806 (Triton's constants are written in capitals)
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,misc"
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from kernels.triton.hopper.pipeline import CONSUMERS, barriers, fetch, give, take, turn
+from kernels.triton.runs import (
+    MASKED_RUNS,
+    RECORD,
+    RUNS,
+    RUNS_AT,
+    SEQUENCE_AT,
+    load_rows,
+    tile_at,
+)
+
+# Of a record as it is handed out: the head, or -1 behind the last tile; how many blocks are to be
+# fetched; which list the tile is of.
+HEAD_AT = gl.constexpr(SEQUENCE_AT.value)
+BLOCKS_AT = gl.constexpr(SEQUENCE_AT.value + 1)
+LIST_AT = gl.constexpr(RECORD.value - 1)
+# Before so many blocks of a tile the next one is claimed. Who claims one long before its turn makes
+# a tail.
+AHEAD = gl.constexpr(4)
+
+
+@gluon.jit
+def schedule():
+    """A ring of one record, and the barrier that has the next one claimed."""
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    buffers = gl.allocate_shared_memory(gl.int32, [1, RECORD], layout)
+    readers: gl.constexpr = CONSUMERS + 1  # and who fetches
+    return ((buffers,), barriers(1, 1), barriers(1, readers)), barriers(1, 1)
+
+
+@gluon.jit
+def hand_out(lists, counters_ptr, of_schedule, BLOCK: gl.constexpr, HEADS: gl.constexpr):
+    """One warp's: all tiles that have rows, in turn; those of two lists by turns.
+
+    lists: of each its records and how many. counters_ptr: int32 [2], zero before and after a
+    launch. BLOCK: rows of a block.
+    """
+    records, claim = of_schedule
+    count = lists[0][1] * HEADS
+    if len(lists) == 2:
+        count += lists[1][1] * HEADS
+    # Counted from the first on: a program whose multiprocessor is busy elsewhere comes late.
+    place = gl.atomic_add(counters_ptr, 1)
+    i = 0  # tiles so far
+    while place < count:
+        which, head, record = _locate(place, lists, HEADS)
+        if load_rows(record)[3] > 0:
+            _announce(records, i, record, head, which, BLOCK)
+            mbarrier.wait(claim.index(0), i & 1)
+            i += 1
+        place = gl.atomic_add(counters_ptr, 1)
+    _announce(records, i, lists[0][0], -1, 1, BLOCK)
+    if gl.atomic_add(counters_ptr + 1, 1) == gl.num_programs(0) - 1:  # the last program
+        gl.store(counters_ptr, 0)
+        gl.store(counters_ptr + 1, 0)
+
+
+@gluon.jit
+def _locate(place, lists, HEADS: gl.constexpr):
+    """The list of a place, the head, and the record."""
+    if len(lists) == 1:
+        head, _part, record = tile_at(lists[0][0], place, HEADS, PARTS=1, SOURCES=1)
+        return 0, head, record
+    else:
+        tile = place // HEADS
+        pairs = gl.minimum(lists[0][1], lists[1][1])
+        paired = tile < 2 * pairs
+        which = gl.where(paired, tile % 2, gl.where(lists[1][1] > pairs, 1, 0))
+        at = gl.where(paired, tile // 2, tile - pairs) * HEADS + place % HEADS
+        in_first = tile_at(lists[0][0], at, HEADS, PARTS=1, SOURCES=1)
+        in_second = tile_at(lists[1][0], at, HEADS, PARTS=1, SOURCES=1)
+        return which, in_first[0], gl.where(which == 0, in_first[2], in_second[2])
+
+
+@gluon.jit
+def _announce(records, n, record, head, which, BLOCK: gl.constexpr):
+    buffers, full, empty = records
+    at = gl.arange(0, RECORD, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    starts = record + RUNS_AT + 2 * at
+    lengths = gl.load(starts + 1, mask=at < RUNS, other=0) - gl.load(
+        starts, mask=at < RUNS, other=0
+    )
+    blocks = gl.sum(gl.cdiv(gl.maximum(lengths, 0), BLOCK), 0)
+    numbers = gl.load(record + at)
+    numbers = gl.where(at == HEAD_AT, head, numbers)
+    numbers = gl.where(at == BLOCKS_AT, blocks, numbers)
+    numbers = gl.where(at == LIST_AT, which, numbers)
+    mbarrier.wait(empty.index(0), turn(n, 1) ^ 1)
+    buffers[0].index(0).store(numbers)
+    mbarrier.arrive(full.index(0), count=1)
+
+
+@gluon.jit
+def next_record(records, n):
+    """The n-th record, as a tuple."""
+    record = take(records, n)[0]
+    numbers = ()
+    for i in gl.static_range(RECORD):
+        numbers = numbers + (_number_in(record, i),)  # type: ignore[assignment] # noqa: RUF005
+    give(records, n)
+    return numbers
+
+
+@gluon.jit
+def _number_in(record, i):
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.max(record._reinterpret(gl.int32, [RECORD, 1], layout).index(i).load(one), 0)
+
+
+@gluon.jit
+def head_of(records, n):
+    """That of the n-th record, or -1."""
+    return _number_in(take(records, n)[0], HEAD_AT)
+
+
+@gluon.jit
+def list_of(records, n):
+    """Which list the n-th record is of."""
+    return _number_in(take(records, n)[0], LIST_AT)
+
+
+@gluon.jit
+def first_row_of(records, n):
+    """Of the n-th tile."""
+    return _number_in(take(records, n)[0], 0)
+
+
+@gluon.jit
+def fetch_tile(
+    of_schedule, i, so_far, of_rows, of_blocks, of_masked, ORDER: gl.constexpr = None,
+    STEPS: gl.constexpr = RUNS,
+):  # fmt: skip
+    """By one warp: the rows of the i-th tile, then its blocks, run by run.
+
+    of_rows: descriptors, and the rings for the first and second half of the rows, or one for all.
+    of_blocks: descriptors and ring, as often as it takes; of_masked: the same for masked blocks
+    alone, of rows without heads. ORDER: of so many runs, a hexadecimal digit each, the first one
+    last; as they are in the record if None. so_far: how many blocks there were, and of those how
+    many masked; returned for now.
+    """
+    records, claim = of_schedule
+    n, m = so_far
+    record = records[0][0].index(0)
+    head = _number_in(record, HEAD_AT)
+    row = _number_in(record, 0)
+    for part in gl.static_range(1, len(of_rows)):
+        fetch(of_rows[0], row, head, of_rows[part], i)
+        row += of_rows[0][0].block_type.shape[0]
+    BLOCK: gl.constexpr = of_blocks[0][0][0].block_type.shape[0]
+    late = n + gl.maximum(_number_in(record, BLOCKS_AT) - AHEAD, 0)
+    for step in range(STEPS):
+        run = step
+        if ORDER is not None:
+            run = ORDER >> 4 * step & 15
+        row = _number_in(record, RUNS_AT + 2 * run)
+        end = _number_in(record, RUNS_AT + 2 * run + 1)
+        while row < end:
+            if n == late:
+                mbarrier.arrive(claim.index(0), count=1)
+            for each in gl.static_range(len(of_blocks)):
+                fetch(of_blocks[each][0], row, head, of_blocks[each][1], n)
+            if len(of_masked) > 0:  # noqa: SIM102 (known to the compiler)
+                if run < 2 * MASKED_RUNS:
+                    fetch(of_masked[0], row, 0, of_masked[1], m)
+                    m += 1
+            row += BLOCK
+            n += 1
+    if _number_in(record, BLOCKS_AT) == 0:
+        mbarrier.arrive(claim.index(0), count=1)
+    give(records, i)
+    return n, m
