@@ -56,7 +56,7 @@ def hstu_attention(
     intervals: int32 [Tq, 4], see `kernels.masks`.
     deterministic: gradients are bitwise equal from run to run. If False, they need not be, where
         that is faster: on Hopper in 16 bits, for both head dims over 64 and up to 128, and
-        sequences of 4,096 rows or more in the mean that are not few; if there is memory for a
+        sequences of 8,192 rows or more in the mean that are not few; if there is memory for a
         float32 dq, see `kernels.scratch`.
     backend: one of BACKENDS; "auto" takes the fastest that can do it.
     Returns [Tq, H, Dv] in q's dtype; sums are float32 inside (float64 for float64).

@@ -36,7 +36,7 @@ class Kept:
 class Resident:
     """Of a kernel whose programs stay, see `hopper`: rows of a tile and of a block; how many
     buffers there are for tiles and for blocks; and whether a forward has one more, to copy its
-    results from asynchronously (a backward does)."""
+    results from asynchronously (a backward copies from its tiles' own)."""
 
     m: int
     n: int
@@ -47,7 +47,8 @@ class Resident:
 
 @dataclass(frozen=True)
 class Residents:
-    """Those that pay, for launches of one source. They share a plan."""
+    """Those that pay, for launches of one source. They share a plan, whose parts are as many rows
+    as their blocks: so `halves.py` counts them."""
 
     forward: Resident
     gradients: Resident | None = None
@@ -117,7 +118,7 @@ _LONG = replace(RESIDENT, unordered=Resident(128, 64, 2, 2))
 HOPPER_LONG = HOPPER | {128: replace(HOPPER[128], resident=_LONG)}
 SHORT = 512  # tokens of the mean sequence
 FEW = 48 * 1024  # rows of all heads: one launch of the backward leaves one tail instead of two
-LONG = 4096
+LONG = 8192
 CONSERVATIVE = {
     64: Config(128, 64, Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
     128: Config(128, 64, Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2)),

@@ -68,9 +68,10 @@ def _mark_kernel(
         high = tl.load(at + 1, mask=inside, other=0)
         some = inside & (low < high)
         if OF_KEYS:
-            middle = row0 + TILE // 2
-            in_first = some & (low < tl.minimum(middle, row0 + own)) & (high > row0)
-            in_second = some & (low < row0 + own) & (high > middle)
+            end_row = row0 + own
+            middle = tl.minimum(row0 + TILE // 2, end_row)
+            in_first = some & (low < middle) & (high > row0)
+            in_second = some & (low < end_row) & (high > middle) & (middle < end_row)
         else:
             some = some & (low < row + BLOCK) & (high > row)
             in_first, in_second = some & of_first_half, some & ~of_first_half

@@ -84,7 +84,7 @@ def _gradients(
     plan, blocks, half = walk.plan, walk.blocks, walk.blocks.m // 2
     # In place of those that are not wanted, what has their shape: no tile is there to write it.
     targets = query or Target(q, None), *(keys or (Target(k, None), Target(v, None)))
-    copies = walk.qk_dim == walk.v_dim and all(x.is_ready(q.dtype) for x in targets)
+    copies = all(x.is_ready(q.dtype) for x in targets)
     written = []
     for target in targets:
         written += [*target.out, SharedRows(target.written, half) if copies else None]

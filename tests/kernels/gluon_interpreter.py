@@ -120,6 +120,8 @@ class Shared:
     def dtype(self) -> torch.dtype:
         return self.x.dtype  # type: ignore[no-any-return]
 
+    layout = None
+
     def index(self, i: Any) -> Any:
         return self.x[int(i)] if isinstance(self.x, list) else Shared(self.x[int(i)])
 

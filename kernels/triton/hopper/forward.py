@@ -43,7 +43,7 @@ from kernels.triton.hopper.schedule import (
     HEAD_AT,
     fetch_tile,
     hand_out,
-    head_of,
+    look_up,
     next_record,
     schedule,
 )
@@ -73,7 +73,7 @@ def _fetch(descs, of_schedule, rings):
     of_blocks = ((k_desc,), keys), ((v_desc,), values)
     i = 0  # tiles so far
     n = 0  # blocks
-    head = head_of(of_schedule[0], i)
+    head = look_up(of_schedule[0], i, HEAD_AT)
     while head >= 0:
         before = n
         n, _m = fetch_tile(of_schedule, i, (n, 0), of_rows, of_blocks, (), RUNS_IN_ORDER, STEPS)
@@ -82,7 +82,7 @@ def _fetch(descs, of_schedule, rings):
             fetch((v_desc,), 0, head, values, n)
             n += 1
         i += 1
-        head = head_of(of_schedule[0], i)
+        head = look_up(of_schedule[0], i, HEAD_AT)
 
 
 @gluon.jit
@@ -277,7 +277,7 @@ def resident_forward_kernel(
     of_schedule = schedule()
     upper, lower = ring_of((q_desc,), TILES, 1), ring_of((q_desc,), TILES, 1)
     keys, values = ring_of((k_desc,), STAGES), ring_of((v_desc,), STAGES)
-    upper_out, lower_out = 0, 0
+    upper_out, lower_out = None, None
     if out_desc is not None:
         upper_out, lower_out = room_for(out_desc, 1).index(0), room_for(out_desc, 1).index(0)
     order = barriers(STAGES, 1)  # a tile's: the first one's keys are needed for one so many later

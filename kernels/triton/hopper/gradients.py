@@ -39,8 +39,7 @@ from kernels.triton.hopper.schedule import (
     LIST_AT,
     fetch_tile,
     hand_out,
-    head_of,
-    list_of,
+    look_up,
     next_record,
     schedule,
 )
@@ -66,9 +65,9 @@ def _fetch(descs, of_schedule, rings):
     i = 0  # tiles so far
     n = 0  # blocks
     m = 0  # bounds
-    head = head_of(of_schedule[0], i)
+    head = look_up(of_schedule[0], i, HEAD_AT)
     while head >= 0:
-        if list_of(of_schedule[0], i) == 0:
+        if look_up(of_schedule[0], i, LIST_AT) == 0:
             of_rows, of_blocks = (of_queries, upper, lower), ((of_keys, blocks),)
             n, _m = fetch_tile(of_schedule, i, (n, m), of_rows, of_blocks, ())
         else:
@@ -76,7 +75,7 @@ def _fetch(descs, of_schedule, rings):
             of_masked = (bounds_desc,), bounds
             n, m = fetch_tile(of_schedule, i, (n, m), of_rows, of_blocks, of_masked)
         i += 1
-        head = head_of(of_schedule[0], i)
+        head = look_up(of_schedule[0], i, HEAD_AT)
 
 
 @gluon.jit
@@ -270,8 +269,8 @@ def resident_gradients_kernel(
     there are none of the others. 16-bit q, dout, k, v.
 
     All descriptors are of half of a tile's rows, or as many of a block; those of outputs None if
-    one is not of 16 bits, or if head dims differ. Segments of key tiles leave their sums as in
-    `kernels.triton.backward`, half a tile each time; so done_ptr.
+    one is not of 16 bits, or has rows that cannot be copied. Segments of key tiles leave their sums
+    as in `kernels.triton.backward`, half a tile each time; so done_ptr.
     Grid: any; as many as there are multiprocessors to fill them.
     """
     BLOCK: gl.constexpr = bounds_desc.block_type.shape[0]

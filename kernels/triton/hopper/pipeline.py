@@ -15,7 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from kernels.triton.halves import is_unseen
 
 CONSUMERS = gl.constexpr(2)  # warpgroups that compute: each does half of a tile's rows
-# Of a thread: 2 x 240 + 24 = 3 x 168, what as many threads are launched with.
+# Of a thread: 2 x 240 + 24 = 3 x 168, what as many threads are launched with. The third warpgroup
+# is one warp that fetches and one that hands out tiles.
 CONSUMER_REGISTERS = gl.constexpr(240)
 PRODUCER_REGISTERS = gl.constexpr(24)
 

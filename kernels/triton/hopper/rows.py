@@ -86,15 +86,18 @@ def store_rows(ptr, stride, x, rows, first, column):
 @gluon.jit
 def copy_rows(ptr, stride, desc, x, rows, first, column, staged):
     """The same by way of shared memory, which is there again after `tma.store_wait`. desc: of the
-    half's rows; asynchronously, if they all are the tile's own."""
+    half's rows, or None; asynchronously, if they all are the tile's own."""
     ROWS: gl.constexpr = x.shape[0]
     WIDTH: gl.constexpr = x.shape[1]
     tma.store_wait(0)
     staged.store(x)
-    if first + ROWS <= rows[1]:
-        fence_async_shared()  # copies read it
-        tma.async_copy_shared_to_global(desc, [rows[0] + first, column], staged)
-    else:
+    whole = False
+    if desc is not None:
+        whole = first + ROWS <= rows[1]
+        if whole:
+            fence_async_shared()  # copies read it
+            tma.async_copy_shared_to_global(desc, [rows[0] + first, column], staged)
+    if not whole:
         layout: gl.constexpr = _as_in_memory(WIDTH)
         pointers, _at, inside = _matrix_at(ptr, stride, rows, first, column, ROWS, WIDTH, layout)
         gl.store(pointers, staged.load(layout), mask=inside)
@@ -102,7 +105,7 @@ def copy_rows(ptr, stride, desc, x, rows, first, column, staged):
 
 @gluon.jit
 def write(of, x, rows, first, column, staged):
-    """x, plus what there is to add to it, by way of `staged` if there is a descriptor."""
+    """x, plus what there is to add to it; of 16 bits by way of `staged`, unless that is None."""
     ptr, stride, desc, add_ptr, add_stride = of
     if add_ptr is not None:
         ROWS: gl.constexpr = x.shape[0]
@@ -110,10 +113,11 @@ def write(of, x, rows, first, column, staged):
         layout: gl.constexpr = x.type.layout
         x += load_added(add_ptr, add_stride, rows, first, column, ROWS, WIDTH, layout)
     out = x.to(ptr.dtype.element_ty)
-    if desc is None:
+    if staged is None or out.dtype == gl.float32:
         store_rows(ptr, stride, out, rows, first, column)
     else:
-        room = staged._reinterpret(out.dtype, [out.shape[0], out.shape[1]], desc.layout)
+        room_layout: gl.constexpr = staged.layout if desc is None else desc.layout
+        room = staged._reinterpret(out.dtype, [out.shape[0], out.shape[1]], room_layout)
         copy_rows(ptr, stride, desc, out, rows, first, column, room)
 
 

@@ -58,7 +58,7 @@ def hand_out(lists, counters_ptr, of_schedule, BLOCK: gl.constexpr, HEADS: gl.co
         which, head, record = _locate(place, lists, HEADS)
         if load_rows(record)[3] > 0:
             _announce(records, i, record, head, which, BLOCK)
-            mbarrier.wait(claim.index(0), i & 1)
+            mbarrier.wait(claim.index(0), i & 1)  # few of its blocks are still to be fetched
             i += 1
         place = gl.atomic_add(counters_ptr, 1)
     _announce(records, i, lists[0][0], -1, 1, BLOCK)
@@ -121,21 +121,9 @@ def _number_in(record, i):
 
 
 @gluon.jit
-def head_of(records, n):
-    """That of the n-th record, or -1."""
-    return _number_in(take(records, n)[0], HEAD_AT)
-
-
-@gluon.jit
-def list_of(records, n):
-    """Which list the n-th record is of."""
-    return _number_in(take(records, n)[0], LIST_AT)
-
-
-@gluon.jit
-def first_row_of(records, n):
-    """Of the n-th tile."""
-    return _number_in(take(records, n)[0], 0)
+def look_up(records, n, at):
+    """One of the n-th record's numbers, once it is there."""
+    return _number_in(take(records, n)[0], at)
 
 
 @gluon.jit

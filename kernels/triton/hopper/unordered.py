@@ -40,9 +40,8 @@ from kernels.triton.hopper.rows import clear_rows, write
 from kernels.triton.hopper.schedule import (
     HEAD_AT,
     fetch_tile,
-    first_row_of,
     hand_out,
-    head_of,
+    look_up,
     next_record,
     schedule,
 )
@@ -69,12 +68,12 @@ def _fetch(descs, of_schedule, rings):
     i = 0  # tiles so far
     n = 0  # blocks
     m = 0  # masked ones
-    head = head_of(of_schedule[0], i)
+    head = look_up(of_schedule[0], i, HEAD_AT)
     while head >= 0:
-        fetch((v_desc,), first_row_of(of_schedule[0], i), head, values, i)
+        fetch((v_desc,), look_up(of_schedule[0], i, 0), head, values, i)
         n, m = fetch_tile(of_schedule, i, (n, m), ((k_desc,), keys), of_blocks, of_masked)
         i += 1
-        head = head_of(of_schedule[0], i)
+        head = look_up(of_schedule[0], i, HEAD_AT)
 
 
 @gluon.jit
