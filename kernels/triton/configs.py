@@ -36,7 +36,7 @@ class Kept:
 class Resident:
     """Of a kernel whose programs stay, see `hopper`: rows of a tile and of a block; how many
     buffers there are for tiles and for blocks; and whether a forward has one more, to copy its
-    results from asynchronously (a backward copies from its tiles' own)."""
+    results from asynchronously (`gradients` copies from its tiles')."""
 
     m: int
     n: int

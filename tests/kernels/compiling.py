@@ -77,6 +77,7 @@ def compile_resident(dim: int, dtype: torch.dtype) -> None:
         launch.gradients(v, q, k, v, weighting, deterministic=False, out=out)
         source, sums = Source((q, v), weighting), (partial, partial)
         launch.key_value_gradients(k, v, source, add=sums, out=sums)
+        launch.key_value_gradients(k, v, source, add=sums, out=(out[1], out[2]))
 
 
 def warnings_of(ptx: str) -> list[str]:

@@ -223,6 +223,7 @@ class Gpu:
     # Numbers.
 
     int32, int64, float32 = torch.int32, torch.int64, torch.float32
+    float16, bfloat16 = torch.float16, torch.bfloat16
     uint32 = "uint32"
     static_range, constexpr, tuple = range, None, tuple
     static_assert = staticmethod(lambda holds: None if holds else 1 / 0)

@@ -137,7 +137,7 @@ def _unseen_at_ends(unseen, edges, full, MOST: gl.constexpr):
 
 @gluon.jit
 def _pass_by(count, n, keys, values):
-    """Do without so many blocks; returns how many there were."""
+    """Do without so many blocks, from the n-th on; returns which is next."""
     for _block in range(count):
         take(keys, n)
         give(keys, n)
@@ -236,6 +236,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged):
         give(values, n)
         n += 1 + left
         of_out = out_ptr, out_stride, out_desc, None, 0
+        tma.store_wait(0)
         write(of_out, acc * scale, rows, first, v_at, staged)
     if out_desc is not None:
         tma.store_wait(0)

@@ -128,9 +128,6 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
     bounds_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     first: gl.constexpr = HALF * ROWS
     zeros = gl.zeros([ROWS, BLOCK], gl.float32, scores_layout)
-    gl.static_assert(
-        tiles[0][0].shape[0] > 1
-    )  # the next tile's rows come before results are copied
     i = 0  # tiles so far
     n = 0  # blocks
     m = 0  # bounds
@@ -277,7 +274,8 @@ def resident_gradients_kernel(
     of_schedule = schedule()
     of_queries, of_keys = (q_desc, dout_desc), (k_desc, v_desc)
     upper, lower = ring_of(of_keys, TILES, 1), ring_of(of_keys, TILES, 1)
-    blocks, bounds = ring_of(of_keys, STAGES), ring_of((bounds_desc,), 2)
+    blocks = ring_of(of_keys, STAGES)
+    bounds = ring_of((bounds_desc,), 2)  # of masked blocks alone: there is no room for more
     fence_async_shared()  # barriers are there
     of_dq = dq_ptr, dq_stride, dq_desc, add_q_ptr, add_q_stride
     of_dk = dk_ptr, dk_stride, dk_desc, add_k_ptr, add_k_stride

@@ -17,8 +17,9 @@ from kernels.triton.silu import UNSEEN
 def hide_keys(half_scores, ring, n, by_second, row, end, key_row):
     """half_scores [keys, queries] where the queries of a block, those from `row` on and before
     `end`, see the keys by one of their intervals. ring: bounds of such blocks, this one's n-th: to
-    be given away when the scores have been used. (Sooner, the next ones were seen to come while
-    this one's were still being read.)"""
+    be given away when the scores have been used. (Given away sooner, after a barrier behind the
+    reads, they were seen to change in the midst of a read: TMA does not wait for reads that are
+    still queued.)"""
     layout: gl.constexpr = half_scores.type.layout
     bounds = take(ring, n)[0]
     queries = (row + gl.arange(0, half_scores.shape[1], gl.SliceLayout(0, layout)))[None, :]

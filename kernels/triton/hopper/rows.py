@@ -85,17 +85,17 @@ def store_rows(ptr, stride, x, rows, first, column):
 
 @gluon.jit
 def copy_rows(ptr, stride, desc, x, rows, first, column, staged):
-    """The same by way of shared memory, which is there again after `tma.store_wait`. desc: of the
-    half's rows, or None; asynchronously, if they all are the tile's own."""
+    """The same by way of shared memory, which nothing may be copied from any more, and which is
+    there again after `tma.store_wait`. desc: of the half's rows, or None; asynchronously, if they
+    all are the tile's own."""
     ROWS: gl.constexpr = x.shape[0]
     WIDTH: gl.constexpr = x.shape[1]
-    tma.store_wait(0)
     staged.store(x)
+    fence_async_shared()  # copies read it, or write there next
     whole = False
     if desc is not None:
         whole = first + ROWS <= rows[1]
         if whole:
-            fence_async_shared()  # copies read it
             tma.async_copy_shared_to_global(desc, [rows[0] + first, column], staged)
     if not whole:
         layout: gl.constexpr = _as_in_memory(WIDTH)
@@ -113,7 +113,7 @@ def write(of, x, rows, first, column, staged):
         layout: gl.constexpr = x.type.layout
         x += load_added(add_ptr, add_stride, rows, first, column, ROWS, WIDTH, layout)
     out = x.to(ptr.dtype.element_ty)
-    if staged is None or out.dtype == gl.float32:
+    if staged is None or not (out.dtype == gl.bfloat16 or out.dtype == gl.float16):
         store_rows(ptr, stride, out, rows, first, column)
     else:
         room_layout: gl.constexpr = staged.layout if desc is None else desc.layout

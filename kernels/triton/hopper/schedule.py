@@ -135,7 +135,7 @@ def fetch_tile(
 
     of_rows: descriptors, and the rings for the first and second half of the rows, or one for all.
     of_blocks: descriptors and ring, as often as it takes; of_masked: the same for masked blocks
-    alone, of rows without heads. ORDER: of so many runs, a hexadecimal digit each, the first one
+    alone, of rows without heads. ORDER: of STEPS runs, a hexadecimal digit each, the first one
     last; as they are in the record if None. so_far: how many blocks there were, and of those how
     many masked; returned for now.
     """

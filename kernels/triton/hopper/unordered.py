@@ -1,10 +1,10 @@
 """dq, dk and dv of one source by programs that stay, in one pass: five products a block, where
 `gradients.py` takes seven.
 
-One warp hands out key tiles and fetches. Two warpgroups compute, each half of a tile's keys, and
-scores transposed, [keys, queries]; what they find of the slopes they share, and each adds half of
-the dims of dq, of all of the tile's keys, to float32 in global memory: in whatever order tiles come
-to it, so that results differ in their last bits from run to run. That product is of the block
+One warp hands out key tiles, and one fetches. Two warpgroups compute, each half of a tile's keys,
+and scores transposed, [keys, queries]; what they find of the slopes they share, and each adds half
+of the dims of dq, of all of the tile's keys, to float32 in global memory: in whatever order tiles
+come to it, so that results differ in their last bits from run to run. That product is of the block
 before: no warpgroup waits for the other, which computes while this one finds slopes.
 """
 
@@ -202,7 +202,9 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
         sums = sums_k_ptr, sums_v_ptr
         dk, dv, last = add_segments(dk, dv, sums, of_segment, done_ptr, first, head, HEADS)
         if last:
+            tma.store_wait(0)
             write(of_dk, dk * (scale * half_alpha), rows, first, at, room)
+            tma.store_wait(0)
             write(of_dv, dv * scale, rows, first, at, room)
     tma.store_wait(0)
 
