@@ -27,15 +27,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels.triton.backward
-import kernels.triton.forward
-import kernels.triton.slopes
 from benchmarks.attention import Work, chart, milliseconds, plot
 from gr_train.config import ModelConfig
 from gr_train.model.hstu import HSTULayer
 from gr_train.model.mask import layer_flops
 from kernels.jagged import Jagged
 from kernels.masks import interval_lengths
+from kernels.triton import backward, forward, slopes
+from kernels.triton.hopper import forward as resident_forward
+from kernels.triton.hopper import gradients, unordered
 from kernels.triton.launcher import Launcher
 from parallel.attention import context_parallel_attention
 from parallel.shard import Shard
@@ -46,7 +46,7 @@ MASKS = ("causal", "semi-local", "window")
 MATMUL = re.compile("gemm|nvjet|cutlass|xmma|splitk", re.IGNORECASE)
 ATTENTION = {
     name
-    for module in (kernels.triton.forward, kernels.triton.backward, kernels.triton.slopes)
+    for module in (forward, backward, slopes, resident_forward, gradients, unordered)
     for name, value in vars(module).items()
     if isinstance(value, Launcher)
 }
@@ -121,24 +121,24 @@ def measure(policy: str, args: argparse.Namespace, work: Work) -> dict:
     dout = torch.randn_like(x)
     wanted = [x, *layer.parameters()]
 
-    def forward() -> Tensor:
+    def run() -> Tensor:
         with torch.autocast("cuda", torch.bfloat16):
             return layer(x, seen)
 
     def step() -> None:
-        torch.autograd.grad(forward(), wanted, dout)
+        torch.autograd.grad(run(), wanted, dout)
 
     step()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    out = forward()
+    out = run()
     saved = torch.cuda.memory_allocated() - before
     torch.autograd.grad(out, wanted, dout)
     peak = torch.cuda.max_memory_allocated() - before
     del out
     milliseconds(step, 3)
     total = statistics.median(milliseconds(step, args.repeats))
-    alone = statistics.median(milliseconds(forward, args.repeats))
+    alone = statistics.median(milliseconds(run, args.repeats))
 
     kernels_ms = profile(step)
     split: Counter[str] = Counter()

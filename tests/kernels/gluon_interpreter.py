@@ -222,7 +222,8 @@ class Gpu:
 
     # Numbers.
 
-    int32, int64, float32 = torch.int32, torch.int64, torch.float32
+    int16, int32, int64 = torch.int16, torch.int32, torch.int64
+    float32 = torch.float32
     float16, bfloat16 = torch.float16, torch.bfloat16
     uint32 = "uint32"
     static_range, constexpr, tuple = range, None, tuple
@@ -261,7 +262,7 @@ class Gpu:
     NVMMADistributedLayout = SwizzledSharedLayout = layout
     NVMMASharedLayout = types.SimpleNamespace(get_default_for=lambda *x: None)
     MBarrierLayout = staticmethod(lambda: Barrier)
-    convert_layout = staticmethod(lambda x, layout: x)
+    convert_layout = staticmethod(lambda x, layout, assert_trivial=False: x)
 
     # Memory.
 
@@ -300,8 +301,9 @@ class Gpu:
         if pred:
             barrier.wait(parity)
 
-    def arrive(self, barrier: Barrier, count: int) -> None:
-        barrier.arrive(count)
+    def arrive(self, barrier: Barrier, count: int, pred: Any = True) -> None:
+        if pred:
+            barrier.arrive(count)
         time.sleep(1e-3)  # whoever waited for it goes first
 
     def expect(self, barrier: Barrier, nbytes: int) -> None:

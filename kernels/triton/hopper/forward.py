@@ -32,6 +32,7 @@ from kernels.triton.hopper.pipeline import (
     take,
     turn,
 )
+from kernels.triton.hopper.records import HEAD_AT, look_up, next_record, schedule
 from kernels.triton.hopper.rows import (
     hide,
     load_added,
@@ -39,14 +40,7 @@ from kernels.triton.hopper.rows import (
     load_riders,
     write,
 )
-from kernels.triton.hopper.schedule import (
-    HEAD_AT,
-    fetch_tile,
-    hand_out,
-    look_up,
-    next_record,
-    schedule,
-)
+from kernels.triton.hopper.schedule import fetch_tile, hand_out
 from kernels.triton.launcher import remembered
 from kernels.triton.masked import load_edge
 from kernels.triton.runs import (
@@ -76,7 +70,7 @@ def _fetch(descs, of_schedule, rings):
     head = look_up(of_schedule[0], i, HEAD_AT)
     while head >= 0:
         before = n
-        n, _m = fetch_tile(of_schedule, i, (n, 0), of_rows, of_blocks, (), RUNS_IN_ORDER, STEPS)
+        n = fetch_tile(of_schedule, i, n, of_rows, of_blocks, RUNS_IN_ORDER, STEPS)
         if n == before:
             fetch((k_desc,), 0, head, keys, n)
             fetch((v_desc,), 0, head, values, n)
@@ -296,7 +290,7 @@ def resident_forward_kernel(
             (_consume, (0, matrices, work, of_upper, upper_out)),
             (_consume, (1, matrices, work, of_lower, lower_out)),
             (_fetch, ((q_desc, k_desc, v_desc), of_schedule, to_fill)),
-            (hand_out, (lists, counters_ptr, of_schedule, BLOCK, HEADS)),
+            (hand_out, (lists, counters_ptr, of_schedule, None, BLOCK, HEADS)),
         ],
         [4, 1, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

@@ -24,25 +24,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.triton.halves import unseen_by
-from kernels.triton.hopper.key_tiles import add_segments, hide_keys, unknown_zero
+from kernels.triton.hopper.key_tiles import add_segments, unknown_zero
+from kernels.triton.hopper.masks import hide_keys, look, masks_for
 from kernels.triton.hopper.pipeline import (
     CONSUMER_REGISTERS,
+    CONSUMERS,
     PRODUCER_REGISTERS,
     give,
     ring_of,
     skip,
     take,
 )
+from kernels.triton.hopper.records import HEAD_AT, LIST_AT, look_up, next_record, schedule
 from kernels.triton.hopper.rows import hide, load_bounds, load_riders, write
-from kernels.triton.hopper.schedule import (
-    HEAD_AT,
-    LIST_AT,
-    fetch_tile,
-    hand_out,
-    look_up,
-    next_record,
-    schedule,
-)
+from kernels.triton.hopper.schedule import fetch_tile, hand_out
 from kernels.triton.launcher import remembered
 from kernels.triton.masked import find_masked, load_masked
 from kernels.triton.runs import (
@@ -58,22 +53,19 @@ from kernels.triton.silu import silu_and_twice_slope
 
 @gluon.jit
 def _fetch(descs, of_schedule, rings):
-    """One warp's: all tiles, half of their rows into one ring and half into another; of blocks of
-    queries that are masked the bounds as well."""
-    of_queries, of_keys, bounds_desc = descs
-    upper, lower, blocks, bounds = rings
+    """One warp's: all tiles, half of their rows into one ring and half into another."""
+    of_queries, of_keys = descs
+    upper, lower, blocks = rings
     i = 0  # tiles so far
     n = 0  # blocks
-    m = 0  # bounds
     head = look_up(of_schedule[0], i, HEAD_AT)
     while head >= 0:
         if look_up(of_schedule[0], i, LIST_AT) == 0:
             of_rows, of_blocks = (of_queries, upper, lower), ((of_keys, blocks),)
-            n, _m = fetch_tile(of_schedule, i, (n, m), of_rows, of_blocks, ())
+            n = fetch_tile(of_schedule, i, n, of_rows, of_blocks)
         else:
             of_rows, of_blocks = (of_keys, upper, lower), ((of_queries, blocks),)
-            of_masked = (bounds_desc,), bounds
-            n, m = fetch_tile(of_schedule, i, (n, m), of_rows, of_blocks, of_masked)
+            n = fetch_tile(of_schedule, i, n, of_rows, of_blocks)
         i += 1
         head = look_up(of_schedule[0], i, HEAD_AT)
 
@@ -114,7 +106,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
     """One warpgroup's: half of the rows of each tile, from whose buffers results are copied."""
     of_q, of_dout, of_dq, of_dk, of_dv, sums_k_ptr, sums_v_ptr, done_ptr = matrices
     half_alpha, scale, bounds_ptr = work
-    records, tiles, blocks, bounds = rings
+    records, tiles, blocks, masks = rings
     ROWS: gl.constexpr = tiles[0][0].shape[1]
     QK_DIM: gl.constexpr = tiles[0][0].shape[2]
     V_DIM: gl.constexpr = tiles[0][1].shape[2]
@@ -130,7 +122,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
     zeros = gl.zeros([ROWS, BLOCK], gl.float32, scores_layout)
     i = 0  # tiles so far
     n = 0  # blocks
-    m = 0  # bounds
+    m = 0  # masks
     tile = _next_tile(records, i, bounds_ptr, HALF, ROWS, BLOCK, bounds_layout)
     while tile[0] >= 0:
         head, of_keys, rows, of_rows, seen, of_segment = tile
@@ -179,15 +171,15 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
             for kind in gl.static_range(2):
                 block = 0
                 if kind == 0:
-                    block = skip(unseen, block, ((blocks, n), (bounds, m)))
+                    block = skip(unseen, block, ((blocks, n), (masks, m)))
                 while block < (masked if kind == 0 else full):
                     at_block = n + block if kind == 0 else n + masked + block
                     q, dout, scores, dweights = _begin(tiles, i, blocks, at_block, block, zeros)
+                    if kind == 0:
+                        numbers = look(masks, m + block, HALF, zeros)
                     half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                     if kind == 0:
-                        row, end = find_masked(masked_runs, second, block, BLOCK)
-                        which = block < second, row, end, rows[0] + first
-                        half_scores = hide_keys(half_scores, bounds, m + block, *which)
+                        half_scores = hide_keys(half_scores, numbers)
                     weights, slope = silu_and_twice_slope(half_scores, True)
                     weights = gl.convert_layout(weights.to(dtype), weights_layout)
                     dv_sums = warpgroup_mma(weights, dout, dv, is_async=True)
@@ -199,10 +191,10 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
                     )
                     give(blocks, at_block)
                     if kind == 0:
-                        give(bounds, m + block)
+                        give(masks, m + block)
                     block += 1
                     if kind == 0:
-                        block = skip(unseen, block, ((blocks, n), (bounds, m)))
+                        block = skip(unseen, block, ((blocks, n), (masks, m)))
             m += masked
             i += 1
             n += masked + full
@@ -257,7 +249,6 @@ def resident_gradients_kernel(
     half_alpha,
     scale,
     bounds_ptr,
-    bounds_desc,
     HEADS: gl.constexpr,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
@@ -270,12 +261,12 @@ def resident_gradients_kernel(
     as in `kernels.triton.backward`, half a tile each time; so done_ptr.
     Grid: any; as many as there are multiprocessors to fill them.
     """
-    BLOCK: gl.constexpr = bounds_desc.block_type.shape[0]
+    BLOCK: gl.constexpr = q_desc.block_type.shape[0]
     of_schedule = schedule()
     of_queries, of_keys = (q_desc, dout_desc), (k_desc, v_desc)
     upper, lower = ring_of(of_keys, TILES, 1), ring_of(of_keys, TILES, 1)
     blocks = ring_of(of_keys, STAGES)
-    bounds = ring_of((bounds_desc,), 2)  # of masked blocks alone: there is no room for more
+    masks = masks_for(CONSUMERS * BLOCK, BLOCK, 2)  # there is no room for more
     fence_async_shared()  # barriers are there
     of_dq = dq_ptr, dq_stride, dq_desc, add_q_ptr, add_q_stride
     of_dk = dk_ptr, dk_stride, dk_desc, add_k_ptr, add_k_stride
@@ -285,15 +276,16 @@ def resident_gradients_kernel(
     work = half_alpha, scale, bounds_ptr
     query_tiles = query_tiles_ptr, gl.load(num_query_tiles_ptr)
     key_tiles = key_tiles_ptr, gl.load(num_key_tiles_ptr) + more_key_tiles
-    descs, to_fill = (of_queries, of_keys, bounds_desc), (upper, lower, blocks, bounds)
+    descs, to_fill = (of_queries, of_keys), (upper, lower, blocks)
     records, lists = of_schedule[0], (query_tiles, key_tiles)
-    of_upper, of_lower = (records, upper, blocks, bounds), (records, lower, blocks, bounds)
+    of_upper, of_lower = (records, upper, blocks, masks), (records, lower, blocks, masks)
+    of_masks = bounds_ptr, masks
     gl.warp_specialize(
         [
             (_consume, (0, matrices, work, of_upper, HEADS)),
             (_consume, (1, matrices, work, of_lower, HEADS)),
             (_fetch, (descs, of_schedule, to_fill)),
-            (hand_out, (lists, counters_ptr, of_schedule, BLOCK, HEADS)),
+            (hand_out, (lists, counters_ptr, of_schedule, of_masks, BLOCK, HEADS)),
         ],
         [4, 1, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

@@ -1,4 +1,4 @@
-"""Key tiles for programs that stay: who sees them, and sums of tiles that come in segments."""
+"""Key tiles for programs that stay: sums of tiles that come in segments."""
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,misc"
@@ -8,30 +8,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kernels.triton.hopper.pipeline import CONSUMERS, take
-from kernels.triton.hopper.rows import between
-from kernels.triton.silu import UNSEEN
-
-
-@gluon.jit
-def hide_keys(half_scores, ring, n, by_second, row, end, key_row):
-    """half_scores [keys, queries] where the queries of a block, those from `row` on and before
-    `end`, see the keys by one of their intervals. ring: bounds of such blocks, this one's n-th: to
-    be given away when the scores have been used. (Given away sooner, after a barrier behind the
-    reads, they were seen to change in the midst of a read: TMA does not wait for reads that are
-    still queued.)"""
-    layout: gl.constexpr = half_scores.type.layout
-    bounds = take(ring, n)[0]
-    queries = (row + gl.arange(0, half_scores.shape[1], gl.SliceLayout(0, layout)))[None, :]
-    keys = (key_row + gl.arange(0, half_scores.shape[0], gl.SliceLayout(1, layout)))[:, None]
-    # As it came: for want of a swizzle, no other order than that of memory.
-    rows_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    shape: gl.constexpr = [half_scores.shape[1], 4]
-    of_rows = bounds._reinterpret(gl.int32, shape, rows_layout).permute([1, 0])
-    low = gl.where(by_second, of_rows.slice(2, 1).load(layout), of_rows.slice(0, 1).load(layout))
-    high = gl.where(by_second, of_rows.slice(3, 1).load(layout), of_rows.slice(1, 1).load(layout))
-    seen = between(keys, low, gl.where(queries < end, high, low))
-    return gl.where(seen, half_scores, UNSEEN)
+from kernels.triton.hopper.pipeline import CONSUMERS
 
 
 @gluon.jit

@@ -1,5 +1,5 @@
-"""Tiles handed out, by a warp of its own: it waits for memory, so that those that fetch and compute
-need not. What a tile is they find in shared memory.
+"""Tiles handed out, and masks drawn, by a warp of its own: it waits for memory, so that those that
+fetch and compute need not. What a tile is, and what is masked of it, they find in shared memory.
 """
 
 # ruff: noqa: N803, N806 (Triton's constants are written in capitals)
@@ -10,42 +10,23 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from kernels.triton.hopper.pipeline import CONSUMERS, barriers, fetch, give, take, turn
-from kernels.triton.runs import (
-    MASKED_RUNS,
-    RECORD,
-    RUNS,
-    RUNS_AT,
-    SEQUENCE_AT,
-    load_rows,
-    tile_at,
-)
+from kernels.triton.hopper.masks import draw_masks
+from kernels.triton.hopper.pipeline import fetch, give, turn
+from kernels.triton.hopper.records import BLOCKS_AT, HEAD_AT, LIST_AT, number_in
+from kernels.triton.runs import RECORD, RUNS, RUNS_AT, load_rows, tile_at
 
-# Of a record as it is handed out: the head, or -1 behind the last tile; how many blocks are to be
-# fetched; which list the tile is of.
-HEAD_AT = gl.constexpr(SEQUENCE_AT.value)
-BLOCKS_AT = gl.constexpr(SEQUENCE_AT.value + 1)
-LIST_AT = gl.constexpr(RECORD.value - 1)
 # Before so many blocks of a tile the next one is claimed. Who claims one long before its turn makes
 # a tail.
 AHEAD = gl.constexpr(4)
 
 
 @gluon.jit
-def schedule():
-    """A ring of one record, and the barrier that has the next one claimed."""
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    buffers = gl.allocate_shared_memory(gl.int32, [1, RECORD], layout)
-    readers: gl.constexpr = CONSUMERS + 1  # and who fetches
-    return ((buffers,), barriers(1, 1), barriers(1, readers)), barriers(1, 1)
-
-
-@gluon.jit
-def hand_out(lists, counters_ptr, of_schedule, BLOCK: gl.constexpr, HEADS: gl.constexpr):
+def hand_out(lists, counters_ptr, of_schedule, of_masks, BLOCK: gl.constexpr, HEADS: gl.constexpr):
     """One warp's: all tiles that have rows, in turn; those of two lists by turns.
 
     lists: of each its records and how many. counters_ptr: int32 [2], zero before and after a
-    launch. BLOCK: rows of a block.
+    launch. of_masks: a plan's bounds, and where to draw those of the last list's tiles, which are
+    of keys; or None. BLOCK: rows of a block.
     """
     records, claim = of_schedule
     count = lists[0][1] * HEADS
@@ -54,10 +35,14 @@ def hand_out(lists, counters_ptr, of_schedule, BLOCK: gl.constexpr, HEADS: gl.co
     # Counted from the first on: a program whose multiprocessor is busy elsewhere comes late.
     place = gl.atomic_add(counters_ptr, 1)
     i = 0  # tiles so far
+    m = 0  # masks
     while place < count:
         which, head, record = _locate(place, lists, HEADS)
         if load_rows(record)[3] > 0:
             _announce(records, i, record, head, which, BLOCK)
+            if of_masks is not None:  # noqa: SIM102 (known to the compiler)
+                if which == len(lists) - 1:
+                    m = draw_masks(records, of_masks, m, BLOCK)
             mbarrier.wait(claim.index(0), i & 1)  # few of its blocks are still to be fetched
             i += 1
         place = gl.atomic_add(counters_ptr, 1)
@@ -103,70 +88,39 @@ def _announce(records, n, record, head, which, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def next_record(records, n):
-    """The n-th record, as a tuple."""
-    record = take(records, n)[0]
-    numbers = ()
-    for i in gl.static_range(RECORD):
-        numbers = numbers + (_number_in(record, i),)  # type: ignore[assignment] # noqa: RUF005
-    give(records, n)
-    return numbers
-
-
-@gluon.jit
-def _number_in(record, i):
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    return gl.max(record._reinterpret(gl.int32, [RECORD, 1], layout).index(i).load(one), 0)
-
-
-@gluon.jit
-def look_up(records, n, at):
-    """One of the n-th record's numbers, once it is there."""
-    return _number_in(take(records, n)[0], at)
-
-
-@gluon.jit
 def fetch_tile(
-    of_schedule, i, so_far, of_rows, of_blocks, of_masked, ORDER: gl.constexpr = None,
-    STEPS: gl.constexpr = RUNS,
-):  # fmt: skip
+    of_schedule, i, n, of_rows, of_blocks, ORDER: gl.constexpr = None, STEPS: gl.constexpr = RUNS
+):
     """By one warp: the rows of the i-th tile, then its blocks, run by run.
 
     of_rows: descriptors, and the rings for the first and second half of the rows, or one for all.
-    of_blocks: descriptors and ring, as often as it takes; of_masked: the same for masked blocks
-    alone, of rows without heads. ORDER: of STEPS runs, a hexadecimal digit each, the first one
-    last; as they are in the record if None. so_far: how many blocks there were, and of those how
-    many masked; returned for now.
+    of_blocks: descriptors and ring, as often as it takes. ORDER: of STEPS runs, a hexadecimal digit
+    each, the first one last; as they are in the record if None. n: how many blocks there were;
+    returned for now.
     """
     records, claim = of_schedule
-    n, m = so_far
     record = records[0][0].index(0)
-    head = _number_in(record, HEAD_AT)
-    row = _number_in(record, 0)
+    head = number_in(record, HEAD_AT)
+    row = number_in(record, 0)
     for part in gl.static_range(1, len(of_rows)):
         fetch(of_rows[0], row, head, of_rows[part], i)
         row += of_rows[0][0].block_type.shape[0]
     BLOCK: gl.constexpr = of_blocks[0][0][0].block_type.shape[0]
-    late = n + gl.maximum(_number_in(record, BLOCKS_AT) - AHEAD, 0)
+    late = n + gl.maximum(number_in(record, BLOCKS_AT) - AHEAD, 0)
     for step in range(STEPS):
         run = step
         if ORDER is not None:
             run = ORDER >> 4 * step & 15
-        row = _number_in(record, RUNS_AT + 2 * run)
-        end = _number_in(record, RUNS_AT + 2 * run + 1)
+        row = number_in(record, RUNS_AT + 2 * run)
+        end = number_in(record, RUNS_AT + 2 * run + 1)
         while row < end:
             if n == late:
                 mbarrier.arrive(claim.index(0), count=1)
             for each in gl.static_range(len(of_blocks)):
                 fetch(of_blocks[each][0], row, head, of_blocks[each][1], n)
-            if len(of_masked) > 0:  # noqa: SIM102 (known to the compiler)
-                if run < 2 * MASKED_RUNS:
-                    fetch(of_masked[0], row, 0, of_masked[1], m)
-                    m += 1
             row += BLOCK
             n += 1
-    if _number_in(record, BLOCKS_AT) == 0:
+    if number_in(record, BLOCKS_AT) == 0:
         mbarrier.arrive(claim.index(0), count=1)
     give(records, i)
-    return n, m
+    return n

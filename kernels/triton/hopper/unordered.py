@@ -23,7 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.triton.hopper.adding import async_add_shared_to_global
-from kernels.triton.hopper.key_tiles import add_segments, hide_keys, unknown_zero
+from kernels.triton.hopper.key_tiles import add_segments, unknown_zero
+from kernels.triton.hopper.masks import hide_keys, look, masks_for
 from kernels.triton.hopper.pipeline import (
     CONSUMER_REGISTERS,
     CONSUMERS,
@@ -36,15 +37,9 @@ from kernels.triton.hopper.pipeline import (
     take,
     turn,
 )
+from kernels.triton.hopper.records import HEAD_AT, look_up, next_record, schedule
 from kernels.triton.hopper.rows import clear_rows, write
-from kernels.triton.hopper.schedule import (
-    HEAD_AT,
-    fetch_tile,
-    hand_out,
-    look_up,
-    next_record,
-    schedule,
-)
+from kernels.triton.hopper.schedule import fetch_tile, hand_out
 from kernels.triton.launcher import remembered
 from kernels.triton.masked import find_masked, load_masked
 from kernels.triton.runs import (
@@ -61,17 +56,16 @@ from kernels.triton.silu import silu_and_twice_slope
 
 @gluon.jit
 def _fetch(descs, of_schedule, rings):
-    """One warp's: all tiles; of masked blocks the queries' bounds as well."""
-    k_desc, v_desc, q_desc, dout_desc, bounds_desc = descs
-    keys, values, queries, bounds = rings
-    of_blocks, of_masked = (((q_desc, dout_desc), queries),), ((bounds_desc,), bounds)
+    """One warp's: all tiles."""
+    k_desc, v_desc, q_desc, dout_desc = descs
+    keys, values, queries = rings
     i = 0  # tiles so far
     n = 0  # blocks
-    m = 0  # masked ones
     head = look_up(of_schedule[0], i, HEAD_AT)
     while head >= 0:
         fetch((v_desc,), look_up(of_schedule[0], i, 0), head, values, i)
-        n, m = fetch_tile(of_schedule, i, (n, m), ((k_desc,), keys), of_blocks, of_masked)
+        of_blocks = (((q_desc, dout_desc), queries),)
+        n = fetch_tile(of_schedule, i, n, ((k_desc,), keys), of_blocks)
         i += 1
         head = look_up(of_schedule[0], i, HEAD_AT)
 
@@ -109,7 +103,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
     """One warpgroup's: half of the keys of each tile, and half of the dims of dq."""
     of_dk, of_dv, sums_k_ptr, sums_v_ptr, done_ptr, dq_desc = matrices
     half_alpha, scale = work
-    records, keys, values, queries, bounds = rings
+    records, keys, values, queries, masks = rings
     slopes, slopes_full, slopes_empty, room = shared
     TILE: gl.constexpr = keys[0][0].shape[1]
     DIM: gl.constexpr = keys[0][0].shape[2]
@@ -154,13 +148,13 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
                 scores = warpgroup_mma(k_rows, q_columns, zeros, use_acc=False, is_async=True)
                 dweights = warpgroup_mma(v_rows, dout_columns, zeros, use_acc=False, is_async=True)
                 if kind == 0:
-                    row, end = find_masked(masked_runs, second, block, BLOCK)
+                    row, _end = find_masked(masked_runs, second, block, BLOCK)
+                    numbers = look(masks, m, HALF, zeros)
                 else:
-                    row, end = find_block(runs, block, BLOCK)
+                    row, _end = find_block(runs, block, BLOCK)
                 half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                 if kind == 0:
-                    which = block < second, row, end, rows[0] + first
-                    half_scores = hide_keys(half_scores, bounds, m, *which)
+                    half_scores = hide_keys(half_scores, numbers)
                 weights, slope = silu_and_twice_slope(half_scores, True)
                 weights = gl.convert_layout(weights.to(dtype), left_layout)
                 dv_sums = warpgroup_mma(weights, dout, dv, is_async=True)
@@ -180,7 +174,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
                 )
                 give(queries, n)
                 if kind == 0:
-                    give(bounds, m)
+                    give(masks, m)
                     m += 1
                 dq = warpgroup_mma_wait(0, deps=[product])
                 if n > start:
@@ -235,7 +229,7 @@ def resident_unordered_kernel(
     scale,
     q_desc,
     dout_desc,
-    bounds_desc,
+    bounds_ptr,
     HEADS: gl.constexpr,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
@@ -243,16 +237,17 @@ def resident_unordered_kernel(
     """dk, dv, and 2 / (scale * alpha) of dq added to zeros, float32. All else of 16 bits.
 
     Descriptors of k and v have the rows of a tile, those of dk and dv half of them; those of q,
-    dout and bounds the rows of a block, that of dq half of its dims. One head dim for all. There is
+    dout the rows of a block, that of dq half of its dims. One head dim for all. There is
     one buffer for V. Segments of tiles leave their sums as in `kernels.triton.backward`, half a
     tile each time; so done_ptr.
     Grid: any; as many as there are multiprocessors to fill them.
     """
     of_schedule = schedule()
     keys, values = ring_of((k_desc,), TILES), ring_of((v_desc,), 1)
-    queries, bounds = ring_of((q_desc, dout_desc), STAGES), ring_of((bounds_desc,), STAGES)
+    queries = ring_of((q_desc, dout_desc), STAGES)
     TILE: gl.constexpr = k_desc.block_type.shape[0]
     BLOCK: gl.constexpr = q_desc.block_type.shape[0]
+    masks = masks_for(TILE, BLOCK, STAGES)
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, BLOCK], k_desc.dtype)
     slopes = gl.allocate_shared_memory(k_desc.dtype, [2, TILE, BLOCK], layout)
     full, empty = barriers(2, CONSUMERS), barriers(2, CONSUMERS)
@@ -261,17 +256,18 @@ def resident_unordered_kernel(
     of_dk, of_dv = (dk_ptr, dk_stride, dk_desc, None, 0), (dv_ptr, dv_stride, dv_desc, None, 0)
     matrices = of_dk, of_dv, sums_k_ptr, sums_v_ptr, done_ptr, dq_desc
     work = half_alpha, scale
-    records, to_fill = of_schedule[0], (keys, values, queries, bounds)
-    rings = records, keys, values, queries, bounds
-    descs = k_desc, v_desc, q_desc, dout_desc, bounds_desc
+    records, to_fill = of_schedule[0], (keys, values, queries)
+    rings = records, keys, values, queries, masks
+    descs = k_desc, v_desc, q_desc, dout_desc
     lists = ((tiles_ptr, gl.load(num_tiles_ptr) + more_tiles),)
     of_upper, of_lower = (slopes, full, empty, room.index(0)), (slopes, full, empty, room.index(1))
+    of_masks = bounds_ptr, masks
     gl.warp_specialize(
         [
             (_consume, (0, matrices, work, rings, of_upper, HEADS)),
             (_consume, (1, matrices, work, rings, of_lower, HEADS)),
             (_fetch, (descs, of_schedule, to_fill)),
-            (hand_out, (lists, counters_ptr, of_schedule, BLOCK, HEADS)),
+            (hand_out, (lists, counters_ptr, of_schedule, of_masks, BLOCK, HEADS)),
         ],
         [4, 1, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
