@@ -9,6 +9,8 @@ import triton.language as tl
 
 from kernels.triton.runs import find_block, load_runs, number_at, runs_at
 
+PIECES = tl.constexpr(4)  # of a block: so many can be fetched from different rows
+
 
 @triton.jit
 def load_masked(record, RUNS: tl.constexpr, BLOCK: tl.constexpr):
@@ -24,6 +26,18 @@ def find_masked(runs, second, block, BLOCK: tl.constexpr):
     row2, end2 = find_block(runs[0], block, BLOCK)
     row1, end1 = find_block(runs[1], block - second, BLOCK)
     return tl.where(block < second, row2, row1), tl.where(block < second, end2, end1)
+
+
+@triton.jit
+def queries_of(row, end, columns, riders, carries, BLOCK: tl.constexpr):
+    """Of a key tile's masked block, from `row` on: which queries its columns are, and which of them
+    there are. riders: the first and the end of those that take the last piece of a block that
+    carries them."""
+    rider, riders_end = riders
+    place = columns - (BLOCK - BLOCK // PIECES)
+    rides = (place >= 0) & carries
+    queries = tl.where(rides, rider + place, row + columns)
+    return queries, queries < tl.where(rides, riders_end, end)
 
 
 @triton.jit

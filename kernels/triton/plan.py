@@ -132,7 +132,8 @@ class Plan:
 
     @cached_property
     def halved_key_tiles(self) -> Tensor:
-        return mark_halves(self.key_tiles(), self.bounds, self.key_tile, self.part, of_keys=True)
+        records = self.key_tiles().clone()  # not all who read those know of riders
+        return mark_halves(records, self.bounds, self.key_tile, self.part, of_keys=True)
 
     @cached_property
     def key_tiles_first_first(self) -> Tensor:

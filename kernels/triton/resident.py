@@ -13,11 +13,13 @@ from kernels.triton.hopper.forward import resident_forward_kernel
 from kernels.triton.hopper.gradients import resident_gradients_kernel
 from kernels.triton.hopper.unordered import resident_unordered_kernel
 from kernels.triton.launcher import SharedRows, multiprocessors
+from kernels.triton.masked import PIECES
 from kernels.triton.target import Target, padded_dim, ready, rows_of
 from kernels.triton.walk import Walk
 from kernels.weighting import Weighting
 
 WARPS = 4  # of a warpgroup
+SWIZZLED = 64  # 16-bit columns
 
 
 def forward(walk: Walk, q: Tensor, target: Target) -> None:
@@ -94,8 +96,10 @@ def _gradients(
     none = plan.counters(1)
     resident_gradients_kernel[(multiprocessors(q.device),)](
         SharedRows(q, half),
+        _pieces(q, half),
         *rows_of(q),
         SharedRows(dout, half),
+        _pieces(dout, half),
         *rows_of(dout),
         SharedRows(k, half),
         SharedRows(v, half),
@@ -116,6 +120,12 @@ def _gradients(
         STAGES=blocks.stages,
         num_warps=WARPS,
     )
+
+
+def _pieces(x: Tensor, block: int) -> SharedRows:
+    """Pieces of blocks, of as many columns as lie together where a block is swizzled."""
+    width = min(x.shape[2], SWIZZLED)
+    return SharedRows(x.unflatten(2, (-1, width)).flatten(1, 2), block // PIECES.value)
 
 
 def gradients_in_any_order(

@@ -1,7 +1,8 @@
 """How a kernel walks the rows its tile has to visit: the record that a plan has for it.
 
 A record is int32: the tile's first row, the row after its last one, the same of other rows that
-ride along behind these; the number of the tile's sequence and its first query row; then runs of
+ride along behind these (of a key tile, of queries that do in its last masked block, see
+`halves.py`); the number of the tile's sequence and its first query row; then runs of
 rows to visit as (start, end); what is unused is empty. There are three kinds of runs: full ones,
 where every query sees every key, and those where the queries' first interval is to be tested, or
 their second (but see `plan.py` for aligned plans). A full run is a multiple of every block. Last,

@@ -29,7 +29,7 @@ from kernels.triton.launcher import SharedRows
 # What kernels import by name.
 GLUON = {
     *("warpgroup_mma", "warpgroup_mma_wait"),
-    *("fence_async_shared", "async_add_shared_to_global"),
+    *("fence_async_shared", "async_add_shared_to_global", "piece_of"),
 }
 PATIENCE = 20  # seconds
 NAN = float("nan")
@@ -319,6 +319,11 @@ class Gpu:
         with self.changed:
             barrier.copies.append(lambda: desc.copy(row, column, result.x))
             self.changed.notify_all()
+
+    def piece_of(self, block: Shared, desc: Descriptor, piece: Any, part: int) -> Shared:
+        """Memory here is not swizzled."""
+        rows, columns = desc.block_type.shape
+        return block.slice(int(piece) * rows, rows).slice(part * columns, columns, dim=1)
 
     def async_copy_shared_to_global(self, desc: Descriptor, at: list[Any], source: Shared) -> None:
         row, column = map(int, at)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -19,6 +20,7 @@ from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, semi_local_intervals
 from kernels.triton import tiles
 from kernels.triton.halves import BITS
+from kernels.triton.masked import PIECES
 from kernels.triton.plan import Plan
 from kernels.triton.runs import HALVES_AT, MASKED_RUNS, RIDERS_AT, RUNS_AT, SEGMENT_AT
 from tests.kernels.cases import Case, any_intervals, cases, part_of, visible_pairs
@@ -53,8 +55,11 @@ def visited(plan: Plan, records: Tensor, tile: int, by_keys: bool) -> Tensor:
     ]
     for record in records.tolist():
         rows = list(range(record[0], min(record[0] + tile, record[1])))
+        riders = list(range(record[RIDERS_AT.value], record[RIDERS_AT.value + 1]))
+        if by_keys and riders:  # queries, by their first interval
+            count[np.ix_(riders, rows)] += seen[1][np.ix_(riders, rows)]
         if not by_keys:
-            rows += range(record[RIDERS_AT.value], record[RIDERS_AT.value + 1])
+            rows += riders
             assert len(rows) <= tile
         for kind, runs in enumerate(runs_of(record)):
             for start, end in runs:
@@ -75,29 +80,32 @@ def check_halves(plan: Plan) -> int:
     keys = torch.arange(plan.keys.num_rows)
     bounds = plan.bounds.cpu()
     by_interval = [
-        (keys >= bounds[:, :1]) & (keys < bounds[:, 1:2]),
-        (keys >= bounds[:, 2:3]) & (keys < bounds[:, 3:]),
+        ((keys >= bounds[:, :1]) & (keys < bounds[:, 1:2])).numpy(),
+        ((keys >= bounds[:, 2:3]) & (keys < bounds[:, 3:])).numpy(),
     ]
     for halved, of_keys in (plan.halved_query_tiles, False), (plan.halved_key_tiles, True):
         for record in halved[:, 0].tolist():
             rows = list(range(record[0], min(record[0] + TILE, record[1])))
+            riders = list(range(record[RIDERS_AT.value], record[RIDERS_AT.value + 1]))
             if not of_keys:
-                rows += range(record[RIDERS_AT.value], record[RIDERS_AT.value + 1])
+                rows += riders
             unseen = [0, 0]
             block = 0
             _full, *masked = runs_of(record)
+            last = max(((0, end) for start, end in masked[0] if start < end), default=None)
             for kind in 1, 0:
                 for start, end in masked[kind]:
                     for row in range(start, end, PART):
-                        last = min(row + PART, end) if of_keys else row + PART
+                        others = list(range(row, min(row + PART, end if of_keys else len(keys))))
                         pairs = by_interval[kind]
+                        if of_keys and riders and (kind, end) == last and row + PART >= end:
+                            assert len(riders) <= PART // PIECES.value
+                            assert len(others) <= PART - PART // PIECES.value
+                            others += riders
                         for half in range(2):
                             mine = rows[half * PART : half * PART + PART]
-                            if of_keys:
-                                some = pairs[row:last][:, mine].any()
-                            else:
-                                some = pairs[mine][:, row:last].any()
-                            if not some and block < BITS.value:
+                            some = pairs[np.ix_(*((others, mine) if of_keys else (mine, others)))]
+                            if not some.any() and block < BITS.value:
                                 unseen[half] |= 1 << block
                                 count += 1
                         block += 1
@@ -134,6 +142,8 @@ def check(queries: Jagged, keys: Jagged, intervals: Tensor) -> Plan:
         check_segments(plan)
         if key_tile == TILE:
             check_halves(plan)
+            halved = plan.halved_key_tiles[:, 0]
+            assert torch.equal(visited(plan, halved, key_tile, by_keys=True), want.int())
     tiles = plan.query_tiles()[: plan.num_query_tiles, 0]  # those behind are empty
     assert torch.equal(visited(plan, tiles, TILE, by_keys=False), want.int())
     assert torch.equal(visited(plan, plan.query_parts()[:, 0], PART, by_keys=False), want.int())
@@ -166,6 +176,19 @@ def test_masks_and_shards(case: Case, data: st.DataObject) -> None:
 def test_any_intervals(seed: int) -> None:
     whole, intervals = any_intervals(seed)
     check(whole, whole, intervals)
+
+
+def test_few_contextual_queries_ride_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the last masked block of a key tile, if it has room: beside the last 3 of 163 rows."""
+    monkeypatch.setattr(tiles, "LEAST", 64)  # no segments: each has but a part of the runs
+    lengths = torch.tensor([10 * TILE + 3], dtype=torch.int32, device=DEVICE)
+    whole = Jagged.whole(lengths)
+    for contextual, ride in (PART // PIECES.value, 21), (PART // PIECES.value + 1, 0):
+        none = torch.zeros_like(lengths)
+        intervals = hstu_intervals(whole, lengths, none, num_contextual=contextual)
+        plan = check(whole, whole, intervals)
+        riders = plan.halved_key_tiles[:, 0, RIDERS_AT.value : RIDERS_AT.value + 2]
+        assert int((riders[:, 0] < riders[:, 1]).sum()) == ride
 
 
 def test_halves_at_a_diagonal_and_at_a_window() -> None:

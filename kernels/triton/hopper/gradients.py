@@ -54,7 +54,7 @@ from kernels.triton.silu import silu_and_twice_slope
 @gluon.jit
 def _fetch(descs, of_schedule, rings):
     """One warp's: all tiles, half of their rows into one ring and half into another."""
-    of_queries, of_keys = descs
+    of_queries, of_keys, pieces = descs
     upper, lower, blocks = rings
     i = 0  # tiles so far
     n = 0  # blocks
@@ -65,7 +65,7 @@ def _fetch(descs, of_schedule, rings):
             n = fetch_tile(of_schedule, i, n, of_rows, of_blocks)
         else:
             of_rows, of_blocks = (of_keys, upper, lower), ((of_queries, blocks),)
-            n = fetch_tile(of_schedule, i, n, of_rows, of_blocks)
+            n = fetch_tile(of_schedule, i, n, of_rows, of_blocks, pieces=pieces)
         i += 1
         head = look_up(of_schedule[0], i, HEAD_AT)
 
@@ -78,8 +78,9 @@ def _next_tile(
     """What a warpgroup is to know of the i-th tile; of any, behind the last."""
     record = next_record(records, i)
     head, of_keys = number_at(record, HEAD_AT), number_at(record, LIST_AT)
-    rows = load_rows(record)
-    wanted = rows[0], rows[1], rows[2], rows[3] * (1 - of_keys)
+    row0, own, rider0, count = load_rows(record)
+    rows = row0, own, rider0, gl.where(of_keys > 0, own, count)  # riders of keys are queries
+    wanted = row0, own, rider0, count * (1 - of_keys)
     of_rows = load_bounds(bounds_ptr, wanted, HALF * ROWS, ROWS, layout)
     masked = load_masked(record, MASKED_RUNS, BLOCK)
     full, _runs = load_runs(record, 0, FULL_RUNS, BLOCK)
@@ -99,6 +100,15 @@ def _begin(tiles, i, blocks, n, block, zeros):
     scores = warpgroup_mma(a, c_columns, zeros, use_acc=False, is_async=True)
     dweights = warpgroup_mma(b, d_columns, zeros, use_acc=False, is_async=True)
     return c, d, scores, dweights
+
+
+@gluon.jit
+def _give_before(tiles, i, owes):
+    """If it is owed, give away the buffers of the tile before the i-th, once its results are copied
+    from there: later than at the tile's beginning, and nobody waits. Returns what is owed now."""
+    tma.store_wait(0)
+    give(tiles, i - 1, owes)
+    return owes & False
 
 
 @gluon.jit
@@ -129,10 +139,8 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
         of_masked, full, unseen = seen
         masked, second, masked_runs = of_masked
         at, v_at = head * QK_DIM, head * V_DIM
-        if i > 0:
-            tma.store_wait(0)
-            give(tiles, i - 1)  # results were copied from there
         of_tile = take(tiles, i)
+        owes = i > 0
         if of_keys == 0:
             low1, high1, low2, high2 = of_rows
             if rows[1] < rows[3]:
@@ -141,11 +149,15 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
             dq = gl.zeros([ROWS, QK_DIM], gl.float32, qk_layout)
             for kind in gl.static_range(2):  # masked blocks, then full ones
                 block = 0
+                if kind == 1:
+                    owes = _give_before(tiles, i, owes)
                 if kind == 0:
                     block = skip(unseen, block, ((blocks, n),))
                 while block < (masked if kind == 0 else full):
                     at_block = n + block if kind == 0 else n + masked + block
                     k, _v, scores, dweights = _begin(tiles, i, blocks, at_block, block, zeros)
+                    if kind == 0:
+                        owes = _give_before(tiles, i, owes)
                     half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                     if kind == 0:
                         row, _end = find_masked(masked_runs, second, block, BLOCK)
@@ -170,12 +182,15 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
             dv = gl.zeros([ROWS, V_DIM], gl.float32, v_layout)
             for kind in gl.static_range(2):
                 block = 0
+                if kind == 1:
+                    owes = _give_before(tiles, i, owes)
                 if kind == 0:
                     block = skip(unseen, block, ((blocks, n), (masks, m)))
                 while block < (masked if kind == 0 else full):
                     at_block = n + block if kind == 0 else n + masked + block
                     q, dout, scores, dweights = _begin(tiles, i, blocks, at_block, block, zeros)
                     if kind == 0:
+                        owes = _give_before(tiles, i, owes)
                         numbers = look(masks, m + block, HALF, zeros)
                     half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                     if kind == 0:
@@ -215,9 +230,11 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
 )
 def resident_gradients_kernel(
     q_desc,
+    q_pieces_desc,
     q_ptr,
     q_stride,
     dout_desc,
+    dout_pieces_desc,
     dout_ptr,
     dout_stride,
     k_desc,
@@ -256,8 +273,9 @@ def resident_gradients_kernel(
     """dq, dk and dv, each plus another if wanted; of tiles of queries alone, or of keys alone, if
     there are none of the others. 16-bit q, dout, k, v.
 
-    All descriptors are of half of a tile's rows, or as many of a block; those of outputs None if
-    one is not of 16 bits, or has rows that cannot be copied. Segments of key tiles leave their sums
+    All descriptors are of half of a tile's rows, or as many of a block, but for those of pieces
+    of blocks, of as many columns as are swizzled together; those of outputs are None if one is not
+    of 16 bits, or has rows that cannot be copied. Segments of key tiles leave their sums
     as in `kernels.triton.backward`, half a tile each time; so done_ptr.
     Grid: any; as many as there are multiprocessors to fill them.
     """
@@ -276,7 +294,8 @@ def resident_gradients_kernel(
     work = half_alpha, scale, bounds_ptr
     query_tiles = query_tiles_ptr, gl.load(num_query_tiles_ptr)
     key_tiles = key_tiles_ptr, gl.load(num_key_tiles_ptr) + more_key_tiles
-    descs, to_fill = (of_queries, of_keys), (upper, lower, blocks)
+    descs = of_queries, of_keys, (q_pieces_desc, dout_pieces_desc)
+    to_fill = upper, lower, blocks
     records, lists = of_schedule[0], (query_tiles, key_tiles)
     of_upper, of_lower = (records, upper, blocks, masks), (records, lower, blocks, masks)
     of_masks = bounds_ptr, masks

@@ -11,8 +11,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from kernels.triton.hopper.pipeline import CONSUMERS, barriers, take, turn
-from kernels.triton.hopper.records import number_in
-from kernels.triton.runs import MASKED_RUNS, RUNS_AT
+from kernels.triton.hopper.records import carrier_in, number_in
+from kernels.triton.masked import queries_of
+from kernels.triton.runs import MASKED_RUNS, RIDERS_AT, RUNS_AT
 from kernels.triton.silu import UNSEEN
 
 BITS = gl.constexpr(16)  # of a number: of as many keys, and one query
@@ -36,13 +37,21 @@ def draw_masks(records, of_masks, m, BLOCK: gl.constexpr):
     STAGES: gl.constexpr = buffers[0].shape[0]
     record = records[0][0].index(0)
     key_row = number_in(record, 0)
+    carrier = m + carrier_in(record, BLOCK)
+    riders = number_in(record, RIDERS_AT), number_in(record, RIDERS_AT + 1)
+    layout: gl.constexpr = gl.BlockedLayout([1, BLOCK // LANES], [1, LANES], [1, 1], [1, 0])
+    columns = gl.arange(0, BLOCK, gl.SliceLayout(0, layout))[None, :]
     for run in range(2 * MASKED_RUNS):
         row = number_in(record, RUNS_AT + 2 * run)
         end = number_in(record, RUNS_AT + 2 * run + 1)
         of_interval = bounds_ptr + gl.where(run < MASKED_RUNS, 2, 0)
         while row < end:
+            queries, inside = queries_of(row, end, columns, riders, m == carrier, BLOCK)
+            at = of_interval + queries.to(gl.int64) * 4
+            low = gl.load(at, mask=inside, other=0)
+            high = gl.load(at + 1, mask=inside, other=0)
             mbarrier.wait(empty.index(m % STAGES), turn(m, STAGES) ^ 1)
-            _draw(buffers[0].index(m % STAGES), of_interval, key_row, row, end)
+            _draw(buffers[0].index(m % STAGES), low - key_row, high - key_row)
             mbarrier.arrive(full.index(m % STAGES), count=1)
             row += BLOCK
             m += 1
@@ -50,18 +59,11 @@ def draw_masks(records, of_masks, m, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def _draw(mask, bounds_ptr, key_row, row, end):
-    """mask [groups of keys, queries]; bounds_ptr: at the interval of the first query."""
+def _draw(mask, low, high):
+    """mask [groups of keys, queries]: where the keys, counted from 0, lie in [low, high)."""
     GROUPS: gl.constexpr = mask.shape[0]
-    BLOCK: gl.constexpr = mask.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1, BLOCK // LANES], [1, LANES], [1, 1], [1, 0])
-    queries = (row + gl.arange(0, BLOCK, gl.SliceLayout(0, layout)))[None, :]
-    at = bounds_ptr + queries.to(gl.int64) * 4
-    low = gl.load(at, mask=queries < end, other=0)
-    high = gl.load(at + 1, mask=queries < end, other=0)
     for group in gl.static_range(GROUPS):
-        first = key_row + group * BITS
-        mask.slice(group, 1).store(_bits(low - first, high - first))
+        mask.slice(group, 1).store(_bits(low - group * BITS, high - group * BITS))
 
 
 @gluon.jit

@@ -49,15 +49,53 @@ def barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 @gluon.jit
 def fetch(descs, row, head, ring, n):
     """Begin to fill the n-th buffer with blocks of one head's rows, once it is empty."""
+    begin_to_fill(descs, ring, n)
+    buffers, full, _empty = ring
+    stage = n % buffers[0].shape[0]
+    for i in gl.static_range(len(descs)):
+        at = [row, head * descs[i].block_type.shape[1]]
+        into = buffers[i].index(stage)
+        tma.async_copy_global_to_shared(descs[i], at, full.index(stage), into)
+
+
+@gluon.jit
+def begin_to_fill(descs, ring, n):
+    """Once the n-th buffer is empty, have it expect as many blocks of descriptors as it holds."""
     buffers, full, empty = ring
     STAGES: gl.constexpr = buffers[0].shape[0]
     stage = n % STAGES
     mbarrier.wait(empty.index(stage), turn(n, STAGES) ^ 1)
     for i in gl.static_range(len(descs)):
-        mbarrier.expect(full.index(stage), descs[i].block_type.nbytes)
-        at = [row, head * descs[i].block_type.shape[1]]
-        into = buffers[i].index(stage)
-        tma.async_copy_global_to_shared(descs[i], at, full.index(stage), into)
+        mbarrier.expect(
+            full.index(stage),
+            (buffers[i].shape[1] // descs[i].block_type.shape[0])
+            * (buffers[i].shape[2] // descs[i].block_type.shape[1])
+            * descs[i].block_type.nbytes,
+        )
+
+
+@gluon.jit
+def fetch_piece(descs, row, head, ring, n, piece):
+    """Fill a part of the n-th buffer: so many rows as a descriptor's block has."""
+    buffers, full, _empty = ring
+    stage = n % buffers[0].shape[0]
+    for i in gl.static_range(len(descs)):
+        for part in gl.static_range(buffers[i].shape[2] // descs[i].block_type.shape[1]):
+            at = [row, head * buffers[i].shape[2] + part * descs[i].block_type.shape[1]]
+            into = piece_of(buffers[i].index(stage), descs[i], piece, part)
+            tma.async_copy_global_to_shared(descs[i], at, full.index(stage), into)
+
+
+@gluon.jit
+def piece_of(block, desc, piece, part: gl.constexpr):
+    """Some rows and columns of a block. As it is swizzled, it lies in memory by such columns, and
+    these by such rows."""
+    ROWS: gl.constexpr = desc.block_type.shape[0]
+    WIDTH: gl.constexpr = desc.block_type.shape[1]
+    PIECES: gl.constexpr = block.shape[0] // ROWS
+    PARTS: gl.constexpr = block.shape[1] // WIDTH
+    pieces = block._reinterpret(desc.dtype, [PARTS * PIECES, ROWS, WIDTH], desc.layout)
+    return pieces.index(part * PIECES + piece)
 
 
 @gluon.jit
@@ -73,12 +111,12 @@ def take(ring, n):
 
 
 @gluon.jit
-def give(ring, n):
+def give(ring, n, pred=True):
     """This warpgroup has done with the n-th buffer. (Triton has its threads meet before one arrives
     for all.)"""
     buffers, _full, empty = ring
     STAGES: gl.constexpr = buffers[0].shape[0]
-    mbarrier.arrive(empty.index(n % STAGES), count=1)
+    mbarrier.arrive(empty.index(n % STAGES), count=1, pred=pred)
 
 
 @gluon.jit

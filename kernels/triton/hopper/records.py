@@ -2,6 +2,7 @@
 tile, and for which head.
 """
 
+# ruff: noqa: N803 (Triton's constants are written in capitals)
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,misc"
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kernels.triton.hopper.pipeline import CONSUMERS, barriers, give, take
-from kernels.triton.runs import RECORD, SEQUENCE_AT
+from kernels.triton.runs import MASKED_RUNS, RECORD, RIDERS_AT, RUNS, RUNS_AT, SEQUENCE_AT
 
 # Of a record as it is handed out: the head, or -1 behind the last tile; how many blocks are to be
 # fetched; which list the tile is of.
@@ -49,3 +50,14 @@ def number_in(record, i):
 def look_up(records, n, at):
     """One of the n-th record's numbers, once it is there."""
     return number_in(take(records, n)[0], at)
+
+
+@gluon.jit
+def carrier_in(record, BLOCK: gl.constexpr):
+    """Which of a key tile's blocks has riders: the last masked one; -1 if there are none."""
+    blocks = number_in(record, BLOCKS_AT)
+    for run in gl.static_range(2 * MASKED_RUNS, RUNS):
+        rows = number_in(record, RUNS_AT + 2 * run + 1) - number_in(record, RUNS_AT + 2 * run)
+        blocks -= gl.maximum(rows, 0) // BLOCK
+    riders = number_in(record, RIDERS_AT + 1) - number_in(record, RIDERS_AT)
+    return gl.where(riders > 0, blocks, 0) - 1

@@ -11,9 +11,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from kernels.triton.hopper.masks import draw_masks
-from kernels.triton.hopper.pipeline import fetch, give, turn
-from kernels.triton.hopper.records import BLOCKS_AT, HEAD_AT, LIST_AT, number_in
-from kernels.triton.runs import RECORD, RUNS, RUNS_AT, load_rows, tile_at
+from kernels.triton.hopper.pipeline import begin_to_fill, fetch, fetch_piece, give, turn
+from kernels.triton.hopper.records import BLOCKS_AT, HEAD_AT, LIST_AT, carrier_in, number_in
+from kernels.triton.masked import PIECES
+from kernels.triton.runs import RECORD, RIDERS_AT, RUNS, RUNS_AT, load_rows, tile_at
 
 # Before so many blocks of a tile the next one is claimed. Who claims one long before its turn makes
 # a tail.
@@ -89,14 +90,15 @@ def _announce(records, n, record, head, which, BLOCK: gl.constexpr):
 
 @gluon.jit
 def fetch_tile(
-    of_schedule, i, n, of_rows, of_blocks, ORDER: gl.constexpr = None, STEPS: gl.constexpr = RUNS
-):
+    of_schedule, i, n, of_rows, of_blocks, ORDER: gl.constexpr = None, STEPS: gl.constexpr = RUNS,
+    pieces=None,
+):  # fmt: skip
     """By one warp: the rows of the i-th tile, then its blocks, run by run.
 
     of_rows: descriptors, and the rings for the first and second half of the rows, or one for all.
     of_blocks: descriptors and ring, as often as it takes. ORDER: of STEPS runs, a hexadecimal digit
-    each, the first one last; as they are in the record if None. n: how many blocks there were;
-    returned for now.
+    each, the first one last; as they are in the record if None. pieces: descriptors of
+    pieces of blocks, if tiles may have riders. n: how many blocks there were; returned for now.
     """
     records, claim = of_schedule
     record = records[0][0].index(0)
@@ -107,6 +109,9 @@ def fetch_tile(
         row += of_rows[0][0].block_type.shape[0]
     BLOCK: gl.constexpr = of_blocks[0][0][0].block_type.shape[0]
     late = n + gl.maximum(number_in(record, BLOCKS_AT) - AHEAD, 0)
+    carrier = -1
+    if pieces is not None:
+        carrier = n + carrier_in(record, BLOCK)
     for step in range(STEPS):
         run = step
         if ORDER is not None:
@@ -116,8 +121,17 @@ def fetch_tile(
         while row < end:
             if n == late:
                 mbarrier.arrive(claim.index(0), count=1)
-            for each in gl.static_range(len(of_blocks)):
-                fetch(of_blocks[each][0], row, head, of_blocks[each][1], n)
+            if n == carrier:
+                if pieces is not None:
+                    ring = of_blocks[0][1]
+                    begin_to_fill(pieces, ring, n)
+                    for piece in gl.static_range(PIECES - 1):
+                        at = row + piece * (BLOCK // PIECES)
+                        fetch_piece(pieces, at, head, ring, n, piece)
+                    fetch_piece(pieces, number_in(record, RIDERS_AT), head, ring, n, PIECES - 1)
+            else:
+                for each in gl.static_range(len(of_blocks)):
+                    fetch(of_blocks[each][0], row, head, of_blocks[each][1], n)
             row += BLOCK
             n += 1
     if number_in(record, BLOCKS_AT) == 0:
