@@ -35,14 +35,16 @@ class Kept:
 @dataclass(frozen=True)
 class Resident:
     """Of a kernel whose programs stay, see `hopper`: rows of a tile and of a block; how many
-    buffers there are for tiles and for blocks; and whether a forward has one more, to copy its
-    results from asynchronously (`gradients` copies from its tiles')."""
+    buffers there are for tiles and for blocks; whether a forward has one more, to copy its results
+    from asynchronously (`gradients` copies from its tiles'); and whether a tile is claimed as early
+    as can be."""
 
     m: int
     n: int
     tiles: int
     stages: int
     copies: bool = False
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,12 @@ _SHORT = replace(
     kept=Kept(Blocks(32, 64, 4, 3), None, Blocks(64, 64, 4, 2)),
 )
 HOPPER_FEW = {64: _FEW, 128: replace(_FEW, resident=replace(RESIDENT, at_once=True))}
-HOPPER_SHORT = {64: _SHORT, 128: replace(_FEW, resident=RESIDENT)}
+_EARLY = replace(
+    RESIDENT,
+    forward=replace(RESIDENT.forward, early=True),
+    gradients=Resident(128, 64, 2, 3, early=True),
+)
+HOPPER_SHORT = {64: _SHORT, 128: replace(_FEW, resident=_EARLY)}
 # Of float32 dq, zeros are written before and a copy after: much, unless there are many products.
 _LONG = replace(RESIDENT, unordered=Resident(128, 64, 2, 2))
 HOPPER_LONG = HOPPER | {128: replace(HOPPER[128], resident=_LONG)}

@@ -15,6 +15,7 @@ from torch import Tensor
 from kernels.triton.launcher import remembered
 from kernels.triton.masked import PIECES, find_masked, load_masked, queries_of
 from kernels.triton.runs import (
+    CARRIER_AT,
     HALVES_AT,
     MASKED_RUNS,
     RECORD,
@@ -59,6 +60,8 @@ def _mark_kernel(
     record = records_ptr + tl.program_id(0).to(tl.int64) * RECORD
     if OF_KEYS:
         riders = _have_ride(record, BLOCK)
+    else:
+        tl.store(record + CARRIER_AT, 0)
     masked, second, runs = load_masked(record, MASKED_RUNS, BLOCK)
     row0, own, _rider0, _count = load_rows(record)
     tile_rows, tile_inside, _some = query_rows(record, 0, TILE)
@@ -101,10 +104,12 @@ def _have_ride(record, BLOCK: tl.constexpr):
         rows = tl.load(record + at + 2 * run + 1) - tl.load(record + at + 2 * run)
         left = tl.where(rows > 0, (rows - 1) % BLOCK + 1, left)
     ride = (first < end) & (end - first <= room) & (left > 0) & (left <= BLOCK - room)
+    masked, _second, _runs = load_masked(record, MASKED_RUNS, BLOCK)
     first, end = tl.where(ride, first, 0), tl.where(ride, end, 0)
+    tl.debug_barrier()  # all threads have read
     tl.store(record + RIDERS_AT, first)
     tl.store(record + RIDERS_AT + 1, end)
-    tl.debug_barrier()  # all threads have read
+    tl.store(record + CARRIER_AT, tl.where(ride, masked - 1, 0))  # they were a block before
     if ride:
         tl.store(record + at, 0)
         tl.store(record + at + 1, 0)

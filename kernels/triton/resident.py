@@ -41,6 +41,7 @@ def forward(walk: Walk, q: Tensor, target: Target) -> None:
         HEADS=walk.heads,
         TILES=blocks.tiles,
         STAGES=blocks.stages,
+        EARLY=blocks.early,
         num_warps=WARPS,
     )
 
@@ -118,6 +119,7 @@ def _gradients(
         HEADS=walk.heads,
         TILES=blocks.tiles,
         STAGES=blocks.stages,
+        EARLY=blocks.early,
         num_warps=WARPS,
     )
 
@@ -169,6 +171,7 @@ def gradients_in_any_order(
         HEADS=heads,
         TILES=blocks.tiles,
         STAGES=blocks.stages,
+        EARLY=blocks.early,
         num_warps=WARPS,
     )
     torch.mul(dq, math.prod(walk.factors), out=query.written)

@@ -2,14 +2,14 @@
 
 A record is int32: the tile's first row, the row after its last one, the same of other rows that
 ride along behind these (of a key tile, of queries that do in its last masked block, see
-`halves.py`); the number of the tile's sequence and its first query row; then runs of
-rows to visit as (start, end); what is unused is empty. There are three kinds of runs: full ones,
-where every query sees every key, and those where the queries' first interval is to be tested, or
-their second (but see `plan.py` for aligned plans). A full run is a multiple of every block. Last,
-of a key tile, which of how many segments of its blocks these runs are, and where in a buffer the
-sums of the tile's segments begin; and what halves of the tile do not see, for kernels that ask, see
-`halves.py`. A kernel that visits the rows of several sources has a record for each, one behind the
-other, which differ in their runs.
+`halves.py`); the number of the tile's sequence and its first query row; then runs of rows to visit
+as (start, end); what is unused is empty. There are three kinds of runs: full ones, where every
+query sees every key, and those where the queries' first interval is to be tested, or their second
+(but see `plan.py` for aligned plans). A full run is a multiple of every block. Then, of a key tile,
+which of how many segments of its blocks these runs are, and where in a buffer the sums of the
+tile's segments begin. Last, for kernels that ask, see `halves.py`: what halves of the tile do not
+see, and which block carries a key tile's riders, counted from 1. A kernel that visits the rows of
+several sources has a record for each, one behind the other, which differ in their runs.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ RUNS_AT = tl.constexpr(6)
 RUNS = tl.constexpr(FULL_RUNS + 2 * MASKED_RUNS)
 SEGMENT_AT = tl.constexpr(RUNS_AT + 2 * RUNS)
 HALVES_AT = tl.constexpr(SEGMENT_AT + 3)
+CARRIER_AT = tl.constexpr(HALVES_AT + 2)
 RECORD = tl.constexpr(32)
 
 

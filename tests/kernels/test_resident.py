@@ -34,8 +34,14 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason="not a Hopper GPU")
 DEVICE = torch.device("cuda" if HOPPER else "cpu")
 DIMS = (128, 128) if HOPPER else (32, 32)
-OTHER = Residents(Resident(128, 64, 1, 2), gradients=Resident(128, 64, 1, 3), at_once=True)
-AT_ONCE = replace(configs.RESIDENT, at_once=True)
+OTHER = Residents(
+    Resident(128, 64, 1, 2, early=True),
+    gradients=Resident(128, 64, 1, 3, early=True),
+    at_once=True,
+)
+SHORT = configs.HOPPER_SHORT[128].resident
+assert SHORT is not None
+AT_ONCE = replace(SHORT, at_once=True)
 LONG = 3000 if HOPPER else 300
 ROUNDINGS = 2 * 2**-8  # to bf16, of a weight and of an output: of a pair or two they may add up
 

@@ -261,6 +261,7 @@ def resident_forward_kernel(
     HEADS: gl.constexpr,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """out = scale * (add / scale + sum silu(alpha q . k) v). 16-bit q, k, v.
 
@@ -269,7 +270,7 @@ def resident_forward_kernel(
     Grid: any; as many as there are multiprocessors to fill them.
     """
     BLOCK: gl.constexpr = k_desc.block_type.shape[0]
-    of_schedule = schedule()
+    of_schedule = schedule(EARLY)
     upper, lower = ring_of((q_desc,), TILES, 1), ring_of((q_desc,), TILES, 1)
     keys, values = ring_of((k_desc,), STAGES), ring_of((v_desc,), STAGES)
     upper_out, lower_out = None, None

@@ -105,7 +105,7 @@ def _begin(tiles, i, blocks, n, block, zeros):
 @gluon.jit
 def _give_before(tiles, i, owes):
     """If it is owed, give away the buffers of the tile before the i-th, once its results are copied
-    from there: later than at the tile's beginning, and nobody waits. Returns what is owed now."""
+    from there: if there are more, not before products run. Returns what is owed now."""
     tma.store_wait(0)
     give(tiles, i - 1, owes)
     return owes & False
@@ -121,6 +121,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
     QK_DIM: gl.constexpr = tiles[0][0].shape[2]
     V_DIM: gl.constexpr = tiles[0][1].shape[2]
     BLOCK: gl.constexpr = blocks[0][0].shape[1]
+    TILES: gl.constexpr = tiles[0][0].shape[0]
     dtype: gl.constexpr = tiles[0][0].dtype
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     qk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, QK_DIM, 16])
@@ -139,8 +140,10 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
         of_masked, full, unseen = seen
         masked, second, masked_runs = of_masked
         at, v_at = head * QK_DIM, head * V_DIM
-        of_tile = take(tiles, i)
         owes = i > 0
+        if TILES == 1:
+            owes = _give_before(tiles, i, owes)
+        of_tile = take(tiles, i)
         if of_keys == 0:
             low1, high1, low2, high2 = of_rows
             if rows[1] < rows[3]:
@@ -269,6 +272,7 @@ def resident_gradients_kernel(
     HEADS: gl.constexpr,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """dq, dk and dv, each plus another if wanted; of tiles of queries alone, or of keys alone, if
     there are none of the others. 16-bit q, dout, k, v.
@@ -280,7 +284,7 @@ def resident_gradients_kernel(
     Grid: any; as many as there are multiprocessors to fill them.
     """
     BLOCK: gl.constexpr = q_desc.block_type.shape[0]
-    of_schedule = schedule()
+    of_schedule = schedule(EARLY)
     of_queries, of_keys = (q_desc, dout_desc), (k_desc, v_desc)
     upper, lower = ring_of(of_keys, TILES, 1), ring_of(of_keys, TILES, 1)
     blocks = ring_of(of_keys, STAGES)

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from kernels.triton.hopper.pipeline import CONSUMERS, barriers, take, turn
-from kernels.triton.hopper.records import carrier_in, number_in
+from kernels.triton.hopper.records import LIST_AT, number_in, of_list
 from kernels.triton.masked import queries_of
 from kernels.triton.runs import MASKED_RUNS, RIDERS_AT, RUNS_AT
 from kernels.triton.silu import UNSEEN
@@ -37,8 +37,8 @@ def draw_masks(records, of_masks, m, BLOCK: gl.constexpr):
     STAGES: gl.constexpr = buffers[0].shape[0]
     record = records[0][0].index(0)
     key_row = number_in(record, 0)
-    carrier = m + carrier_in(record, BLOCK)
-    riders = number_in(record, RIDERS_AT), number_in(record, RIDERS_AT + 1)
+    _list, carrier = of_list(number_in(record, LIST_AT))
+    carrier += m
     layout: gl.constexpr = gl.BlockedLayout([1, BLOCK // LANES], [1, LANES], [1, 1], [1, 0])
     columns = gl.arange(0, BLOCK, gl.SliceLayout(0, layout))[None, :]
     for run in range(2 * MASKED_RUNS):
@@ -46,7 +46,10 @@ def draw_masks(records, of_masks, m, BLOCK: gl.constexpr):
         end = number_in(record, RUNS_AT + 2 * run + 1)
         of_interval = bounds_ptr + gl.where(run < MASKED_RUNS, 2, 0)
         while row < end:
-            queries, inside = queries_of(row, end, columns, riders, m == carrier, BLOCK)
+            queries, inside = row + columns, row + columns < end
+            if m == carrier:
+                riders = number_in(record, RIDERS_AT), number_in(record, RIDERS_AT + 1)
+                queries, inside = queries_of(row, end, columns, riders, True, BLOCK)
             at = of_interval + queries.to(gl.int64) * 4
             low = gl.load(at, mask=inside, other=0)
             high = gl.load(at + 1, mask=inside, other=0)

@@ -10,22 +10,26 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kernels.triton.hopper.pipeline import CONSUMERS, barriers, give, take
-from kernels.triton.runs import MASKED_RUNS, RECORD, RIDERS_AT, RUNS, RUNS_AT, SEQUENCE_AT
+from kernels.triton.runs import CARRIER_AT, RECORD, SEQUENCE_AT
 
 # Of a record as it is handed out: the head, or -1 behind the last tile; how many blocks are to be
-# fetched; which list the tile is of.
+# fetched; which of two lists the tile is of, in the last bit of which block carries riders.
 HEAD_AT = gl.constexpr(SEQUENCE_AT.value)
 BLOCKS_AT = gl.constexpr(SEQUENCE_AT.value + 1)
-LIST_AT = gl.constexpr(RECORD.value - 1)
+LIST_AT = gl.constexpr(CARRIER_AT.value)
 
 
 @gluon.jit
-def schedule():
-    """A ring of one record, and the barrier that has the next one claimed."""
+def schedule(EARLY: gl.constexpr):
+    """A ring of one record, and the barrier that has the next one claimed; None if a tile is to be
+    claimed as soon as there is room for its record."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     buffers = gl.allocate_shared_memory(gl.int32, [1, RECORD], layout)
     readers: gl.constexpr = CONSUMERS + 1  # and who fetches
-    return ((buffers,), barriers(1, 1), barriers(1, readers)), barriers(1, 1)
+    claim = None
+    if not EARLY:
+        claim = barriers(1, 1)
+    return ((buffers,), barriers(1, 1), barriers(1, readers)), claim
 
 
 @gluon.jit
@@ -53,11 +57,7 @@ def look_up(records, n, at):
 
 
 @gluon.jit
-def carrier_in(record, BLOCK: gl.constexpr):
-    """Which of a key tile's blocks has riders: the last masked one; -1 if there are none."""
-    blocks = number_in(record, BLOCKS_AT)
-    for run in gl.static_range(2 * MASKED_RUNS, RUNS):
-        rows = number_in(record, RUNS_AT + 2 * run + 1) - number_in(record, RUNS_AT + 2 * run)
-        blocks -= gl.maximum(rows, 0) // BLOCK
-    riders = number_in(record, RIDERS_AT + 1) - number_in(record, RIDERS_AT)
-    return gl.where(riders > 0, blocks, 0) - 1
+def of_list(number):
+    """What the number at LIST_AT says: which list a tile is of; which of its blocks carries riders,
+    or -1."""
+    return number % 2, number // 2 - 1

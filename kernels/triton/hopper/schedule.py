@@ -12,12 +12,12 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from kernels.triton.hopper.masks import draw_masks
 from kernels.triton.hopper.pipeline import begin_to_fill, fetch, fetch_piece, give, turn
-from kernels.triton.hopper.records import BLOCKS_AT, HEAD_AT, LIST_AT, carrier_in, number_in
+from kernels.triton.hopper.records import BLOCKS_AT, HEAD_AT, LIST_AT, number_in, of_list
 from kernels.triton.masked import PIECES
 from kernels.triton.runs import RECORD, RIDERS_AT, RUNS, RUNS_AT, load_rows, tile_at
 
 # Before so many blocks of a tile the next one is claimed. Who claims one long before its turn makes
-# a tail.
+# a tail; where all tiles are short, that is less than what is gained.
 AHEAD = gl.constexpr(4)
 
 
@@ -44,7 +44,8 @@ def hand_out(lists, counters_ptr, of_schedule, of_masks, BLOCK: gl.constexpr, HE
             if of_masks is not None:  # noqa: SIM102 (known to the compiler)
                 if which == len(lists) - 1:
                     m = draw_masks(records, of_masks, m, BLOCK)
-            mbarrier.wait(claim.index(0), i & 1)  # few of its blocks are still to be fetched
+            if claim is not None:
+                mbarrier.wait(claim.index(0), i & 1)  # few of its blocks are still to be fetched
             i += 1
         place = gl.atomic_add(counters_ptr, 1)
     _announce(records, i, lists[0][0], -1, 1, BLOCK)
@@ -82,7 +83,7 @@ def _announce(records, n, record, head, which, BLOCK: gl.constexpr):
     numbers = gl.load(record + at)
     numbers = gl.where(at == HEAD_AT, head, numbers)
     numbers = gl.where(at == BLOCKS_AT, blocks, numbers)
-    numbers = gl.where(at == LIST_AT, which, numbers)
+    numbers = gl.where(at == LIST_AT, 2 * numbers + which, numbers)
     mbarrier.wait(empty.index(0), turn(n, 1) ^ 1)
     buffers[0].index(0).store(numbers)
     mbarrier.arrive(full.index(0), count=1)
@@ -109,9 +110,8 @@ def fetch_tile(
         row += of_rows[0][0].block_type.shape[0]
     BLOCK: gl.constexpr = of_blocks[0][0][0].block_type.shape[0]
     late = n + gl.maximum(number_in(record, BLOCKS_AT) - AHEAD, 0)
-    carrier = -1
-    if pieces is not None:
-        carrier = n + carrier_in(record, BLOCK)
+    _list, carrier = of_list(number_in(record, LIST_AT))
+    carrier += n
     for step in range(STEPS):
         run = step
         if ORDER is not None:
@@ -119,8 +119,9 @@ def fetch_tile(
         row = number_in(record, RUNS_AT + 2 * run)
         end = number_in(record, RUNS_AT + 2 * run + 1)
         while row < end:
-            if n == late:
-                mbarrier.arrive(claim.index(0), count=1)
+            if claim is not None:  # noqa: SIM102 (known to the compiler)
+                if n == late:
+                    mbarrier.arrive(claim.index(0), count=1)
             if n == carrier:
                 if pieces is not None:
                     ring = of_blocks[0][1]
@@ -134,7 +135,8 @@ def fetch_tile(
                     fetch(of_blocks[each][0], row, head, of_blocks[each][1], n)
             row += BLOCK
             n += 1
-    if number_in(record, BLOCKS_AT) == 0:
-        mbarrier.arrive(claim.index(0), count=1)
+    if claim is not None:  # noqa: SIM102 (known to the compiler)
+        if number_in(record, BLOCKS_AT) == 0:
+            mbarrier.arrive(claim.index(0), count=1)
     give(records, i)
     return n

@@ -233,6 +233,7 @@ def resident_unordered_kernel(
     HEADS: gl.constexpr,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """dk, dv, and 2 / (scale * alpha) of dq added to zeros, float32. All else of 16 bits.
 
@@ -242,7 +243,7 @@ def resident_unordered_kernel(
     tile each time; so done_ptr.
     Grid: any; as many as there are multiprocessors to fill them.
     """
-    of_schedule = schedule()
+    of_schedule = schedule(EARLY)
     keys, values = ring_of((k_desc,), TILES), ring_of((v_desc,), 1)
     queries = ring_of((q_desc, dout_desc), STAGES)
     TILE: gl.constexpr = k_desc.block_type.shape[0]
