@@ -33,7 +33,6 @@ def silu(h, FAST: tl.constexpr):
 
 @triton.jit
 def silu_and_twice_slope(h, FAST: tl.constexpr):
-    """silu(x) and 2 silu'(x) at x = 2 h; silu'(x) = sigmoid(x) (1 + x - silu(x))."""
+    """silu(x) and 2 silu'(x) at x = 2 h; silu'(x) = sigmoid(x) (1 + x (1 - sigmoid(x)))."""
     t = tanh(h, FAST)
-    value = h + h * t
-    return value, (1 + t) * (1 + 2 * h - value)
+    return h + h * t, t * (1 - h * t) + (1 + h)

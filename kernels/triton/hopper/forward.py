@@ -270,7 +270,8 @@ def resident_forward_kernel(
     Grid: any; as many as there are multiprocessors to fill them.
     """
     BLOCK: gl.constexpr = k_desc.block_type.shape[0]
-    of_schedule = schedule(EARLY)
+    records, claim = schedule()
+    of_schedule = records, None if EARLY else claim
     upper, lower = ring_of((q_desc,), TILES, 1), ring_of((q_desc,), TILES, 1)
     keys, values = ring_of((k_desc,), STAGES), ring_of((v_desc,), STAGES)
     upper_out, lower_out = None, None
@@ -280,7 +281,7 @@ def resident_forward_kernel(
     fence_async_shared()  # barriers are there
     matrices = q_ptr, q_stride, add_ptr, add_stride, out_ptr, out_stride, out_desc
     work = half_alpha, scale, bounds_ptr
-    records, to_fill = of_schedule[0], (upper, lower, keys, values)
+    to_fill = upper, lower, keys, values
     of_upper, of_lower = (
         (records, upper, keys, values, order),
         (records, lower, keys, values, order),

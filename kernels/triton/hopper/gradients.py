@@ -284,7 +284,8 @@ def resident_gradients_kernel(
     Grid: any; as many as there are multiprocessors to fill them.
     """
     BLOCK: gl.constexpr = q_desc.block_type.shape[0]
-    of_schedule = schedule(EARLY)
+    records, claim = schedule()
+    of_schedule = records, None if EARLY else claim
     of_queries, of_keys = (q_desc, dout_desc), (k_desc, v_desc)
     upper, lower = ring_of(of_keys, TILES, 1), ring_of(of_keys, TILES, 1)
     blocks = ring_of(of_keys, STAGES)
@@ -300,7 +301,7 @@ def resident_gradients_kernel(
     key_tiles = key_tiles_ptr, gl.load(num_key_tiles_ptr) + more_key_tiles
     descs = of_queries, of_keys, (q_pieces_desc, dout_pieces_desc)
     to_fill = upper, lower, blocks
-    records, lists = of_schedule[0], (query_tiles, key_tiles)
+    lists = query_tiles, key_tiles
     of_upper, of_lower = (records, upper, blocks, masks), (records, lower, blocks, masks)
     of_masks = bounds_ptr, masks
     gl.warp_specialize(

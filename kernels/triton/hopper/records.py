@@ -2,7 +2,6 @@
 tile, and for which head.
 """
 
-# ruff: noqa: N803 (Triton's constants are written in capitals)
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,misc"
 from __future__ import annotations
 
@@ -20,16 +19,12 @@ LIST_AT = gl.constexpr(CARRIER_AT.value)
 
 
 @gluon.jit
-def schedule(EARLY: gl.constexpr):
-    """A ring of one record, and the barrier that has the next one claimed; None if a tile is to be
-    claimed as soon as there is room for its record."""
+def schedule():
+    """A ring of one record, and the barrier that has the next one claimed."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     buffers = gl.allocate_shared_memory(gl.int32, [1, RECORD], layout)
     readers: gl.constexpr = CONSUMERS + 1  # and who fetches
-    claim = None
-    if not EARLY:
-        claim = barriers(1, 1)
-    return ((buffers,), barriers(1, 1), barriers(1, readers)), claim
+    return ((buffers,), barriers(1, 1), barriers(1, readers)), barriers(1, 1)
 
 
 @gluon.jit

@@ -26,8 +26,9 @@ def hand_out(lists, counters_ptr, of_schedule, of_masks, BLOCK: gl.constexpr, HE
     """One warp's: all tiles that have rows, in turn; those of two lists by turns.
 
     lists: of each its records and how many. counters_ptr: int32 [2], zero before and after a
-    launch. of_masks: a plan's bounds, and where to draw those of the last list's tiles, which are
-    of keys; or None. BLOCK: rows of a block.
+    launch. of_schedule: of `schedule`; None for the barrier has tiles claimed as soon as there is
+    room for a record. of_masks: a plan's bounds, and where to draw those of the last list's tiles,
+    which are of keys; or None. BLOCK: rows of a block.
     """
     records, claim = of_schedule
     count = lists[0][1] * HEADS

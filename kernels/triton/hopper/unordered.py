@@ -243,7 +243,8 @@ def resident_unordered_kernel(
     tile each time; so done_ptr.
     Grid: any; as many as there are multiprocessors to fill them.
     """
-    of_schedule = schedule(EARLY)
+    records, claim = schedule()
+    of_schedule = records, None if EARLY else claim
     keys, values = ring_of((k_desc,), TILES), ring_of((v_desc,), 1)
     queries = ring_of((q_desc, dout_desc), STAGES)
     TILE: gl.constexpr = k_desc.block_type.shape[0]
@@ -257,7 +258,7 @@ def resident_unordered_kernel(
     of_dk, of_dv = (dk_ptr, dk_stride, dk_desc, None, 0), (dv_ptr, dv_stride, dv_desc, None, 0)
     matrices = of_dk, of_dv, sums_k_ptr, sums_v_ptr, done_ptr, dq_desc
     work = half_alpha, scale
-    records, to_fill = of_schedule[0], (keys, values, queries)
+    to_fill = keys, values, queries
     rings = records, keys, values, queries, masks
     descs = k_desc, v_desc, q_desc, dout_desc
     lists = ((tiles_ptr, gl.load(num_tiles_ptr) + more_tiles),)
