@@ -27,6 +27,7 @@ from kernels.blockwise import (
 from kernels.columns import empty_gradients
 from kernels.jagged import Jagged
 from kernels.naive import naive_attention
+from kernels.projection import Projected
 from kernels.source import Source
 from kernels.weighting import Weighting
 
@@ -45,6 +46,7 @@ def hstu_attention(
     alpha: float,
     scale: float,
     deterministic: bool = True,
+    projected: Projected | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """out_i = scale * sum_j silu(alpha * q_i . k_j) v_j over the keys j that query i sees.
@@ -58,6 +60,9 @@ def hstu_attention(
         that is faster: on Hopper in 16 bits, for both head dims over 64 and up to 128, and
         sequences of 8,192 rows or more in the mean that are not few; if there is memory for a
         float32 dq, see `kernels.scratch`.
+    projected: where q, k and v come from, if they are all parts but the first of a `silu_linear`;
+        where that is faster (wide heads, where the backward keeps what its kernels share), their
+        gradients are written to what it says, and autograd is told of none.
     backend: one of BACKENDS; "auto" takes the fastest that can do it.
     Returns [Tq, H, Dv] in q's dtype; sums are float32 inside (float64 for float64).
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit. Values
@@ -71,6 +76,11 @@ def hstu_attention(
         return naive_attention(q, k, v, weighting)
     if backend == "triton" or (backend == "auto" and _takes_triton(q, v)):
         _load_triton(q.device)
+        if projected is not None:
+            from kernels.triton.projected import goes_through, projected_attention
+
+            if goes_through(q, k, v, weighting, projected):
+                return projected_attention(q, k, v, weighting, projected)
         mask = (queries.offsets, queries.positions, keys.offsets, keys.positions, intervals)
         options = queries.max_length, alpha, scale, deterministic
         return torch.ops.gr_kernels.attention(q, k, v, *mask, *options)

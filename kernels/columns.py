@@ -33,6 +33,11 @@ def side_by_side(parts: Sequence[Tensor]) -> Tensor:
     return first.as_strided((first.shape[0], width), first.stride())
 
 
+def after(part: Tensor, width: int) -> Tensor:
+    """The columns behind part [rows, ...] in the buffer that it is columns of."""
+    return part.as_strided((part.shape[0], width), part.stride(), _start(part) + part.shape[1])
+
+
 def _are_columns(parts: Sequence[Tensor]) -> bool:
     """Whether these are different columns of the same rows of one buffer."""
     if any(type(x) is not Tensor for x in parts):

@@ -8,6 +8,7 @@ is fused are the biases, the SiLUs and, backward, their derivatives and the resi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,24 +22,53 @@ from kernels.differentiate import vector_jacobian
 
 
 class GradientBuffer:
-    """One gradient for all parts of a `silu_linear`, in which another backward writes the first's.
+    """One gradient for all parts of a `silu_linear`, in which other backwards write their parts'.
 
     The product that follows wants the gradients of all parts side by side. What computes the first
-    part's allocates them all and writes its own columns, instead of having them copied.
+    part's allocates them all and writes its own columns, instead of having them copied; and what
+    can take the others' back through SiLU writes those, see `Projected`.
     """
 
     def __init__(self) -> None:
         self.whole: Tensor | None = None
+        self.dbias: Tensor | None = None  # once the others' columns are written
 
     def columns(self, part: Tensor) -> Tensor:
         """Uninitialized: for the gradient of the first part, laid out as that is."""
         self.whole = part.new_empty(part.shape[0], part.stride(0))
         return self.whole[:, : part.shape[1]]
 
-    def take(self, dpart: Tensor) -> Tensor | None:
-        """The whole, if the first part's gradient lies there: it does not if it is a sum of two."""
-        whole, self.whole = self.whole, None
-        return whole if whole is not None and whole.data_ptr() == dpart.data_ptr() else None
+    def others(self, before: Tensor) -> Tensor:
+        """Uninitialized: for gradients of what is before bias and SiLU, laid out as that is."""
+        if self.whole is None:
+            self.whole = before.new_empty(before.shape[0], before.stride(0))
+        return self.whole[:, before.stride(0) - before.shape[1] :]
+
+    def take(self, dpart: Tensor | None) -> Tensor | None:
+        """The whole, if the first part's gradient lies there (it does not if it is a sum of two),
+        or the others' gradients do."""
+        whole, dbias = self.whole, self.dbias
+        self.whole = self.dbias = None
+        if whole is None or (dpart is not None and whole.data_ptr() == dpart.data_ptr()):
+            return whole
+        if dbias is None:
+            return None
+        whole[:, : whole.shape[1] - dbias.numel()] = 0 if dpart is None else dpart
+        return whole
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Where tensors come from that are parts of a `silu_linear`, all but the first: for one whose
+    backward can take their gradients back through SiLU in passing.
+
+    before: [rows, widths of these parts], columns of the product, `after` the first part. bias: as
+    the `silu_linear`'s. gradient: the same as there. The parts must lie as that returned them.
+    """
+
+    before: Tensor
+    bias: Tensor
+    gradient: GradientBuffer
 
 
 def naive_silu_linear(
@@ -105,6 +135,7 @@ class _SiluLinear(torch.autograd.Function):
         gradient: GradientBuffer,
         triton: bool,
     ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         ctx.splits, ctx.gradient, ctx.triton = splits, gradient, triton
         x, ctx.weight_dtype = x.to(compute_dtype(x)), weight.dtype
         weight = weight.to(x.dtype)
@@ -121,23 +152,38 @@ class _SiluLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, hidden = ctx.saved_tensors
         first = ctx.splits[0]
+        dbias = ctx.gradient.dbias
         dhidden = ctx.gradient.take(douts[0])
         if dhidden is None:
             dhidden = torch.empty_like(hidden)
-            dhidden[:, :first] = douts[0]
-        dout, before, dbefore = side_by_side(douts[1:]), hidden[:, first:], dhidden[:, first:]
-        if ctx.triton:
-            from kernels.triton import pointwise
-
-            dbias = pointwise.backward(dout, before, bias, dbefore)
-        else:
-            into, dbias = vector_jacobian(_naive_silu, [before, bias], dout)
-            dbefore.copy_(into)
+            dhidden[:, :first] = 0 if douts[0] is None else douts[0]
+        before, dbefore = hidden[:, first:], dhidden[:, first:]
+        if dbias is None:
+            dbias = _silu_backward(ctx, douts[1:], before, bias, dbefore)
+        elif any(dout is not None for dout in douts[1:]):  # who else uses these parts
+            more = torch.empty_like(dbefore)
+            dbias = dbias + _silu_backward(ctx, douts[1:], before, bias, more)
+            dbefore += more
         dweight = _weight_gradient(dhidden, x, ctx.weight_dtype)
         return dhidden @ weight, dweight, dbias.to(bias.dtype), None, None, None
+
+
+def _silu_backward(
+    ctx: Any, douts: Sequence[Tensor | None], before: Tensor, bias: Tensor, dbefore: Tensor
+) -> Tensor:
+    """Writes dbefore, and returns dbias."""
+    parts = before.split_with_sizes(ctx.splits[1:], 1)
+    full = [torch.zeros_like(x) if y is None else y for x, y in zip(parts, douts, strict=True)]
+    if ctx.triton:
+        from kernels.triton import pointwise
+
+        return pointwise.backward(side_by_side(full), before, bias, dbefore)
+    into, dbias = vector_jacobian(_naive_silu, [before, bias], side_by_side(full))
+    dbefore.copy_(into)
+    return dbias
 
 
 class _ResidualLinear(torch.autograd.Function):

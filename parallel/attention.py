@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kernels.attention import hstu_attention
+from kernels.projection import Projected
 from parallel.exchange.all_gather import all_gather_attention
 from parallel.exchange.halo import halo_attention
 from parallel.exchange.ring import ring_attention
@@ -46,12 +47,14 @@ def context_parallel_attention(
     scale: float,
     exchange: str = "ring",
     deterministic: bool = True,
+    projected: Projected | None = None,
 ) -> Tensor:
     """`kernels.attention.hstu_attention` as if the cp group were one device.
 
     q, k: [rows of this rank, H, Dqk]; v: [rows, H, Dv], in the order of seen.shard.rows.
     alpha, scale: not 0. exchange: one of EXCHANGES; results do not depend on it but for the order
     of sums. deterministic: as there, if no sequence of the batch is cut; else gradients are.
+    projected: as there, for when none is.
     Returns [rows, H, Dv] in q's dtype. Differentiable: gradients of k and v are sums over the
     group. Every rank of the group must call it, with however few rows.
     """
@@ -72,6 +75,7 @@ def context_parallel_attention(
         alpha=alpha,
         scale=scale,
         deterministic=deterministic,
+        projected=projected,
     )
 
 

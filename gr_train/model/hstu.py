@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from gr_train.config import ModelConfig
 from gr_train.model.inputs import init_linear
 from gr_train.model.recompute import Recomputation
+from kernels.columns import after
 from kernels.gated_norm import draw_seed, gated_norm
 from kernels.norm import branch_norm
-from kernels.projection import GradientBuffer, residual_linear, silu_linear
+from kernels.projection import GradientBuffer, Projected, residual_linear, silu_linear
 from parallel.attention import context_parallel_attention
 from parallel.visibility import Visibility
 
@@ -63,6 +64,7 @@ class HSTULayer(nn.Module):
         """The result, attention's, and one tensor of each buffer that is cheap to compute again."""
         du = GradientBuffer()
         normed, x, u, v, q, k = self._project(x, du)
+        before = after(u.detach(), sum(self.splits[1:]))
         attended = context_parallel_attention(
             q.view(-1, self.heads, self.qk_dim),
             k.view(-1, self.heads, self.qk_dim),
@@ -72,6 +74,7 @@ class HSTULayer(nn.Module):
             scale=self.scale,
             exchange=self.exchange,
             deterministic=self.deterministic,
+            projected=Projected(before, self.vqk_bias, du),
         ).flatten(1)
         gated = self._gate(attended, u, seed, du)
         out = residual_linear(x, gated, self.output.weight)

@@ -7,13 +7,14 @@ backward.py   attention backward: dk and dv per key tile, dq per query tile; no 
 slopes.py     what one kernel of the backward keeps in memory for the others, where that is faster
 hopper/       both again, of one source, by programs that stay, and the backward in one pass where
               sums may come in any order: in Gluon, for Hopper, where configs.py says so
-silu.py       SiLU and its slope through tanh, for both
+silu.py       SiLU and its slope through tanh, for both; through.py: gradients taken back through it
 configs.py    block shapes per GPU generation and head dim
 launch.py     what attention.py calls: a launch or several, of kernels that configs.py chose
 resident.py   those of hopper/; walk.py: the sources of a launch; target.py: tensors as kernels read
               and write them
 launcher.py   compiled kernels, found again by what their arguments are
 operator.py   all of it as one operator that autograd and torch.compile know
+projected.py  attention whose backward goes on through a projection's SiLU
 
 layer_norm.py, gated_norm.py, pointwise.py   what lies between a layer's matrix products
 sampled_softmax.py                           and between those of a loss

@@ -33,6 +33,7 @@ from kernels.triton.runs import (
 )
 from kernels.triton.silu import UNSEEN, silu_and_twice_slope
 from kernels.triton.slopes import SIDE, add_products, slopes_of_head, square_at, store_slopes
+from kernels.triton.through import through_silu
 
 
 @remembered
@@ -48,6 +49,14 @@ def key_value_kernel(
     dk_stride,
     dv_ptr,
     dv_stride,
+    before_k_ptr,
+    before_k_stride,
+    bias_k_ptr,
+    bias_sums_k_ptr,
+    before_v_ptr,
+    before_v_stride,
+    bias_v_ptr,
+    bias_sums_v_ptr,
     sums_k_ptr,
     sums_v_ptr,
     done_ptr,
@@ -81,6 +90,9 @@ def key_value_kernel(
     Both at once share the scores; for large head dims their sums do not fit in the registers, and
     two launches are faster. SLOPES: whoever finds dv keeps those of an aligned plan; a launch for
     dk alone takes them instead of the scores, see `slopes.py`.
+
+    before_k_ptr, before_v_ptr: None, or what dk and dv are taken back through, see
+    `through.py`.
 
     Grid: segments of key tiles x (TILE / BLOCK_N) x HEADS. Segments leave their sums in float32
     buffers [segments * TILE, HEADS, dim]; the last of a tile to be done, by int32 counters
@@ -152,12 +164,16 @@ def key_value_kernel(
     dv *= scale
     k_at, v_at = head * QK_DIM, head * V_DIM
     segment, segments, slot = load_segment(record)
+    of_k = before_k_ptr, before_k_stride, bias_k_ptr, bias_sums_k_ptr
+    of_v = before_v_ptr, before_v_stride, bias_v_ptr, bias_sums_v_ptr
     # Both branches store: joined before that, they would hold dk and dv beside the new sums.
     if segments == 1:
         if KEY:
             store_rows(dk_ptr, dk_stride, add_k_ptr, add_k_stride, dk, rows, inside, k_at)
+            through_silu(dk_ptr, dk_stride, of_k, rows, inside, head, HEADS, QK_DIM, FAST)
         if VALUE:
             store_rows(dv_ptr, dv_stride, add_v_ptr, add_v_stride, dv, rows, inside, v_at)
+            through_silu(dv_ptr, dv_stride, of_v, rows, inside, head, HEADS, V_DIM, FAST)
     else:
         sums = slot * TILE + part * BLOCK_N + tl.arange(0, BLOCK_N)
         if KEY:
@@ -172,9 +188,11 @@ def key_value_kernel(
             if KEY:
                 dk = _add_sums(sums_k_ptr, sums, segments, TILE, head, HEADS, BLOCK_N, QK_DIM)
                 store_rows(dk_ptr, dk_stride, add_k_ptr, add_k_stride, dk, rows, inside, k_at)
+                through_silu(dk_ptr, dk_stride, of_k, rows, inside, head, HEADS, QK_DIM, FAST)
             if VALUE:
                 dv = _add_sums(sums_v_ptr, sums, segments, TILE, head, HEADS, BLOCK_N, V_DIM)
                 store_rows(dv_ptr, dv_stride, add_v_ptr, add_v_stride, dv, rows, inside, v_at)
+                through_silu(dv_ptr, dv_stride, of_v, rows, inside, head, HEADS, V_DIM, FAST)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from kernels.triton.forward import forward_kernel
 from kernels.triton.integers import cdiv
 from kernels.triton.launcher import Rows
 from kernels.triton.slopes import SIDE, SQUARE, query_slopes_kernel
-from kernels.triton.target import Target, nothing, padded_dim, ready
+from kernels.triton.target import NOT_THROUGH, Target, Through, nothing, padded_dim, ready
 from kernels.triton.walk import Walk, config_of
 from kernels.weighting import Weighting
 
@@ -116,7 +116,8 @@ def gradients(
     *,
     deterministic: bool = True,
     out: tuple[Tensor, Tensor, Tensor],
-) -> None:
+    through: tuple[Through, Through, Through] | None = None,
+) -> bool:
     """`out`, written with dq, dk and dv of one block of queries and keys.
 
     Unless it is to be deterministic, where that is faster, one pass finds them all, if
@@ -124,6 +125,9 @@ def gradients(
     one launch; or dq, and perhaps dk, take slopes that the launch for dv keeps, if the host knows
     how long a sequence may be and there is room: for those of one head, or, where dk has no launch
     of its own, of all. A ring, and a halo, find dq and dk of different pairs.
+
+    through: what dq, dk and dv are to be taken back through. Returns whether they were, which they
+    are where slopes are kept.
     """
     slopes = None
     if q.shape[0] and v.shape[0]:
@@ -132,18 +136,29 @@ def gradients(
         shipped, problem = config.resident, (dout, q, k, v, weighting, out)
         in_any_order = shipped and shipped.unordered and not deterministic
         if in_any_order and resident.gradients_in_any_order(*problem):
-            return
+            return False
         if shipped and shipped.at_once:
             resident.gradients_at_once(*problem)
-            return
+            return False
         slopes = _Slopes.of(config.kept, q, weighting)
     if slopes is None:
         key_value_gradients(k, v, Source((q, dout), weighting), out=out[1:])
         query_gradient(dout, q, Source((k, v), weighting), out=out[0])
-        return
+        return False
     for start in range(0, q.shape[1], slopes.heads):
-        heads = (x[:, start : start + slopes.heads] for x in (dout, q, k, v, *out))
-        _gradients_by_slopes(slopes, weighting, *heads)
+        end = start + slopes.heads
+        heads = (x[:, start:end] for x in (dout, q, k, v, *out))
+        of_heads = tuple(x.of_heads(start, end) for x in through) if through else None
+        _gradients_by_slopes(slopes, weighting, of_heads, *heads)
+    return through is not None
+
+
+def keeps_slopes(q: Tensor, v: Tensor, weighting: Weighting) -> bool:
+    """Whether the backward of these would, as things are."""
+    dims = padded_dim(q.shape[2]), padded_dim(v.shape[2])
+    config = config_of(weighting.queries, q.shape[1], dims, q.dtype, q.device)
+    at_once = config.resident is not None and config.resident.at_once
+    return not at_once and _Slopes.of(config.kept, q, weighting) is not None
 
 
 @dataclass(frozen=True)
@@ -175,6 +190,7 @@ class _Slopes:
 def _gradients_by_slopes(
     slopes: _Slopes,
     weighting: Weighting,
+    through: tuple[Through, ...] | None,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -183,6 +199,7 @@ def _gradients_by_slopes(
     dk: Tensor,
     dv: Tensor,
 ) -> None:
+    of_q, *of_keys = through or (None, None, None)
     walk, k = Walk(k, [Source((q, dout), weighting)], aligned=True), ready(k)
     blocks, heads = slopes.blocks, walk.heads
     numel = heads * slopes.key_parts * slopes.query_parts * SQUARE.value
@@ -193,22 +210,26 @@ def _gradients_by_slopes(
     launches = [(blocks.value, blocks.key is None, True)]
     if blocks.key is not None:
         launches.append((blocks.key, True, False))
-    _key_value_gradients(walk, launches, k, v, (None, None), (dk, dv), of_heads)
+    _key_value_gradients(walk, launches, k, v, (None, None), (dk, dv), of_heads, of_keys)
 
     target, tiles = Target(dq, None), walk.plan.query_parts()
     query_slopes_kernel[(len(tiles) * heads,)](
         *target.out,
+        *(of_q.arguments(len(tiles)) if of_q else NOT_THROUGH),
         tiles,
         *walk.factors,
         *of_heads,
         Rows(k, SIDE.value),
         HEADS=heads,
         QK_DIM=walk.qk_dim,
+        FAST=walk.is_fast,
         PRECISION=walk.precision,
         num_warps=blocks.query.warps,
         num_stages=blocks.query.stages,
     )
     target.finish()
+    if of_q:
+        of_q.finish()
 
 
 def _key_value_gradients(
@@ -219,30 +240,38 @@ def _key_value_gradients(
     add: tuple[Tensor | None, Tensor | None],
     out: tuple[Tensor, Tensor],
     slopes: tuple[object, ...] = (None, 0, 0),
+    through: Sequence[Through | None] = (None, None),
 ) -> tuple[Tensor, Tensor]:
-    """launches: blocks, whether they find dk, and whether dv. slopes: as the kernel takes them."""
+    """launches: blocks, whether they find dk, and whether dv. slopes: as the kernel takes them.
+    through: of dk and dv."""
     k, v = ready(k), ready(v)
     tiles, part = walk.plan.key_tiles(*walk.more), walk.plan.key_tile
     key, value = Target(out[0], add[0]), Target(out[1], add[1])
     rows = walk.plan.most_segments(*walk.more) * part
     sums = [x.new_empty(rows, *x.shape[1:], dtype=torch.float32) for x in (k, v)]
-    for blocks, with_key, with_value in launches:
-        key_value_kernel[(len(tiles) * (part // blocks.n) * k.shape[1],)](
+    for blocks, *wanted in launches:
+        parts = len(tiles) * (part // blocks.n)
+        of_keys = [x if some else None for x, some in zip(through, wanted, strict=True)]
+        key_value_kernel[(parts * k.shape[1],)](
             Rows(k, blocks.n),
             Rows(v, blocks.n),
             *key.add,
             *value.add,
             *key.out,
             *value.out,
+            *(y for x in of_keys for y in (x.arguments(parts) if x else NOT_THROUGH)),
             *sums,
             walk.plan.counters(rows // blocks.n * k.shape[1]),
             tiles,
             *walk.factors,
             *slopes,
             *walk.arguments(blocks.m),
-            KEY=with_key,
-            VALUE=with_value,
+            KEY=wanted[0],
+            VALUE=wanted[1],
             SLOPES=slopes[0] is not None,
             **walk.constants(part, blocks),
         )
+        for x in of_keys:
+            if x:
+                x.finish()
     return key.finish(), value.finish()

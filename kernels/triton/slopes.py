@@ -22,6 +22,7 @@ import triton.language as tl
 from kernels.triton.forward import UNSPECIALIZED, store_rows
 from kernels.triton.launcher import remembered
 from kernels.triton.runs import FULL_RUNS, find_block, load_runs, load_sequence, query_rows, tile_at
+from kernels.triton.through import through_silu
 
 SIDE = tl.constexpr(64)
 SQUARE = tl.constexpr(64 * 64)
@@ -111,6 +112,10 @@ def _square_of(of, first_query, fixed, row, BY_KEYS: tl.constexpr):
 def query_slopes_kernel(
     dq_ptr,
     dq_stride,
+    before_ptr,
+    before_stride,
+    bias_ptr,
+    bias_sums_ptr,
     tiles_ptr,
     half_alpha,
     scale,
@@ -120,9 +125,11 @@ def query_slopes_kernel(
     k_desc,
     HEADS: tl.constexpr,
     QK_DIM: tl.constexpr,
+    FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq = scale * alpha / 2 * sum slopes k. Grid: query parts x HEADS."""
+    """dq = scale * alpha / 2 * sum slopes k, taken back through SiLU unless before_ptr is None.
+    Grid: query parts x HEADS."""
     head, _, record = tile_at(tiles_ptr, tl.program_id(0), HEADS, 1, 1)
     queries, inside, some = query_rows(record, 0, SIDE)
     if not some:
@@ -136,3 +143,5 @@ def query_slopes_kernel(
     dq = add_products(dq, runs, blocks, of, 0, query, k_desc, column, False, PRECISION)
     dq *= scale * half_alpha
     store_rows(dq_ptr, dq_stride, None, 0, dq, queries, inside, column)
+    of_q = before_ptr, before_stride, bias_ptr, bias_sums_ptr
+    through_silu(dq_ptr, dq_stride, of_q, queries, inside, head, HEADS, QK_DIM, FAST)

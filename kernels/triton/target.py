@@ -38,6 +38,30 @@ class Target:
         return self.wanted
 
 
+class Through:
+    """What a gradient [T, H, D] is taken back through before it is written: silu(before + bias).
+
+    before: [T, H, D]; bias: [H, D]; dbias: float32 [H, D], to be written.
+    """
+
+    def __init__(self, before: Tensor, bias: Tensor, dbias: Tensor) -> None:
+        self.before, self.bias, self.dbias = before, bias, dbias
+
+    def of_heads(self, start: int, end: int) -> Through:
+        return Through(self.before[:, start:end], self.bias[start:end], self.dbias[start:end])
+
+    def arguments(self, parts: int) -> tuple[object, ...]:
+        """Of a kernel whose programs of so many parts leave sums over their rows, each its own."""
+        self.sums = self.bias.new_zeros(parts, *self.bias.shape, dtype=torch.float32)
+        return *rows_of(self.before), self.bias.contiguous(), self.sums
+
+    def finish(self) -> None:
+        torch.sum(self.sums, 0, out=self.dbias)
+
+
+NOT_THROUGH = None, 0, None, None
+
+
 def rows_of(x: Tensor) -> tuple[Tensor, int]:
     """x [T, H, D] and its stride from row to row; a row itself must be contiguous."""
     _, heads, dim = x.shape

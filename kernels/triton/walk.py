@@ -120,6 +120,11 @@ class Walk:
         """Of float32 products; others are exact."""
         return "tf32x3" if self.is_cuda else "ieee"
 
+    @property
+    def is_fast(self) -> bool:
+        """Whether to take the GPU's own tanh."""
+        return self.dtype != torch.float32 and self.is_cuda
+
     def constants(self, tile: int, blocks: Blocks) -> dict[str, object]:
         return dict(
             HEADS=self.heads,
@@ -128,7 +133,7 @@ class Walk:
             TILE=tile,
             BLOCK_M=blocks.m,
             BLOCK_N=blocks.n,
-            FAST=self.dtype != torch.float32 and self.is_cuda,
+            FAST=self.is_fast,
             PRECISION=self.precision,
             SOURCES=len(self.sources),
             num_warps=blocks.warps,
