@@ -130,6 +130,42 @@ def test_rebuilds_a_layer_once(backend: str, monkeypatch: pytest.MonkeyPatch) ->
     assert len(calls) == 2 * 2  # layers, forward and rebuilt
 
 
+@INTERPRETED
+def test_attention_whose_backward_goes_through_the_projection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wide heads, whose backward keeps slopes: as if attention knew nothing of the projection."""
+    pytest.importorskip("triton")
+    from kernels.triton import configs, projected
+
+    def grads(recompute: str) -> list[Tensor]:
+        torch.manual_seed(3)
+        config = ModelConfig(width=WIDTH, num_heads=2, qk_dim=32, v_dim=32, recompute=recompute)
+        layer = HSTULayer(config, max_length=70, exchange="ring")
+        torch.manual_seed(4)
+        x = torch.randn(shard.rows.num_rows, WIDTH, requires_grad=True)
+        out = layer(x, Visibility(shard, hstu_intervals))
+        return list(torch.autograd.grad(out.square().sum(), [x, *layer.parameters()]))
+
+    shard = make_shard(1, [70, 0, 3])
+    want = grads("none")
+    for module in (norm, projection, gated_norm):
+        monkeypatch.setattr(module, "takes_triton", lambda *_: True)
+    monkeypatch.setattr(kernels_attention, "_takes_triton", lambda *_: True)
+    block, square = configs.Blocks(16, 16, 4, 1), configs.Blocks(64, 64, 4, 1)
+    kept = configs.Kept(configs.Blocks(32, 64, 4, 1), square, square)
+    monkeypatch.setitem(configs.SINGLE, 64, configs.Config(32, 16, *[block] * 4, kept))
+    through = []
+    goes_through = projected.goes_through
+    monkeypatch.setattr(
+        projected, "goes_through", lambda *x: through.append(goes_through(*x)) or through[-1]
+    )
+    for policy in POLICIES:
+        for got, expected in zip(grads(policy), want, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert through == [True, True]
+
+
 def in_group(exchange: str, autocast: bool) -> None:
     check(make_shard(2, [700, 0, 1, 170, 3]), exchange, 0.2, autocast)
 
