@@ -181,7 +181,7 @@ def test_any_intervals(seed: int) -> None:
 def test_few_contextual_queries_ride_along(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the last masked block of a key tile, if it has room: beside the last 3 of 163 rows."""
     monkeypatch.setattr(tiles, "LEAST", 64)  # no segments: each has but a part of the runs
-    lengths = torch.tensor([10 * TILE + 3], dtype=torch.int32, device=DEVICE)
+    lengths = torch.tensor([10 * TILE + 3], dtype=torch.int32)
     whole = Jagged.whole(lengths)
     for contextual, ride in (PART // PIECES.value, 21), (PART // PIECES.value + 1, 0):
         none = torch.zeros_like(lengths)
