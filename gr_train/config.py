@@ -75,7 +75,7 @@ class ModelConfig:
     recompute_layers: int | None = None  # only the first so many; default: all
     # Whether attention's backward gives the same bits from run to run. If not, it is faster: on
     # Hopper, in 16 bits, if no sequence of a batch is cut, for heads (qk_dim and v_dim) wider than
-    # 64, up to 128, and sequences of 8,192 tokens or more in the mean that are not few.
+    # 64, up to 128, and sequences of 16,384 tokens or more in the mean that are not few.
     deterministic: bool = True
     # GiB that attention's backward may take for a moment to be faster: on Hopper, in 16 bits, where
     # no sequence is cut and heads are wider than 128, or up to 64 and the mean sequence under 512

@@ -58,11 +58,10 @@ def hstu_attention(
     intervals: int32 [Tq, 4], see `kernels.masks`.
     deterministic: gradients are bitwise equal from run to run. If False, they need not be, where
         that is faster: on Hopper in 16 bits, for both head dims over 64 and up to 128, and
-        sequences of 8,192 rows or more in the mean that are not few; if there is memory for a
+        sequences of 16,384 rows or more in the mean that are not few; if there is memory for a
         float32 dq, see `kernels.scratch`.
-    projected: where q, k and v come from, if they are all parts but the first of a `silu_linear`;
-        where that is faster (wide heads, where the backward keeps what its kernels share), their
-        gradients are written to what it says, and autograd is told of none.
+    projected: what q, k and v are, all rows, silu(before + bias) of: then gradients go to these two
+        instead, where that is faster (where `queries.max_length` makes the backward so).
     backend: one of BACKENDS; "auto" takes the fastest that can do it.
     Returns [Tq, H, Dv] in q's dtype; sums are float32 inside (float64 for float64).
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit. Values

@@ -16,7 +16,7 @@ from torch import Tensor
 
 def empty_gradients(*inputs: Tensor) -> list[Tensor]:
     """Uninitialized, of the inputs' shapes and dtypes; of columns of one buffer, such columns."""
-    if not _are_columns(inputs):
+    if not are_columns(inputs):
         return [x.new_empty(x.shape) for x in inputs]
     rows, row = inputs[0].shape[0], inputs[0].stride(0)
     start = min(_start(x) for x in inputs)
@@ -27,18 +27,13 @@ def empty_gradients(*inputs: Tensor) -> list[Tensor]:
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:
     """Parts [rows, width_i] as one [rows, sum of widths]: a view, if they lie like that already."""
     follows = all(_start(x) + x.shape[1] == _start(y) for x, y in pairwise(parts))
-    if not follows or not _are_columns(parts):
+    if not follows or not are_columns(parts):
         return torch.cat(list(parts), 1)
     first, width = parts[0], sum(x.shape[1] for x in parts)
     return first.as_strided((first.shape[0], width), first.stride())
 
 
-def after(part: Tensor, width: int) -> Tensor:
-    """The columns behind part [rows, ...] in the buffer that it is columns of."""
-    return part.as_strided((part.shape[0], width), part.stride(), _start(part) + part.shape[1])
-
-
-def _are_columns(parts: Sequence[Tensor]) -> bool:
+def are_columns(parts: Sequence[Tensor]) -> bool:
     """Whether these are different columns of the same rows of one buffer."""
     if any(type(x) is not Tensor for x in parts):
         return False  # traced by torch.compile: they have no memory

@@ -25,45 +25,49 @@ class GradientBuffer:
     """One gradient for all parts of a `silu_linear`, in which other backwards write their parts'.
 
     The product that follows wants the gradients of all parts side by side. What computes the first
-    part's allocates them all and writes its own columns, instead of having them copied; and what
-    can take the others' back through SiLU writes those, see `Projected`.
+    part's allocates them all and writes its own columns, instead of having them copied; what
+    computes the others', see `Projected`, then writes those. It only says where they may lie:
+    gradients go by way of autograd, and any that lie elsewhere are copied.
     """
 
     def __init__(self) -> None:
-        self.whole: Tensor | None = None
-        self.dbias: Tensor | None = None  # once the others' columns are written
+        self._whole: Tensor | None = None
+        self._others_are_free = False
 
     def columns(self, part: Tensor) -> Tensor:
         """Uninitialized: for the gradient of the first part, laid out as that is."""
-        self.whole = part.new_empty(part.shape[0], part.stride(0))
-        return self.whole[:, : part.shape[1]]
+        self._whole, self._others_are_free = part.new_empty(part.shape[0], part.stride(0)), True
+        return self._whole[:, : part.shape[1]]
 
     def others(self, before: Tensor) -> Tensor:
-        """Uninitialized: for gradients of what is before bias and SiLU, laid out as that is."""
-        if self.whole is None:
-            self.whole = before.new_empty(before.shape[0], before.stride(0))
-        return self.whole[:, before.stride(0) - before.shape[1] :]
+        """Uninitialized: for the gradient of `before`; given away once."""
+        if not self._others_are_free:
+            return torch.empty_like(before, memory_format=torch.contiguous_format)
+        assert self._whole is not None
+        self._others_are_free = False
+        return self._whole[:, self._whole.shape[1] - before.shape[1] :]
 
-    def take(self, dpart: Tensor | None) -> Tensor | None:
-        """The whole, if the first part's gradient lies there (it does not if it is a sum of two),
-        or the others' gradients do."""
-        whole, dbias = self.whole, self.dbias
-        self.whole = self.dbias = None
-        if whole is None or (dpart is not None and whole.data_ptr() == dpart.data_ptr()):
-            return whole
-        if dbias is None:
+    def take(self, dfirst: Tensor | None, dbefore: Tensor | None) -> Tensor | None:
+        """The whole, if these lie there (they do not if they are sums of two), and what is not
+        given may be written there."""
+        whole, free = self._whole, self._others_are_free
+        self._whole, self._others_are_free = None, False
+        if whole is None or dfirst is None or dfirst.data_ptr() != whole.data_ptr():
             return None
-        whole[:, : whole.shape[1] - dbias.numel()] = 0 if dpart is None else dpart
-        return whole
+        if dbefore is None:
+            return whole if free else None
+        there = whole[:, dfirst.shape[1] :]
+        same = dbefore.data_ptr() == there.data_ptr() and dbefore.stride() == there.stride()
+        return whole if same else None
 
 
 @dataclass(frozen=True)
 class Projected:
-    """Where tensors come from that are parts of a `silu_linear`, all but the first: for one whose
-    backward can take their gradients back through SiLU in passing.
+    """What tensors were computed from that are silu(before + bias): for one whose backward can take
+    their gradients back through SiLU in passing, to `before` and `bias` themselves.
 
-    before: [rows, widths of these parts], columns of the product, `after` the first part. bias: as
-    the `silu_linear`'s. gradient: the same as there. The parts must lie as that returned them.
+    before: [rows, width], and bias: [width], as of `silu_linear`, but as many rows as the tensors
+    have. gradient: as there.
     """
 
     before: Tensor
@@ -74,9 +78,10 @@ class Projected:
 def naive_silu_linear(
     x: Tensor, weight: Tensor, bias: Tensor, splits: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """Columns of x W^T: the first of `splits` as they are, the others plus b and through silu."""
+    """Columns of x W^T: the first of `splits` as they are, the others plus b and through silu; and
+    all others as they are."""
     first, others = F.linear(x, weight).split([splits[0], sum(splits[1:])], dim=-1)
-    return first, *F.silu(others + bias).split(list(splits[1:]), dim=-1)
+    return first, *F.silu(others + bias).split(list(splits[1:]), dim=-1), others
 
 
 def silu_linear(
@@ -89,6 +94,8 @@ def silu_linear(
     backend: str = "auto",
 ) -> tuple[Tensor, ...]:
     """[rows, splits[i]] each: columns of x W^T, all but the first part plus b and through silu.
+
+    Behind them, [rows, sum(splits[1:])]: all others before bias and SiLU, see `Projected`.
 
     x: [rows, in]; weight: [sum(splits), in] in any dtype, cast to x's; bias: [sum(splits[1:])].
     The parts are columns of wider buffers: their rows are strided. Kept for the backward: x, the
@@ -141,34 +148,40 @@ class _SiluLinear(torch.autograd.Function):
         weight = weight.to(x.dtype)
         hidden = F.linear(x, weight)
         ctx.save_for_backward(x, weight, bias, hidden)
-        first, others = hidden.split_with_sizes([splits[0], bias.numel()], 1)
+        first, before = hidden.split_with_sizes([splits[0], bias.numel()], 1)
         if triton:
             from kernels.triton import pointwise
 
-            others = pointwise.forward(others, bias)
+            others = pointwise.forward(before, bias)
         else:
-            others = _naive_silu(others, bias)
-        return first, *others.split_with_sizes(splits[1:], 1)
+            others = _naive_silu(before, bias)
+        return first, *others.split_with_sizes(splits[1:], 1), before
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, bias, hidden = ctx.saved_tensors
-        first = ctx.splits[0]
-        dbias = ctx.gradient.dbias
-        dhidden = ctx.gradient.take(douts[0])
-        if dhidden is None:
-            dhidden = torch.empty_like(hidden)
-            dhidden[:, :first] = 0 if douts[0] is None else douts[0]
-        before, dbefore = hidden[:, first:], dhidden[:, first:]
-        if dbias is None:
-            dbias = _silu_backward(ctx, douts[1:], before, bias, dbefore)
-        elif any(dout is not None for dout in douts[1:]):  # who else uses these parts
-            more = torch.empty_like(dbefore)
-            dbias = dbias + _silu_backward(ctx, douts[1:], before, bias, more)
-            dbefore += more
+        dfirst, *dothers, dbefore = douts
+        first, some = ctx.splits[0], any(dout is not None for dout in dothers)
+        whole = ctx.gradient.take(dfirst, dbefore)
+        in_place = whole is not None and not (some and dbefore is not None)  # a sum goes elsewhere
+        dhidden = whole if in_place else torch.empty_like(hidden)
+        if not in_place:
+            _copy(dfirst, dhidden[:, :first])
+        before, into, dbias = hidden[:, first:], dhidden[:, first:], None
+        if some:
+            dbias = _silu_backward(ctx, dothers, before, bias, into)
+            if dbefore is not None:
+                into += dbefore
+        elif not in_place or dbefore is None:
+            _copy(dbefore, into)
         dweight = _weight_gradient(dhidden, x, ctx.weight_dtype)
-        return dhidden @ weight, dweight, dbias.to(bias.dtype), None, None, None
+        return dhidden @ weight, dweight, dbias, None, None, None
+
+
+def _copy(x: Tensor | None, into: Tensor) -> None:
+    """None: zeros."""
+    into.zero_() if x is None else into.copy_(x)
 
 
 def _silu_backward(
@@ -180,10 +193,10 @@ def _silu_backward(
     if ctx.triton:
         from kernels.triton import pointwise
 
-        return pointwise.backward(side_by_side(full), before, bias, dbefore)
+        return pointwise.backward(side_by_side(full), before, bias, dbefore).to(bias.dtype)
     into, dbias = vector_jacobian(_naive_silu, [before, bias], side_by_side(full))
     dbefore.copy_(into)
-    return dbias
+    return dbias.to(bias.dtype)
 
 
 class _ResidualLinear(torch.autograd.Function):

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from gr_train.config import ModelConfig
 from gr_train.model.inputs import init_linear
 from gr_train.model.recompute import Recomputation
-from kernels.columns import after
 from kernels.gated_norm import draw_seed, gated_norm
 from kernels.norm import branch_norm
 from kernels.projection import GradientBuffer, Projected, residual_linear, silu_linear
@@ -54,7 +53,7 @@ class HSTULayer(nn.Module):
         x, attended = x.detach(), attended.detach()
 
         def rebuild() -> list[Tensor]:
-            normed, _, u, v, _, _ = self._project(x)
+            normed, _, u, v, *_ = self._project(x)
             return [normed, u, v, self._gate(attended, u, seed)]
 
         kept.forget(forgotten, rebuild)
@@ -63,8 +62,7 @@ class HSTULayer(nn.Module):
     def _forward(self, x: Tensor, seen: Visibility, seed: Tensor | None) -> tuple[Tensor, ...]:
         """The result, attention's, and one tensor of each buffer that is cheap to compute again."""
         du = GradientBuffer()
-        normed, x, u, v, q, k = self._project(x, du)
-        before = after(u.detach(), sum(self.splits[1:]))
+        normed, x, u, v, q, k, before = self._project(x, du)
         attended = context_parallel_attention(
             q.view(-1, self.heads, self.qk_dim),
             k.view(-1, self.heads, self.qk_dim),
@@ -81,7 +79,7 @@ class HSTULayer(nn.Module):
         return out, attended, normed, u, v, gated
 
     def _project(self, x: Tensor, du: GradientBuffer | None = None) -> tuple[Tensor, ...]:
-        """norm(x), x, U before its bias and SiLU, V, Q, K."""
+        """norm(x), x, U before its bias and SiLU, V, Q, K, and these before theirs."""
         norm, weight = self.input_norm, self.uvqk.weight
         normed, x = branch_norm(x, norm.weight, norm.bias, eps=norm.eps)
         return normed, x, *silu_linear(normed, weight, self.vqk_bias, self.splits, gradient=du)

@@ -1,7 +1,8 @@
 """The fast twins of floor 1, in Triton. Nothing outside `kernels` imports from here.
 
 plan.py       which blocks of keys and queries meet, once per batch: by tiles.py, query_tiles.py and
-              key_tiles.py; runs.py reads that in a kernel, and knows of tiles that were left
+              key_tiles.py, and halves.py for hopper/; runs.py and masked.py read that in a kernel,
+              and know of tiles that were left
 forward.py    attention forward, one program per query tile and head
 backward.py   attention backward: dk and dv per key tile, dq per query tile; no atomic sums
 slopes.py     what one kernel of the backward keeps in memory for the others, where that is faster

@@ -169,11 +169,11 @@ def key_value_kernel(
     # Both branches store: joined before that, they would hold dk and dv beside the new sums.
     if segments == 1:
         if KEY:
+            dk = through_silu(dk, of_k, rows, inside, head, HEADS, FAST)
             store_rows(dk_ptr, dk_stride, add_k_ptr, add_k_stride, dk, rows, inside, k_at)
-            through_silu(dk_ptr, dk_stride, of_k, rows, inside, head, HEADS, QK_DIM, FAST)
         if VALUE:
+            dv = through_silu(dv, of_v, rows, inside, head, HEADS, FAST)
             store_rows(dv_ptr, dv_stride, add_v_ptr, add_v_stride, dv, rows, inside, v_at)
-            through_silu(dv_ptr, dv_stride, of_v, rows, inside, head, HEADS, V_DIM, FAST)
     else:
         sums = slot * TILE + part * BLOCK_N + tl.arange(0, BLOCK_N)
         if KEY:
@@ -187,12 +187,12 @@ def key_value_kernel(
             tl.store(done_at, 0)  # as the next launch wants it
             if KEY:
                 dk = _add_sums(sums_k_ptr, sums, segments, TILE, head, HEADS, BLOCK_N, QK_DIM)
+                dk = through_silu(dk, of_k, rows, inside, head, HEADS, FAST)
                 store_rows(dk_ptr, dk_stride, add_k_ptr, add_k_stride, dk, rows, inside, k_at)
-                through_silu(dk_ptr, dk_stride, of_k, rows, inside, head, HEADS, QK_DIM, FAST)
             if VALUE:
                 dv = _add_sums(sums_v_ptr, sums, segments, TILE, head, HEADS, BLOCK_N, V_DIM)
+                dv = through_silu(dv, of_v, rows, inside, head, HEADS, FAST)
                 store_rows(dv_ptr, dv_stride, add_v_ptr, add_v_stride, dv, rows, inside, v_at)
-                through_silu(dv_ptr, dv_stride, of_v, rows, inside, head, HEADS, V_DIM, FAST)
 
 
 @triton.jit

@@ -125,7 +125,7 @@ _LONG = replace(RESIDENT, unordered=Resident(128, 64, 2, 2))
 HOPPER_LONG = HOPPER | {128: replace(HOPPER[128], resident=_LONG)}
 SHORT = 512  # tokens of the mean sequence
 FEW = 48 * 1024  # rows of all heads: one launch of the backward leaves one tail instead of two
-LONG = 8192
+LONG = 16384
 CONSERVATIVE = {
     64: Config(128, 64, Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),
     128: Config(128, 64, Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(32, 64, 8, 2)),

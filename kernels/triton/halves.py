@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.launcher import remembered
-from kernels.triton.masked import PIECES, find_masked, load_masked, queries_of
+from kernels.triton.masked import QUARTERS, find_masked, load_masked, queries_of
 from kernels.triton.runs import (
     CARRIER_AT,
     HALVES_AT,
@@ -97,7 +97,7 @@ def _have_ride(record, BLOCK: tl.constexpr):
     contextual tokens, and the last masked block has room for them, they ride along in that one,
     instead of being a block of their own. Returns them."""
     at: tl.constexpr = runs_at(1)
-    room: tl.constexpr = BLOCK // PIECES
+    room: tl.constexpr = BLOCK // QUARTERS
     first, end = tl.load(record + at), tl.load(record + at + 1)
     left = 0  # rows of the last masked block, if the first run is not its own
     for run in tl.static_range(1, MASKED_RUNS):

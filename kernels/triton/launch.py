@@ -127,7 +127,7 @@ def gradients(
     of its own, of all. A ring, and a halo, find dq and dk of different pairs.
 
     through: what dq, dk and dv are to be taken back through. Returns whether they were, which they
-    are where slopes are kept.
+    are where slopes are kept; if not, `out` is dq, dk and dv all the same.
     """
     slopes = None
     if q.shape[0] and v.shape[0]:

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from kernels.triton.runs import find_block, load_runs, number_at, runs_at
 
-PIECES = tl.constexpr(4)  # of a block: so many can be fetched from different rows
+QUARTERS = tl.constexpr(4)  # of a block: so many can be fetched from different rows
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def queries_of(row, end, columns, riders, carries, BLOCK: tl.constexpr):
     there are. riders: the first and the end of those that take the last piece of a block that
     carries them."""
     rider, riders_end = riders
-    place = columns - (BLOCK - BLOCK // PIECES)
+    place = columns - (BLOCK - BLOCK // QUARTERS)
     rides = (place >= 0) & carries
     queries = tl.where(rides, rider + place, row + columns)
     return queries, queries < tl.where(rides, riders_end, end)

@@ -13,7 +13,7 @@ from kernels.triton.hopper.forward import resident_forward_kernel
 from kernels.triton.hopper.gradients import resident_gradients_kernel
 from kernels.triton.hopper.unordered import resident_unordered_kernel
 from kernels.triton.launcher import SharedRows, multiprocessors
-from kernels.triton.masked import PIECES
+from kernels.triton.masked import QUARTERS
 from kernels.triton.target import Target, padded_dim, ready, rows_of
 from kernels.triton.walk import Walk
 from kernels.weighting import Weighting
@@ -127,7 +127,7 @@ def _gradients(
 def _pieces(x: Tensor, block: int) -> SharedRows:
     """Pieces of blocks, of as many columns as lie together where a block is swizzled."""
     width = min(x.shape[2], SWIZZLED)
-    return SharedRows(x.unflatten(2, (-1, width)).flatten(1, 2), block // PIECES.value)
+    return SharedRows(x.unflatten(2, (-1, width)).flatten(1, 2), block // QUARTERS.value)
 
 
 def gradients_in_any_order(

@@ -142,6 +142,6 @@ def query_slopes_kernel(
     column = head * QK_DIM
     dq = add_products(dq, runs, blocks, of, 0, query, k_desc, column, False, PRECISION)
     dq *= scale * half_alpha
-    store_rows(dq_ptr, dq_stride, None, 0, dq, queries, inside, column)
     of_q = before_ptr, before_stride, bias_ptr, bias_sums_ptr
-    through_silu(dq_ptr, dq_stride, of_q, queries, inside, head, HEADS, QK_DIM, FAST)
+    dq = through_silu(dq, of_q, queries, inside, head, HEADS, FAST)
+    store_rows(dq_ptr, dq_stride, None, 0, dq, queries, inside, column)

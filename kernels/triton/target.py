@@ -41,7 +41,8 @@ class Target:
 class Through:
     """What a gradient [T, H, D] is taken back through before it is written: silu(before + bias).
 
-    before: [T, H, D]; bias: [H, D]; dbias: float32 [H, D], to be written.
+    before: [T, H, D]; bias: [H, D]; dbias: float32 [H, D], overwritten by `finish`, which comes
+    after the launch that `arguments` are of.
     """
 
     def __init__(self, before: Tensor, bias: Tensor, dbias: Tensor) -> None:

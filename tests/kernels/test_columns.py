@@ -61,7 +61,7 @@ def test_attention_after_projection_copies_nothing(backend: str) -> None:
     rows = Jagged.whole(lengths)
     x, weight, bias = (torch.randn(*n, device=device) for n in ((45, 8), (64, 8), (48,)))
     weight.requires_grad_()
-    _, *vqk = silu_linear(x, weight, bias, [16] * 4)
+    _, *vqk, _ = silu_linear(x, weight, bias, [16] * 4)
     seen: list[torch.Tensor] = []
     for part in vqk:
         part.register_hook(seen.append)

@@ -125,7 +125,7 @@ def test_gradient_written_in_place(backend: str, used_twice: bool) -> None:
     vectors = [random(8) for _ in range(3)]
 
     def gate(**shared: GradientBuffer) -> Tensor:
-        u, v, q, k = silu_linear(
+        u, v, q, k, _ = silu_linear(
             x, weight, bias, [8] * 4, backend=backend, gradient=shared.get("u_gradient")
         )
         out = gated_norm(a, u, *vectors, eps=EPS, backend=backend, **shared)
@@ -143,16 +143,30 @@ def test_gradient_written_in_place(backend: str, used_twice: bool) -> None:
 
 def test_gradient_buffer() -> None:
     u = torch.randn(4, 24)[:, :8]
+    before = torch.randn(4, 24)[:, 8:]
     buffer = GradientBuffer()
     du = buffer.columns(u)
     assert (du.shape, du.stride()) == (u.shape, u.stride())
-    whole = buffer.take(du)
+    whole = buffer.take(du, None)
     assert whole is not None
     assert whole.shape == (4, 24)
     assert whole.data_ptr() == du.data_ptr()
-    assert buffer.take(du) is None
+    assert buffer.take(du, None) is None
     buffer.columns(u)
-    assert buffer.take(du) is None
+    assert buffer.take(du, None) is None  # another's
+
+    du, dbefore = buffer.columns(u), buffer.others(before)
+    assert (dbefore.shape, dbefore.stride()) == (before.shape, before.stride())
+    whole = buffer.take(du, dbefore)
+    assert whole is not None
+    assert dbefore.data_ptr() == whole[:, 8:].data_ptr()
+
+    du, dbefore = buffer.columns(u), buffer.others(before)
+    other = buffer.others(before)  # of who comes second
+    assert other.untyped_storage().data_ptr() != dbefore.untyped_storage().data_ptr()
+    assert buffer.take(du, other) is None
+    du, dbefore = buffer.columns(u), buffer.others(before)
+    assert buffer.take(du, None) is None  # who was given the others' columns may still hold them
 
 
 @pytest.mark.parametrize("backend", ["naive", "triton"])
@@ -192,7 +206,7 @@ def test_under_autocast(backend: str, residual: torch.dtype) -> None:
     u_bias = random(8)
     with torch.autocast(DEVICE.type, torch.bfloat16):
         normed, past = branch_norm(x, weight, bias, eps=EPS, backend=backend)
-        u, v, _, _ = silu_linear(normed, w1, b1, [8] * 4, backend=backend)
+        u, v, *_ = silu_linear(normed, w1, b1, [8] * 4, backend=backend)
         gated = gated_norm(v, u, u_bias, weight[:8], bias[:8], eps=EPS, backend=backend)
         out = residual_linear(past, gated, w2)
     assert [y.dtype for y in (normed, u, v, gated)] == [torch.bfloat16] * 4

@@ -20,7 +20,7 @@ from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, semi_local_intervals
 from kernels.triton import tiles
 from kernels.triton.halves import BITS
-from kernels.triton.masked import PIECES
+from kernels.triton.masked import QUARTERS
 from kernels.triton.plan import Plan
 from kernels.triton.runs import HALVES_AT, MASKED_RUNS, RIDERS_AT, RUNS_AT, SEGMENT_AT
 from tests.kernels.cases import Case, any_intervals, cases, part_of, visible_pairs
@@ -99,8 +99,8 @@ def check_halves(plan: Plan) -> int:
                         others = list(range(row, min(row + PART, end if of_keys else len(keys))))
                         pairs = by_interval[kind]
                         if of_keys and riders and (kind, end) == last and row + PART >= end:
-                            assert len(riders) <= PART // PIECES.value
-                            assert len(others) <= PART - PART // PIECES.value
+                            assert len(riders) <= PART // QUARTERS.value
+                            assert len(others) <= PART - PART // QUARTERS.value
                             others += riders
                         for half in range(2):
                             mine = rows[half * PART : half * PART + PART]
@@ -183,7 +183,7 @@ def test_few_contextual_queries_ride_along(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(tiles, "LEAST", 64)  # no segments: each has but a part of the runs
     lengths = torch.tensor([10 * TILE + 3], dtype=torch.int32)
     whole = Jagged.whole(lengths)
-    for contextual, ride in (PART // PIECES.value, 21), (PART // PIECES.value + 1, 0):
+    for contextual, ride in (PART // QUARTERS.value, 21), (PART // QUARTERS.value + 1, 0):
         none = torch.zeros_like(lengths)
         intervals = hstu_intervals(whole, lengths, none, num_contextual=contextual)
         plan = check(whole, whole, intervals)

@@ -80,7 +80,7 @@ def _next_tile(
     head, of_keys = number_at(record, HEAD_AT), number_at(record, LIST_AT)
     row0, own, rider0, count = load_rows(record)
     rows = row0, own, rider0, gl.where(of_keys > 0, own, count)  # riders of keys are queries
-    wanted = row0, own, rider0, count * (1 - of_keys)
+    wanted = row0, own, rider0, gl.where(of_keys > 0, 0, count)
     of_rows = load_bounds(bounds_ptr, wanted, HALF * ROWS, ROWS, layout)
     masked = load_masked(record, MASKED_RUNS, BLOCK)
     full, _runs = load_runs(record, 0, FULL_RUNS, BLOCK)

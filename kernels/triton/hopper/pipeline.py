@@ -89,7 +89,7 @@ def fetch_piece(descs, row, head, ring, n, piece):
 @gluon.jit
 def piece_of(block, desc, piece, part: gl.constexpr):
     """Some rows and columns of a block. As it is swizzled, it lies in memory by such columns, and
-    these by such rows."""
+    these by such rows. (The tests' interpreter has this otherwise: of memory without a swizzle.)"""
     ROWS: gl.constexpr = desc.block_type.shape[0]
     WIDTH: gl.constexpr = desc.block_type.shape[1]
     PIECES: gl.constexpr = block.shape[0] // ROWS

@@ -16,7 +16,7 @@ from kernels.triton.silu import UNSEEN
 
 
 @gluon.jit
-def rows_at(rows, at):
+def _rows_at(rows, at):
     """The tile's rows at `at`, and which of them there are."""
     row0, own, rider0, count = rows
     return gl.where(at < own, row0, rider0 - own) + at, at < count
@@ -28,7 +28,7 @@ def _matrix_at(
 ):
     """Pointers to the half's rows, from a column on; where in the tile they are; which exist."""
     at = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    row, inside = rows_at(rows, at)
+    row, inside = _rows_at(rows, at)
     columns = column + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     pointers = ptr + row.to(gl.int64)[:, None] * stride + columns[None, :]
     return pointers, at[:, None], inside[:, None]
@@ -125,7 +125,7 @@ def write(of, x, rows, first, column, staged):
 def load_bounds(bounds_ptr, rows, first, ROWS: gl.constexpr, layout: gl.constexpr):
     """Both intervals of key rows that the half's queries see, [low, high) and [low, high); empty
     ones of rows that there are not."""
-    row, inside = rows_at(rows, first + gl.arange(0, ROWS, layout))
+    row, inside = _rows_at(rows, first + gl.arange(0, ROWS, layout))
     at = bounds_ptr + row.to(gl.int64) * 4
     low1 = gl.load(at, mask=inside, other=0)
     high1 = gl.load(at + 1, mask=inside, other=0)

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from kernels.triton.hopper.masks import draw_masks
 from kernels.triton.hopper.pipeline import begin_to_fill, fetch, fetch_piece, give, turn
 from kernels.triton.hopper.records import BLOCKS_AT, HEAD_AT, LIST_AT, number_in, of_list
-from kernels.triton.masked import PIECES
+from kernels.triton.masked import QUARTERS
 from kernels.triton.runs import RECORD, RIDERS_AT, RUNS, RUNS_AT, load_rows, tile_at
 
 # Before so many blocks of a tile the next one is claimed. Who claims one long before its turn makes
@@ -100,7 +100,8 @@ def fetch_tile(
     of_rows: descriptors, and the rings for the first and second half of the rows, or one for all.
     of_blocks: descriptors and ring, as often as it takes. ORDER: of STEPS runs, a hexadecimal digit
     each, the first one last; as they are in the record if None. pieces: descriptors of
-    pieces of blocks, if tiles may have riders. n: how many blocks there were; returned for now.
+    pieces of blocks; without them no tile may have riders. n: how many blocks there were; returned
+    for now.
     """
     records, claim = of_schedule
     record = records[0][0].index(0)
@@ -127,10 +128,10 @@ def fetch_tile(
                 if pieces is not None:
                     ring = of_blocks[0][1]
                     begin_to_fill(pieces, ring, n)
-                    for piece in gl.static_range(PIECES - 1):
-                        at = row + piece * (BLOCK // PIECES)
+                    for piece in gl.static_range(QUARTERS - 1):
+                        at = row + piece * (BLOCK // QUARTERS)
                         fetch_piece(pieces, at, head, ring, n, piece)
-                    fetch_piece(pieces, number_in(record, RIDERS_AT), head, ring, n, PIECES - 1)
+                    fetch_piece(pieces, number_in(record, RIDERS_AT), head, ring, n, QUARTERS - 1)
             else:
                 for each in gl.static_range(len(of_blocks)):
                     fetch(of_blocks[each][0], row, head, of_blocks[each][1], n)
