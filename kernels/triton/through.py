@@ -26,19 +26,17 @@ def through_silu(x, of, rows, inside, head, HEADS: tl.constexpr, FAST: tl.conste
         ROWS: tl.constexpr = x.shape[0]
         DIM: tl.constexpr = x.shape[1]
         dtype: tl.constexpr = before_ptr.dtype.element_ty
-        columns = head * DIM + tl.arange(0, DIM)[None, :]
-        at = rows.to(tl.int64)[:, None] * before_stride + columns
+        columns = head * DIM + tl.arange(0, DIM)
+        at = rows.to(tl.int64)[:, None] * before_stride + columns[None, :]
         before = tl.load(before_ptr + at, mask=inside[:, None], other=0).to(tl.float32)
-        before += tl.load(bias_ptr + columns).to(tl.float32)
-        _value, twice_slope = silu_and_twice_slope(before * 0.5, FAST)
+        bias = tl.load(bias_ptr + columns).to(tl.float32)[None, :]
+        _value, twice_slope = silu_and_twice_slope(before * 0.5 + bias * 0.5, FAST)
         x *= 0.5 * twice_slope
-        part = (tl.program_id(0) // HEADS).to(tl.int64)
-        sums_at = sums_ptr + part * (HEADS * DIM) + columns
+        sums_at = sums_ptr + (tl.program_id(0) // HEADS).to(tl.int64) * (HEADS * DIM) + columns
         if dtype.primitive_bitwidth == 16:  # by tensor cores: threads take longer to exchange them
             row = tl.arange(0, ROWS)[:, None]
             ones = tl.full([ROWS, ROWS], 1.0, tl.float32).to(dtype)
-            sums = tl.dot(ones, x.to(dtype))
-            tl.store(sums_at + row * 0, sums, mask=row == 0)
+            tl.store(sums_at[None, :] + row * 0, tl.dot(ones, x.to(dtype)), mask=row == 0)
         else:
-            tl.store(sums_at, tl.sum(x, 0)[None, :])
+            tl.store(sums_at, tl.sum(x, 0))
     return x
