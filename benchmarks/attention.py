@@ -139,7 +139,9 @@ def sdpa(problem: Problem, backend: str) -> Candidate | None:
 
 
 def generative_recommenders(problem: Problem) -> Candidate | None:
-    """Meta's Triton kernel, tuned for this length. It divides by its longest length."""
+    """Meta's Triton kernel, tuned for this length, which takes minutes. It divides by its longest
+    length. On an H200 one of the configurations that it tries for the backward of short sequences
+    reads memory that is not its own, and ends the process (BLOCK_M 32, BLOCK_N 128, 8 warps)."""
     from generative_recommenders.common import set_use_runtime_max_seq_len
     from generative_recommenders.ops.triton.triton_hstu_attention import triton_hstu_mha
 

@@ -7,10 +7,11 @@
 
 Random data under bf16 autocast, by default with a bf16 residual stream as in training. Times of the
 whole are CUDA events, the median; its split into attention, matrix products and the rest is the sum
-of the kernels' own times in a profile. `plain` is the same layer in PyTorch's operations around the
-same attention. Attention's plan, made once per batch for all layers, is not in the times. FLOPs are
-counted from the mask's intervals as in `benchmarks.attention`, of matrix products 2 a weight and
-token forward, 6 in all; what is computed again does not count.
+of the kernels' own times in a profile; what attention's backward does of the projection's, see
+`kernels.projection.Projected`, counts as attention. `plain` is the same layer in PyTorch's
+operations around the same attention. Attention's plan, made once per batch for all layers, is not
+in the times. FLOPs are counted from the mask's intervals as in `benchmarks.attention`, of matrix
+products 2 a weight and token forward, 6 in all; what is computed again does not count.
 """
 
 from __future__ import annotations
