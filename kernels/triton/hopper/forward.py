@@ -286,7 +286,7 @@ def resident_forward_kernel(
         (records, upper, keys, values, order),
         (records, lower, keys, values, order),
     )
-    lists = ((tiles_ptr, gl.load(num_tiles_ptr)),)
+    lists = ((tiles_ptr, num_tiles_ptr, 0),)
     gl.warp_specialize(
         [
             (_consume, (0, matrices, work, of_upper, upper_out)),

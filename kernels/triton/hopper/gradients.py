@@ -297,8 +297,8 @@ def resident_gradients_kernel(
     of_q, of_dout = (q_ptr, q_stride), (dout_ptr, dout_stride)
     matrices = of_q, of_dout, of_dq, of_dk, of_dv, sums_k_ptr, sums_v_ptr, done_ptr
     work = half_alpha, scale, bounds_ptr
-    query_tiles = query_tiles_ptr, gl.load(num_query_tiles_ptr)
-    key_tiles = key_tiles_ptr, gl.load(num_key_tiles_ptr) + more_key_tiles
+    query_tiles = query_tiles_ptr, num_query_tiles_ptr, 0
+    key_tiles = key_tiles_ptr, num_key_tiles_ptr, more_key_tiles
     descs = of_queries, of_keys, (q_pieces_desc, dout_pieces_desc)
     to_fill = upper, lower, blocks
     lists = query_tiles, key_tiles

@@ -36,14 +36,15 @@ def _matrix_at(
 
 @gluon.jit
 def load_riders(q, q_ptr, q_stride, rows, first, column):
-    """Complete the half's rows in shared memory, where the tile's own were fetched, by riders."""
+    """Complete the half's rows in shared memory, where the tile's own were fetched, by riders; and
+    by zeros, which take the tensor cores less power than what was fetched of other sequences."""
     ROWS: gl.constexpr = q.shape[0]
     WIDTH: gl.constexpr = q.shape[1]
     layout: gl.constexpr = _as_in_memory(WIDTH)
     pointers, at, inside = _matrix_at(q_ptr, q_stride, rows, first, column, ROWS, WIDTH, layout)
-    rides = inside & (at >= rows[1])
-    riders = gl.load(pointers, mask=rides, other=0)
-    q.store(gl.where(rides, riders, q.load(layout)))
+    own = at < rows[1]
+    riders = gl.load(pointers, mask=inside & ~own, other=0)
+    q.store(gl.where(own, q.load(layout), riders))
     fence_async_shared()  # tensor cores read it
     tl.debug_barrier()  # here, not in the loop that reads it
 

@@ -25,21 +25,27 @@ AHEAD = gl.constexpr(4)
 def hand_out(lists, counters_ptr, of_schedule, of_masks, BLOCK: gl.constexpr, HEADS: gl.constexpr):
     """One warp's: all tiles that have rows, in turn; those of two lists by turns.
 
-    lists: of each its records and how many. counters_ptr: int32 [2], zero before and after a
-    launch. of_schedule: of `schedule`; None for the barrier has tiles claimed as soon as there is
-    room for a record. of_masks: a plan's bounds, and where to draw those of the last list's tiles,
-    which are of keys; or None. BLOCK: rows of a block.
+    lists: of each its records, where it is written how many, and how many more there are.
+    counters_ptr: int32 [2], zero before and after a launch. of_schedule: of `schedule`; None for
+    the barrier has tiles claimed as soon as there is room for a record. of_masks: a plan's bounds,
+    and where to draw those of the last list's tiles, which are of keys; or None. BLOCK: rows of a
+    block.
     """
     records, claim = of_schedule
-    count = lists[0][1] * HEADS
+    # Counted from the first on: a program whose multiprocessor is busy elsewhere comes late. And in
+    # no order with other accesses, which would have each claim wait for them and empty the cache.
+    place = gl.atomic_add(counters_ptr, 1, sem="relaxed")
+    counted = ()
+    for each in gl.static_range(len(lists)):
+        in_list = lists[each][0], gl.load(lists[each][1]) + lists[each][2]
+        counted = counted + (in_list,)  # type: ignore[assignment] # noqa: RUF005
+    count = counted[0][1] * HEADS
     if len(lists) == 2:
-        count += lists[1][1] * HEADS
-    # Counted from the first on: a program whose multiprocessor is busy elsewhere comes late.
-    place = gl.atomic_add(counters_ptr, 1)
+        count += counted[1][1] * HEADS
     i = 0  # tiles so far
     m = 0  # masks
     while place < count:
-        which, head, record = _locate(place, lists, HEADS)
+        which, head, record = _locate(place, counted, HEADS)
         if load_rows(record)[3] > 0:
             _announce(records, i, record, head, which, BLOCK)
             if of_masks is not None:  # noqa: SIM102 (known to the compiler)
@@ -48,7 +54,7 @@ def hand_out(lists, counters_ptr, of_schedule, of_masks, BLOCK: gl.constexpr, HE
             if claim is not None:
                 mbarrier.wait(claim.index(0), i & 1)  # few of its blocks are still to be fetched
             i += 1
-        place = gl.atomic_add(counters_ptr, 1)
+        place = gl.atomic_add(counters_ptr, 1, sem="relaxed")
     _announce(records, i, lists[0][0], -1, 1, BLOCK)
     if gl.atomic_add(counters_ptr + 1, 1) == gl.num_programs(0) - 1:  # the last program
         gl.store(counters_ptr, 0)

@@ -261,7 +261,7 @@ def resident_unordered_kernel(
     to_fill = keys, values, queries
     rings = records, keys, values, queries, masks
     descs = k_desc, v_desc, q_desc, dout_desc
-    lists = ((tiles_ptr, gl.load(num_tiles_ptr) + more_tiles),)
+    lists = ((tiles_ptr, num_tiles_ptr, more_tiles),)
     of_upper, of_lower = (slopes, full, empty, room.index(0)), (slopes, full, empty, room.index(1))
     of_masks = bounds_ptr, masks
     gl.warp_specialize(
