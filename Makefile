@@ -40,8 +40,9 @@ train: install
 	torchx --log_level WARNING run -s local_cwd launch/components.py:train -j 1x$(PROCESSES) \
 	  --config $(CONFIG) $(if $(ODD),parallel.cp=1) $(ARGS)
 
+# Tests on a GPU have it to themselves.
 test: install
-	pytest $(ARGS)
+	pytest $(if $(filter 0,$(GPUS)),-n auto --maxprocesses 8 --dist worksteal) $(ARGS)
 
 lint: install
 	ruff check .

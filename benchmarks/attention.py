@@ -2,7 +2,7 @@
 
     python -m benchmarks.attention                        # the table of works below
     python -m benchmarks.attention --work causal-4096 --dim 256 --json out.json --plot out.png
-    python -m benchmarks.attention --lengths 100-8192 --tokens 65536 --mask hstu --targets 20
+    python -m benchmarks.attention --lengths 100-8192 --tokens 65536 --targets 20
     python -m benchmarks.attention --peer-path ~/generative-recommenders
 
 Random data, CUDA events, the median; all rows of one run take turns, also those of different works,
@@ -20,8 +20,9 @@ import json
 import random
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class Work:
     name: str
     lengths: str  # "4096", or "410-4096" for uniform
     tokens: int = 65536  # sequences are drawn until there are this many
-    mask: str = "causal"  # or window, hstu (the next three) or semi-local (local, prefix)
+    mask: str = "hstu"  # causal but for the next three; or semi-local (the two after)
     contextual: int = 0
     targets: int = 0
     window: int = 0
@@ -63,11 +64,12 @@ class Work:
         return hstu_intervals(*whole, num_contextual=self.contextual, window=self.window)
 
 
+MASKS = ("hstu", "semi-local")
 WORKS = [
     Work("causal-4096", "4096"),
     Work("causal-16384", "16384"),
-    Work("jagged-4096", "410-4096", mask="hstu", contextual=4, targets=20),
-    Work("jagged-16384", "1638-16384", mask="hstu", contextual=4, targets=20),
+    Work("jagged-4096", "410-4096", contextual=4, targets=20),
+    Work("jagged-16384", "1638-16384", contextual=4, targets=20),
     Work("short", "20-500", tokens=266000),
     Work("full-32768", "32768"),
     Work("semi-local-32768", "32768", mask="semi-local"),
@@ -96,7 +98,9 @@ class Problem:
 
     def dense(self, x: Tensor) -> Tensor | None:
         """[B, H, L, D] for kernels without jagged rows, if the lengths and the mask allow."""
-        if self.work.mask != "causal" or len(set(self.lengths)) > 1:
+        work = self.work
+        causal = work.mask == "hstu" and not (work.contextual or work.targets or work.window)
+        if not causal or len(set(self.lengths)) > 1:
             return None
         return x.unflatten(0, (len(self.lengths), -1)).transpose(1, 2).contiguous()
 
@@ -140,12 +144,15 @@ def sdpa(problem: Problem, backend: str) -> Candidate | None:
 
 def generative_recommenders(problem: Problem) -> Candidate | None:
     """Meta's Triton kernel, tuned for this length, which takes minutes. It divides by its longest
-    length. On an H200 one of the configurations that it tries for the backward of short sequences
-    reads memory that is not its own, and ends the process (BLOCK_M 32, BLOCK_N 128, 8 warps)."""
+    length."""
     from generative_recommenders.common import set_use_runtime_max_seq_len
-    from generative_recommenders.ops.triton.triton_hstu_attention import triton_hstu_mha
+    from generative_recommenders.ops.triton import triton_hstu_attention as theirs
 
     set_use_runtime_max_seq_len(True)
+    # On short sequences and an H200, this one reads memory not its own, and ends the process.
+    faulty = dict(BLOCK_M=32, BLOCK_N=128, UNROLL=4)
+    backward = theirs._hstu_attn_bwd
+    backward.configs = [x for x in backward.configs if not faulty.items() <= x.kwargs.items()]
     work = problem.work
     if work.mask == "semi-local":
         return None
@@ -153,7 +160,7 @@ def generative_recommenders(problem: Problem) -> Candidate | None:
     targets = problem.targets.long() if work.targets else None
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return triton_hstu_mha(
+        return theirs.triton_hstu_mha(
             N=max(problem.lengths),
             alpha=problem.alpha,
             q=q,
@@ -168,20 +175,13 @@ def generative_recommenders(problem: Problem) -> Candidate | None:
     return attend, [problem.q, problem.k, problem.v], problem.dout
 
 
-def candidates(problem: Problem, peer_path: str | None) -> Iterator[tuple[str, Candidate]]:
-    yield "gr-train", ours(problem, deterministic=True)
-    yield "gr-train, unordered", ours(problem, deterministic=False)
-    peers: list[tuple[str, Callable[[], Candidate | None]]] = [
-        ("SDPA cuDNN", lambda: sdpa(problem, "CUDNN_ATTENTION")),
-        ("SDPA flash", lambda: sdpa(problem, "FLASH_ATTENTION")),
-    ]
-    if peer_path:
-        sys.path.insert(0, peer_path)
-        peers.append(("generative-recommenders", lambda: generative_recommenders(problem)))
-    for name, make in peers:
-        candidate = make()
-        if candidate is not None:
-            yield name, candidate
+# What there is to time; None if it cannot do a problem.
+CANDIDATES: dict[str, Callable[[Problem], Candidate | None]] = {
+    "gr-train": lambda problem: ours(problem, deterministic=True),
+    "gr-train, unordered": lambda problem: ours(problem, deterministic=False),
+    "SDPA cuDNN": lambda problem: sdpa(problem, "CUDNN_ATTENTION"),
+    "SDPA flash": lambda problem: sdpa(problem, "FLASH_ATTENTION"),
+}
 
 
 Call = Callable[[], object]
@@ -198,18 +198,22 @@ def milliseconds(call: Call, repeats: int) -> list[float]:
     return [start.elapsed_time(end) for start, end in events]
 
 
-def prepare(problem: Problem, peer_path: str | None) -> tuple[list[dict], dict[Key, Call]]:
+def prepare(problem: Problem) -> tuple[list[dict], dict[Key, Call]]:
     """One row a candidate, with its answer's distance to the first's, and what is to be timed."""
     calls: dict[Key, Call] = {}
     rows: list[dict] = []
     reference: Tensor | None = None
     work = problem.work.name
-    for name, (attend, tensors, dout) in candidates(problem, peer_path):
-        tensors = [x.detach().requires_grad_() for x in tensors]
+    for name, make in CANDIDATES.items():
         try:
+            candidate = make(problem)
+            if candidate is None:
+                continue
+            attend, tensors, dout = candidate
+            tensors = [x.detach().requires_grad_() for x in tensors]
             out = attend(*tensors)
             torch.autograd.grad(out, tensors, dout, retain_graph=True)
-        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
+        except (ImportError, RuntimeError) as error:
             print(f"{work}: {name} did not run: {str(error).splitlines()[0]}")
             continue
         plain = [x.detach() for x in tensors]
@@ -240,6 +244,19 @@ def measure(rows: list[dict], calls: dict[Key, Call], rounds: int, repeats: int)
             ms = statistics.median(times[row["work"], row["kernel"], direction])
             row[f"{direction}_ms"] = ms
             row[f"{direction}_tflops"] = factor * row["flops"] / ms / 1e9
+
+
+def installed() -> str:
+    """What numbers depend on besides the GPU."""
+    return f"torch {torch.__version__}, triton {version('triton')}"
+
+
+def peer(path: str) -> str:
+    """--peer-path, from where it is imported from now on."""
+    sys.path.insert(0, path)
+    if importlib.util.find_spec("generative_recommenders") is None:
+        raise argparse.ArgumentTypeError(f"there is no package generative_recommenders in {path}")
+    return path
 
 
 def chart(path: str) -> str:
@@ -276,14 +293,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--work", nargs="*", help="names of works to run; all if none is named")
+    names = [work.name for work in WORKS]
+    parser.add_argument("--work", nargs="+", choices=names, help="works to run, instead of all")
     for field in dataclasses.fields(Work)[1:]:
         kind = str if field.name in ("lengths", "mask") else int
+        choices = MASKS if field.name == "mask" else None
         parser.add_argument(
-            f"--{field.name}", type=kind, help=f"instead of each work's {field.name}"
+            f"--{field.name}",
+            type=kind,
+            choices=choices,
+            help=f"instead of each work's {field.name}",
         )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--peer-path", help="a checkout of generative-recommenders to time beside")
+    parser.add_argument("--peer-path", type=peer, help="a checkout of generative-recommenders")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=6, help="timed calls a round")
     parser.add_argument("--json", help="file for all numbers")
@@ -291,6 +313,8 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("this machine has no GPU")
+    if args.work and args.lengths:
+        parser.error("--work names works whose lengths are known, --lengths makes one of its own")
 
     changes = {
         field.name: getattr(args, field.name)
@@ -300,13 +324,15 @@ def main() -> None:
     works = [work for work in WORKS if not args.work or work.name in args.work]
     if args.lengths:
         works = [Work("custom", **changes)]
-    gpu, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}"
+    if args.peer_path:
+        CANDIDATES["generative-recommenders"] = generative_recommenders
+    gpu, versions = torch.cuda.get_device_name(), installed()
     print(f"{gpu}, {versions}, {args.dtype}")
     rows: list[dict] = []
     calls: dict[Key, Call] = {}
     for work in works:
         problem = Problem(dataclasses.replace(work, **changes), getattr(torch, args.dtype))
-        more_rows, more_calls = prepare(problem, args.peer_path)
+        more_rows, more_calls = prepare(problem)
         rows += more_rows
         calls |= more_calls
     measure(rows, calls, args.rounds, args.repeats)

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.attention import Work, chart, milliseconds, plot
+from benchmarks.attention import Work, chart, installed, milliseconds, plot
 from gr_train.config import ModelConfig
 from gr_train.model.hstu import HSTULayer
 from gr_train.model.mask import layer_flops
@@ -192,7 +192,7 @@ def main() -> None:
             mask,
             args.lengths,
             args.tokens,
-            mask,
+            "semi-local" if mask == "semi-local" else "hstu",
             window=args.window if mask == "window" else 0,
             local=args.local,
             prefix=args.prefix,
@@ -201,7 +201,7 @@ def main() -> None:
         )
         for mask in args.mask
     ]
-    gpu, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}"
+    gpu, versions = torch.cuda.get_device_name(), installed()
     print(
         f"{gpu}, {versions}: width {args.width}, {args.heads} heads of {args.dim}, lengths "
         f"{args.lengths}, {sum(works[0].draw_lengths())} tokens, {args.residual} residual stream, "

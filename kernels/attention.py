@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.backend import TRITON_DTYPES, accumulator, runs_triton
 from kernels.blockwise import (
@@ -33,6 +34,7 @@ from kernels.weighting import Weighting
 
 BACKENDS = ("auto", "naive", "blockwise", "triton")
 TRITON_MAX_DIM = 256
+DTYPES = (*TRITON_DTYPES, torch.float64)
 
 
 def hstu_attention(
@@ -61,13 +63,18 @@ def hstu_attention(
         sequences of 16,384 rows or more in the mean that are not few; if there is memory for a
         float32 dq, see `kernels.scratch`.
     projected: what q, k and v are, all rows, silu(before + bias) of: then gradients go to these two
-        instead, where that is faster (where `queries.max_length` makes the backward so).
+        instead, where that is faster (where `queries.max_length` makes the backward so), if q, k
+        and v are columns of one buffer, as before is of theirs, and all of them.
     backend: one of BACKENDS; "auto" takes the fastest that can do it.
-    Returns [Tq, H, Dv] in q's dtype; sums are float32 inside (float64 for float64).
+    Returns [Tq, H, Dv] in q's dtype; sums are float32 inside (float64 for float64). Gradients can
+    be taken once, not of themselves, but for backend="naive".
+    A number that is not finite may spoil any rows, also of other sequences, as it does gradients.
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit. Values
     (order of positions, ends of intervals) are checked on a CPU only: on a GPU the host would wait.
     """
     _check(q, k, v, queries, keys, intervals, alpha, scale, backend)
+    if projected is not None:
+        _check_projected(q, projected)
     if q.device.type == "cpu":
         _check_values(queries, keys, intervals)
     weighting = Weighting(queries, keys, intervals, alpha, scale)
@@ -180,6 +187,7 @@ class _Blockwise(torch.autograd.Function):
         return blockwise_forward(q, k, v, weighting).to(q.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q, k, v = ctx.saved_tensors
         grads = empty_gradients(q, k, v)
@@ -223,8 +231,8 @@ def _check(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3:
             raise ValueError(f"{name}: want [rows, heads, dim], got shape {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"{name}: want a floating dtype, got {x.dtype}")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name}: want 16-bit, float32 or float64, got {x.dtype}")
         if x.dtype != q.dtype:
             raise ValueError(f"{name}: dtype {x.dtype} is not q's {q.dtype}")
         if x.device != q.device:
@@ -241,6 +249,8 @@ def _check(
                 raise ValueError(f"{name}: want int32 [n], got {part.dtype} {tuple(part.shape)}")
             if part.device != q.device:
                 raise ValueError(f"{name}: on {part.device}, q is on {q.device}")
+            if not part.is_contiguous():
+                raise ValueError(f"{name}: offsets and positions must be contiguous()")
         if jagged.num_rows != rows:
             raise ValueError(f"{name}: {jagged.num_rows} positions for {rows} rows")
     if queries.num_sequences != keys.num_sequences:
@@ -264,6 +274,21 @@ def _check(
             f"backend: 'triton' takes 16-bit and float32 inputs with head dims up to "
             f"{TRITON_MAX_DIM}, got {q.dtype}, {q.shape[2]} and {v.shape[2]}"
         )
+
+
+def _check_projected(q: Tensor, projected: Projected) -> None:
+    before, bias = projected.before, projected.bias
+    if before.dim() != 2:
+        raise ValueError(f"projected: want before [rows, width], got {tuple(before.shape)}")
+    if bias.shape != before.shape[1:]:
+        raise ValueError(
+            f"projected: bias has shape {tuple(bias.shape)}, before {tuple(before.shape)}"
+        )
+    for x in (before, bias):
+        if x.device != q.device:
+            raise ValueError(f"projected: on {x.device}, q is on {q.device}")
+    if before.dtype != q.dtype:
+        raise ValueError(f"projected: before is {before.dtype}, q is {q.dtype}")
 
 
 @torch.compiler.disable

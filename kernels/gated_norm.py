@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.backend import accumulator, takes_triton
 from kernels.differentiate import vector_jacobian
@@ -70,8 +71,8 @@ def gated_norm(
     Kept for the backward: a, u and two float32 numbers a row. backend: see `kernels.backend`.
     Raises ValueError, naming the argument, for what does not fit.
     """
-    if a.dim() != 2:
-        raise ValueError(f"a: want [rows, width], got shape {tuple(a.shape)}")
+    if a.dim() != 2 or not a.is_floating_point():
+        raise ValueError(f"a: want floats [rows, width], got {a.dtype} {tuple(a.shape)}")
     if u.shape != a.shape or u.dtype != a.dtype:
         raise ValueError(
             f"u: {u.dtype} {tuple(u.shape)} does not match a's {a.dtype} {tuple(a.shape)}"
@@ -79,13 +80,17 @@ def gated_norm(
     for name, vector in (("u_bias", u_bias), ("weight", weight), ("bias", bias)):
         if vector.shape != a.shape[1:]:
             raise ValueError(f"{name}: shape {tuple(vector.shape)} for rows of width {a.shape[1]}")
+    for name, tensor in (("u", u), ("u_bias", u_bias), ("weight", weight), ("bias", bias)):
+        if tensor.device != a.device:
+            raise ValueError(f"{name}: on {tensor.device}, a is on {a.device}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: want a probability in [0, 1), got {dropout}")
-    if dropout and seed is None:
-        raise ValueError("seed: dropout needs one")
+    if dropout and (seed is None or seed.dtype != torch.int64 or seed.shape != (1,)):
+        raise ValueError("seed: dropout needs one, int64 [1]; see draw_seed")
     triton = takes_triton(backend, a)
     seed = seed if dropout else None
-    return _GatedNorm.apply(a, u, u_bias, weight, bias, seed, eps, dropout, u_gradient, triton)
+    vectors = (x.contiguous() for x in (u_bias, weight, bias))
+    return _GatedNorm.apply(a, u, *vectors, seed, eps, dropout, u_gradient, triton)
 
 
 class _GatedNorm(torch.autograd.Function):
@@ -115,6 +120,7 @@ class _GatedNorm(torch.autograd.Function):
         return naive_gated_norm(a, u, u_bias, weight, bias, eps, mask)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.triton:
             from kernels.triton import gated_norm

@@ -2,8 +2,9 @@
 
 Query i sees the keys of its sequence whose positions lie in [a0, a1) or [b0, b1). A mask is a pure
 function from query positions to int32 [T, 4] rows (a0, a1, b0, b1) with 0 <= a0 <= a1 <= b0 <= b1
-whenever both are non-empty; the two never overlap. To add a mask, write another such function: no
-kernel changes. `interval_lengths` gives each query's cost, hence FLOP counts and load balance.
+whenever both are non-empty; the two never overlap, and may end behind the keys there are. To add a
+mask, write another such function: no kernel changes. `interval_lengths` gives each query's cost,
+hence FLOP counts and load balance.
 
 The first and the last of consecutive queries tell what all of them see: their own positions, and
 of [a0, a1) and of [b0, b1) everything from where it first starts to where it last ends. Whoever

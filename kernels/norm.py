@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.backend import accumulator, compute_dtype, takes_triton
 from kernels.differentiate import vector_jacobian
@@ -33,14 +34,17 @@ def branch_norm(
     Returns [rows, width] in the dtype of matrix products (autocast's), and in x's. The gradient of
     the copy is added inside the norm's backward. Kept for the backward: x and two float32 numbers a
     row. backend: see `kernels.backend`.
-    Raises ValueError for shapes that do not fit.
+    Raises ValueError for shapes, dtypes or devices that do not fit.
     """
-    if x.dim() != 2:
-        raise ValueError(f"x: want [rows, width], got shape {tuple(x.shape)}")
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"x: want floats [rows, width], got {x.dtype} {tuple(x.shape)}")
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector.shape != x.shape[1:]:
             raise ValueError(f"{name}: shape {tuple(vector.shape)} for rows of width {x.shape[1]}")
-    return _BranchNorm.apply(x, weight, bias, eps, takes_triton(backend, x))
+        if vector.device != x.device:
+            raise ValueError(f"{name}: on {vector.device}, x is on {x.device}")
+    triton = takes_triton(backend, x)
+    return _BranchNorm.apply(x, weight.contiguous(), bias.contiguous(), eps, triton)
 
 
 class _BranchNorm(torch.autograd.Function):
@@ -60,6 +64,7 @@ class _BranchNorm(torch.autograd.Function):
         return out, past
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor, dx_past: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if ctx.triton:
             from kernels.triton import layer_norm

@@ -103,7 +103,7 @@ def silu_linear(
     first part as well; the others' gradients are best laid out as the parts are
     (`kernels.columns`).
     backend: of the elementwise part, see `kernels.backend`.
-    Raises ValueError for shapes that do not fit.
+    Raises ValueError for shapes or devices that do not fit.
     """
     if weight.shape != (sum(splits), x.shape[-1]) or x.dim() != 2:
         raise ValueError(
@@ -111,8 +111,11 @@ def silu_linear(
         )
     if bias.shape != (sum(splits[1:]),):
         raise ValueError(f"bias: shape {tuple(bias.shape)} for {splits=}; the first has none")
-    triton = takes_triton(backend, x)
-    return _SiluLinear.apply(x, weight, bias, tuple(splits), gradient or GradientBuffer(), triton)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}, x is on {x.device}")
+    triton, gradient = takes_triton(backend, x), gradient or GradientBuffer()
+    return _SiluLinear.apply(x, weight, bias.contiguous(), tuple(splits), gradient, triton)
 
 
 def residual_linear(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
@@ -121,8 +124,13 @@ def residual_linear(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     x: [rows, out]; y: [rows, in]; weight: [out, in] in any dtype, cast to y's. Where x is of y's
     dtype, the sum is part of the product. There is no bias: its gradient would be one more pass
     over the rows. Kept for the backward: y and the weight as cast.
-    Raises ValueError for shapes that do not fit.
+    Raises ValueError for shapes or devices that do not fit.
     """
+    if y.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"y: shape {tuple(y.shape)} for x of shape {tuple(x.shape)}")
+    for name, tensor in (("y", y), ("weight", weight)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name}: on {tensor.device}, x is on {x.device}")
     if weight.shape != (x.shape[-1], y.shape[-1]) or x.dim() != 2:
         raise ValueError(
             f"weight: shape {tuple(weight.shape)} for x of shape {tuple(x.shape)} and "

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.columns import empty_gradients
 from kernels.jagged import Jagged
@@ -68,6 +69,7 @@ class _Attention(torch.autograd.Function):
             return torch.ops.gr_kernels.attention(q, k, v, *mask)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         qkv = ctx.saved_tensors  # once: each access would have them computed again
         grads = empty_gradients(*qkv)

@@ -1,9 +1,11 @@
 """Compiles attention's kernels, as they would be launched, for a GPU that need not be there.
 
     python -m tests.kernels.compiling 86
+    python -m tests.kernels.compiling 90 resident
 
-Writes a line for each: dtype, head dim, kernel, bytes of shared memory, columns of tensor memory,
-and what ptxas warns of, such as of products that have to wait for each other (C75..); of what is
+The second: those whose programs stay, as they are launched with less usual arguments. Writes a line
+for each: dtype, head dim, kernel, bytes of shared memory, columns of tensor memory, and what ptxas
+warns of, such as of products that have to wait for each other (C75..); of what is
 found in Triton's cache it warns no more. A process of its own, since Triton either compiles or
 interprets.
 """
@@ -82,7 +84,7 @@ def compile_resident(dim: int, dtype: torch.dtype) -> None:
         launch.key_value_gradients(k, v, source, add=sums, out=(out[1], out[2]))
 
 
-def main(capability: int) -> None:
+def main(capability: int, resident_only: bool) -> None:
     driver.set_active(Elsewhere(capability))
     knobs.nvidia.dump_ptxas_log = True
 
@@ -109,12 +111,13 @@ def main(capability: int) -> None:
     problems += [(torch.float32, dim, MANY) for dim in FLOAT32.get(capability, ())]
     if hopper:
         problems += [(torch.bfloat16, 128, FEW), (torch.bfloat16, 128, SHORT)]
-    for dtype, dim, lengths in problems:
-        compile_attention(dim, dtype, lengths)
-    if hopper:
+    if resident_only:
         for dtype, dim in (torch.bfloat16, 128), (torch.float16, 64):
             compile_resident(dim, dtype)
+    else:
+        for dtype, dim, lengths in problems:
+            compile_attention(dim, dtype, lengths)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), resident_only=sys.argv[2:] == ["resident"])

@@ -277,7 +277,7 @@ class Gpu:
         x = torch.as_tensor(x, dtype=pointer.memory.dtype).expand(at.shape)
         pointer.memory[at[meant]] = x.as_subclass(Tensor)[meant]
 
-    def atomic_add(self, pointer: Pointer, x: int) -> Value:
+    def atomic_add(self, pointer: Pointer, x: int, sem: str = "acq_rel") -> Value:
         with self.changed:
             before = self.load(pointer)
             self.store(pointer, before + x)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import kernels.blockwise
 from kernels.attention import attention_forward, hstu_attention
 from kernels.jagged import Jagged
+from kernels.projection import GradientBuffer, Projected
 from kernels.source import Source
 from kernels.weighting import Weighting
 from tests.kernels.cases import Case, cases, part_of
@@ -76,6 +77,14 @@ def test_low_precision_inputs_accumulate_in_float32() -> None:
 
 
 POSITIONS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 5], dtype=torch.int32)
+STRIDED = POSITIONS.repeat_interleave(2)[::2]
+
+
+def projected(
+    rows: int, width: int, bias: int | None = None, dtype: torch.dtype = torch.float64
+) -> Projected:
+    before = torch.zeros(rows, width, dtype=dtype)
+    return Projected(before, before.new_zeros(bias or width), GradientBuffer())
 
 
 @pytest.mark.parametrize(
@@ -97,6 +106,10 @@ POSITIONS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 5], dtype=torch.int32)
         (lambda a: a.update(keys=replace(a["keys"], positions=POSITIONS - 1)), "keys: positions"),
         (lambda a: a.update(alpha=math.nan), "alpha: want a finite number, got nan"),
         (lambda a: a.update(scale=-math.inf), "scale"),
+        (lambda a: a.update(q=a["q"].to(torch.float8_e4m3fn)), "q: want 16-bit"),
+        (lambda a: a.update(keys=replace(a["keys"], positions=STRIDED)), "keys: .* contiguous"),
+        (lambda a: a.update(projected=projected(10, 24, bias=8)), "projected: bias"),
+        (lambda a: a.update(projected=projected(10, 24, dtype=torch.half)), "projected: before is"),
     ],
 )
 def test_errors_name_the_argument(change, name: str) -> None:
@@ -115,3 +128,13 @@ def test_errors_name_the_argument(change, name: str) -> None:
     change(arguments)
     with pytest.raises(ValueError, match=name):
         hstu_attention(**arguments)
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    whole = Jagged.whole(torch.tensor([4], dtype=torch.int32))
+    q, k, v, dout = inputs(4, 1, 4, 4)
+    mask = dict(queries=whole, keys=whole, intervals=torch.tensor([[0, 4, 0, 0]] * 4).int())
+    out = hstu_attention(q, k, v, **mask, alpha=1.0, scale=1.0, backend="blockwise")
+    [dq] = torch.autograd.grad(out, q, dout, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()

@@ -15,7 +15,6 @@ from tests.kernels import sass
 
 # Capability -> KiB that a block may take. 8.6 has the least, with 8.9 and 12.0.
 SHARED = {86: 99, 90: 227, 100: 227}
-KERNELS = {86: 24, 90: 36, 100: 18}
 TENSOR_MEMORY = 512  # columns
 
 
@@ -34,26 +33,19 @@ def test_operands_set_on_one_path_are_found() -> None:
     assert not sass.unset_in(program.replace("@P0 BRA", "@P0 MOV R0,"))
 
 
-def test_all_fit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("capability", "which", "count"),
+    [(86, (), 24), (90, (), 25), (90, ("resident",), 11), (100, (), 18)],
+)
+def test_all_fit(capability: int, which: tuple[str, ...], count: int, tmp_path: Path) -> None:
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    compiling = {
-        capability: subprocess.Popen(
-            [sys.executable, "-m", "tests.kernels.compiling", str(capability)],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        for capability in SHARED
-    }
-    written = {
-        capability: process.communicate(timeout=500)[0] for capability, process in compiling.items()
-    }
-    for capability, kernels in written.items():
-        assert compiling[capability].returncode == 0, f"sm_{capability}"
-        assert len(kernels.splitlines()) == KERNELS[capability]
-        for kernel in kernels.splitlines():
-            *_, shared, columns, faults = kernel.split(" ", 5)
-            assert faults == "[]", f"sm_{capability}: {kernel}"
-            assert int(shared) <= SHARED[capability] * 1024, f"sm_{capability}: {kernel}"
-            assert int(columns) <= TENSOR_MEMORY, f"sm_{capability}: {kernel}"
+    command = [sys.executable, "-m", "tests.kernels.compiling", str(capability), *which]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, timeout=500)
+    assert run.returncode == 0
+    assert len(run.stdout.splitlines()) == count
+    for kernel in run.stdout.splitlines():
+        *_, shared, columns, faults = kernel.split(" ", 5)
+        assert faults == "[]", kernel
+        assert int(shared) <= SHARED[capability] * 1024, kernel
+        assert int(columns) <= TENSOR_MEMORY, kernel

@@ -217,6 +217,9 @@ def test_under_autocast(backend: str, residual: torch.dtype) -> None:
         assert grad.isfinite().all()
 
 
+META = torch.empty(3, device="meta")
+
+
 @pytest.mark.parametrize(
     ("call", "name"),
     [
@@ -227,6 +230,11 @@ def test_under_autocast(backend: str, residual: torch.dtype) -> None:
         (lambda: gated_norm(*[random(2, 2)] * 2, random(3), *[random(2)] * 2, eps=EPS), "u_bias:"),
         (lambda: gated_norm(*[random(2, 2)] * 2, *[random(2)] * 3, eps=EPS, dropout=1), "dropout"),
         (lambda: gated_norm(*[random(2, 2)] * 2, *[random(2)] * 3, eps=EPS, dropout=0.5), "seed"),
+        (lambda: branch_norm(random(2, 3).int(), *[random(3)] * 2, eps=EPS), "x: want floats"),
+        (lambda: branch_norm(random(2, 3), META, random(3), eps=EPS), "weight: on meta"),
+        (lambda: gated_norm(*[random(2, 3)] * 2, META, *[random(3)] * 2, eps=EPS), "u_bias: on"),
+        (lambda: silu_linear(random(2, 3), random(5, 3), META, [2, 3]), "bias: on meta"),
+        (lambda: residual_linear(random(2, 3), random(3, 3), random(3, 3)), "y: shape"),
         (lambda: silu_linear(random(2, 3), random(4, 3), random(4), [2, 3]), "weight"),
         (lambda: silu_linear(random(2, 3), random(5, 3), random(5), [2, 3]), "bias"),
         (lambda: residual_linear(random(2, 3), random(2, 3), random(4, 3)), "weight"),
@@ -235,6 +243,18 @@ def test_under_autocast(backend: str, residual: torch.dtype) -> None:
 def test_errors_name_the_argument(call: Callable[[], object], name: str) -> None:
     with pytest.raises(ValueError, match=name):
         call()
+
+
+def test_strided_vectors() -> None:
+    """Of parameters, such as columns of a matrix, in Triton as in PyTorch."""
+    x, vectors, weight = random(5, 8), random(8, 3), random(12, 8)
+    for backend in "naive", "triton":
+        normed, _ = branch_norm(x, vectors[:, 0], vectors[:, 1], eps=EPS, backend=backend)
+        gated = gated_norm(normed, x, *vectors.unbind(1), eps=EPS, backend=backend)
+        out = silu_linear(gated, weight, vectors[:, 2], [4, 8], backend=backend)[1]
+        if backend == "naive":
+            want = out
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
 
 
 def test_triton_refuses_what_it_cannot_do() -> None:

@@ -413,3 +413,13 @@ def test_errors_name_the_argument(change, name: str) -> None:
     change(arguments)
     with pytest.raises(ValueError, match=name):
         hstu_attention(**arguments)
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    whole, _, _ = tokens()
+    case = problem(whole, whole, masks()["causal"])
+    q, k, v = (x.detach().requires_grad_() for x in case.tensors[:3])
+    out = hstu_attention(q, k, v, **case.mask, backend="triton")
+    [dq] = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
