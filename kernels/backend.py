@@ -33,6 +33,15 @@ def takes_triton(backend: str, x: Tensor) -> bool:
     return can
 
 
+def check_devices(**tensors: Tensor) -> None:
+    """Raises ValueError, naming it, for a tensor that is not where the first one is."""
+    first, *others = tensors
+    device = tensors[first].device
+    for name in others:
+        if tensors[name].device != device:
+            raise ValueError(f"{name}: on {tensors[name].device}, {first} is on {device}")
+
+
 @torch.compiler.assume_constant_result
 def runs_triton(device: torch.device) -> bool:
     """An NVIDIA GPU from Ampere on, or a CPU under Triton's interpreter, and Triton itself."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import accumulator, takes_triton
+from kernels.backend import accumulator, check_devices, takes_triton
 from kernels.differentiate import vector_jacobian
 from kernels.norm import naive_layer_norm
 from kernels.projection import GradientBuffer
@@ -80,9 +80,7 @@ def gated_norm(
     for name, vector in (("u_bias", u_bias), ("weight", weight), ("bias", bias)):
         if vector.shape != a.shape[1:]:
             raise ValueError(f"{name}: shape {tuple(vector.shape)} for rows of width {a.shape[1]}")
-    for name, tensor in (("u", u), ("u_bias", u_bias), ("weight", weight), ("bias", bias)):
-        if tensor.device != a.device:
-            raise ValueError(f"{name}: on {tensor.device}, a is on {a.device}")
+    check_devices(a=a, u=u, u_bias=u_bias, weight=weight, bias=bias)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: want a probability in [0, 1), got {dropout}")
     if dropout and (seed is None or seed.dtype != torch.int64 or seed.shape != (1,)):

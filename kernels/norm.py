@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import accumulator, compute_dtype, takes_triton
+from kernels.backend import accumulator, check_devices, compute_dtype, takes_triton
 from kernels.differentiate import vector_jacobian
 
 
@@ -41,8 +41,7 @@ def branch_norm(
     for name, vector in (("weight", weight), ("bias", bias)):
         if vector.shape != x.shape[1:]:
             raise ValueError(f"{name}: shape {tuple(vector.shape)} for rows of width {x.shape[1]}")
-        if vector.device != x.device:
-            raise ValueError(f"{name}: on {vector.device}, x is on {x.device}")
+    check_devices(x=x, weight=weight, bias=bias)
     triton = takes_triton(backend, x)
     return _BranchNorm.apply(x, weight.contiguous(), bias.contiguous(), eps, triton)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels.backend import compute_dtype, takes_triton
+from kernels.backend import check_devices, compute_dtype, takes_triton
 from kernels.columns import side_by_side
 from kernels.differentiate import vector_jacobian
 
@@ -111,9 +111,7 @@ def silu_linear(
         )
     if bias.shape != (sum(splits[1:]),):
         raise ValueError(f"bias: shape {tuple(bias.shape)} for {splits=}; the first has none")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: on {tensor.device}, x is on {x.device}")
+    check_devices(x=x, weight=weight, bias=bias)
     triton, gradient = takes_triton(backend, x), gradient or GradientBuffer()
     return _SiluLinear.apply(x, weight, bias.contiguous(), tuple(splits), gradient, triton)
 
@@ -128,9 +126,7 @@ def residual_linear(x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"y: shape {tuple(y.shape)} for x of shape {tuple(x.shape)}")
-    for name, tensor in (("y", y), ("weight", weight)):
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: on {tensor.device}, x is on {x.device}")
+    check_devices(x=x, y=y, weight=weight)
     if weight.shape != (x.shape[-1], y.shape[-1]) or x.dim() != 2:
         raise ValueError(
             f"weight: shape {tuple(weight.shape)} for x of shape {tuple(x.shape)} and "
