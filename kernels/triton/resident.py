@@ -38,10 +38,10 @@ def forward(walk: Walk, q: Tensor, target: Target) -> None:
         *walk.factors,
         *(SharedRows(x, blocks.n) for x in walk.rows[0]),
         plan.bounds,
+        int(blocks.early),
         HEADS=walk.heads,
         TILES=blocks.tiles,
         STAGES=blocks.stages,
-        EARLY=blocks.early,
         num_warps=WARPS,
     )
 
@@ -116,10 +116,10 @@ def _gradients(
         plan.counters(2),
         *walk.factors,
         plan.bounds,
+        int(blocks.early),
         HEADS=walk.heads,
         TILES=blocks.tiles,
         STAGES=blocks.stages,
-        EARLY=blocks.early,
         num_warps=WARPS,
     )
 
@@ -168,10 +168,10 @@ def gradients_in_any_order(
         *walk.factors,
         *(SharedRows(x, blocks.n) for x in walk.rows[0]),
         plan.bounds,
+        int(blocks.early),
         HEADS=heads,
         TILES=blocks.tiles,
         STAGES=blocks.stages,
-        EARLY=blocks.early,
         num_warps=WARPS,
     )
     torch.mul(dq, math.prod(walk.factors), out=query.written)

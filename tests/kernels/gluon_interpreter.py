@@ -92,15 +92,23 @@ class Barrier:
         with self.gpu.changed:
             self.arrived += count
             assert self.arrived <= self.count
+            if not self.copies:
+                self._end()
             self.gpu.changed.notify_all()
+
+    def _end(self) -> bool:
+        """The phase, if it is over, whether or not anybody waits for that."""
+        over = self.arrived == self.count and self.expected == 0
+        if over:
+            self.arrived, self.phase = 0, self.phase ^ 1
+        return over
 
     def wait(self, parity: Any) -> None:
         with self.gpu.changed:
             while self.phase == int(parity):
                 while self.copies:
                     self.expected -= self.copies.pop()()
-                if self.arrived == self.count and self.expected == 0:
-                    self.arrived, self.phase = 0, self.phase ^ 1
+                if self._end():
                     self.gpu.changed.notify_all()
                 elif self.gpu.failure or not self.gpu.changed.wait(PATIENCE):
                     raise TimeoutError("a barrier waits for ever")

@@ -238,7 +238,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged):
 
 @remembered
 @gluon.jit(
-    do_not_specialize=["half_alpha", "scale"],
+    do_not_specialize=["half_alpha", "scale", "early"],
     do_not_specialize_on_alignment=["num_tiles_ptr"],
 )
 def resident_forward_kernel(
@@ -258,10 +258,10 @@ def resident_forward_kernel(
     k_desc,
     v_desc,
     bounds_ptr,
+    early,
     HEADS: gl.constexpr,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
-    EARLY: gl.constexpr,
 ):
     """out = scale * (add / scale + sum silu(alpha q . k) v). 16-bit q, k, v.
 
@@ -271,7 +271,7 @@ def resident_forward_kernel(
     """
     BLOCK: gl.constexpr = k_desc.block_type.shape[0]
     records, claim = schedule()
-    of_schedule = records, None if EARLY else claim
+    of_schedule = records, claim, early
     upper, lower = ring_of((q_desc,), TILES, 1), ring_of((q_desc,), TILES, 1)
     keys, values = ring_of((k_desc,), STAGES), ring_of((v_desc,), STAGES)
     upper_out, lower_out = None, None

@@ -228,7 +228,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
 
 @remembered
 @gluon.jit(
-    do_not_specialize=["half_alpha", "scale", "more_key_tiles"],
+    do_not_specialize=["half_alpha", "scale", "early", "more_key_tiles"],
     do_not_specialize_on_alignment=["num_query_tiles_ptr", "num_key_tiles_ptr"],
 )
 def resident_gradients_kernel(
@@ -269,10 +269,10 @@ def resident_gradients_kernel(
     half_alpha,
     scale,
     bounds_ptr,
+    early,
     HEADS: gl.constexpr,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
-    EARLY: gl.constexpr,
 ):
     """dq, dk and dv, each plus another if wanted; of tiles of queries alone, or of keys alone, if
     there are none of the others. 16-bit q, dout, k, v.
@@ -285,7 +285,7 @@ def resident_gradients_kernel(
     """
     BLOCK: gl.constexpr = q_desc.block_type.shape[0]
     records, claim = schedule()
-    of_schedule = records, None if EARLY else claim
+    of_schedule = records, claim, early
     of_queries, of_keys = (q_desc, dout_desc), (k_desc, v_desc)
     upper, lower = ring_of(of_keys, TILES, 1), ring_of(of_keys, TILES, 1)
     blocks = ring_of(of_keys, STAGES)

@@ -26,12 +26,13 @@ def hand_out(lists, counters_ptr, of_schedule, of_masks, BLOCK: gl.constexpr, HE
     """One warp's: all tiles that have rows, in turn; those of two lists by turns.
 
     lists: of each its records, where it is written how many, and how many more there are.
-    counters_ptr: int32 [2], zero before and after a launch. of_schedule: of `schedule`; None for
-    the barrier has tiles claimed as soon as there is room for a record. of_masks: a plan's bounds,
-    and where to draw those of the last list's tiles, which are of keys; or None. BLOCK: rows of a
-    block.
+    counters_ptr: int32 [2], zero before and after a launch. of_schedule: of `schedule`, and
+    whether tiles are claimed as soon as there is room for a record. of_masks: a plan's bounds, and
+    where to draw those of the last list's tiles, which are of keys; or None. BLOCK: rows of a
+    block. HEADS is a constant: to divide by it at run time takes 1 to 2 % more where all tiles are
+    short.
     """
-    records, claim = of_schedule
+    records, claim, early = of_schedule
     # Counted from the first on: a program whose multiprocessor is busy elsewhere comes late. And in
     # no order with other accesses, which would have each claim wait for them and empty the cache.
     place = gl.atomic_add(counters_ptr, 1, sem="relaxed")
@@ -51,7 +52,7 @@ def hand_out(lists, counters_ptr, of_schedule, of_masks, BLOCK: gl.constexpr, HE
             if of_masks is not None:  # noqa: SIM102 (known to the compiler)
                 if which == len(lists) - 1:
                     m = draw_masks(records, of_masks, m, BLOCK)
-            if claim is not None:
+            if early == 0:
                 mbarrier.wait(claim.index(0), i & 1)  # few of its blocks are still to be fetched
             i += 1
         place = gl.atomic_add(counters_ptr, 1, sem="relaxed")
@@ -109,7 +110,7 @@ def fetch_tile(
     pieces of blocks; without them no tile may have riders. n: how many blocks there were; returned
     for now.
     """
-    records, claim = of_schedule
+    records, claim, _ = of_schedule
     record = records[0][0].index(0)
     head = number_in(record, HEAD_AT)
     row = number_in(record, 0)
@@ -127,9 +128,8 @@ def fetch_tile(
         row = number_in(record, RUNS_AT + 2 * run)
         end = number_in(record, RUNS_AT + 2 * run + 1)
         while row < end:
-            if claim is not None:  # noqa: SIM102 (known to the compiler)
-                if n == late:
-                    mbarrier.arrive(claim.index(0), count=1)
+            if n == late:
+                mbarrier.arrive(claim.index(0), count=1)
             if n == carrier:
                 if pieces is not None:
                     ring = of_blocks[0][1]
@@ -143,8 +143,7 @@ def fetch_tile(
                     fetch(of_blocks[each][0], row, head, of_blocks[each][1], n)
             row += BLOCK
             n += 1
-    if claim is not None:  # noqa: SIM102 (known to the compiler)
-        if number_in(record, BLOCKS_AT) == 0:
-            mbarrier.arrive(claim.index(0), count=1)
+    if number_in(record, BLOCKS_AT) == 0:
+        mbarrier.arrive(claim.index(0), count=1)
     give(records, i)
     return n

@@ -205,7 +205,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
 
 @remembered
 @gluon.jit(
-    do_not_specialize=["half_alpha", "scale", "more_tiles"],
+    do_not_specialize=["half_alpha", "scale", "early", "more_tiles"],
     do_not_specialize_on_alignment=["num_tiles_ptr"],
 )
 def resident_unordered_kernel(
@@ -230,10 +230,10 @@ def resident_unordered_kernel(
     q_desc,
     dout_desc,
     bounds_ptr,
+    early,
     HEADS: gl.constexpr,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
-    EARLY: gl.constexpr,
 ):
     """dk, dv, and 2 / (scale * alpha) of dq added to zeros, float32. All else of 16 bits.
 
@@ -244,7 +244,7 @@ def resident_unordered_kernel(
     Grid: any; as many as there are multiprocessors to fill them.
     """
     records, claim = schedule()
-    of_schedule = records, None if EARLY else claim
+    of_schedule = records, claim, early
     keys, values = ring_of((k_desc,), TILES), ring_of((v_desc,), 1)
     queries = ring_of((q_desc, dout_desc), STAGES)
     TILE: gl.constexpr = k_desc.block_type.shape[0]
