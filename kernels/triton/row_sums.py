@@ -86,9 +86,7 @@ def _add_segments(grad: Tensor, keys: Tensor, rows: Tensor | None, x: Tensor, fr
     n, width = len(keys), grad.shape[1]
     columns = min(COLUMNS, next_power_of_2(width))
     chunks, strips = cdiv(n, ENTRIES), cdiv(width, columns)
-    parts, part_keys = None, None
-    if chunks > 1:
-        parts, part_keys = grad.new_empty(2 * chunks, width), keys.new_empty(2 * chunks)
+    parts, part_keys = grad.new_empty(2 * chunks, width), keys.new_empty(2 * chunks)
     segment_sums_kernel[(chunks * strips,)](
         keys,
         rows,
@@ -105,7 +103,7 @@ def _add_segments(grad: Tensor, keys: Tensor, rows: Tensor | None, x: Tensor, fr
         ADD=not fresh,
         num_warps=4,
     )
-    if parts is not None and part_keys is not None:
+    if chunks > 1:  # else there are none: asked here, so that one kernel does for all
         _add_segments(grad, part_keys, None, parts, fresh=False)
 
 
@@ -166,17 +164,15 @@ def segment_sums_kernel(
     begun = (first > 0) & (tl.load(keys_ptr + first - 1, mask=first > 0, other=-1) == first_key)
     more = last + 1 < num_entries
     unfinished = more & (tl.load(keys_ptr + last + 1, mask=more, other=-1) == last_key)
-    parts = parts_ptr
-    if parts_ptr is not None:
-        parts += chunk.to(tl.int64) * (2 * WIDTH) + columns
-        # Those of whole sums stay zeros: the next list is sorted as it is.
-        tl.store(parts, tl.zeros([COLUMNS], tl.float32), mask=within & ~begun)
-        alone = begun & (first_key == last_key)
-        zeros = within & (alone | ~unfinished)
-        tl.store(parts + WIDTH, tl.zeros([COLUMNS], tl.float32), mask=zeros)
-        if strip == 0:
-            tl.store(part_keys_ptr + 2 * chunk, first_key)
-            tl.store(part_keys_ptr + 2 * chunk + 1, last_key)
+    parts = parts_ptr + chunk.to(tl.int64) * (2 * WIDTH) + columns
+    # Those of whole sums stay zeros: the next list is sorted as it is.
+    tl.store(parts, tl.zeros([COLUMNS], tl.float32), mask=within & ~begun)
+    alone = begun & (first_key == last_key)
+    zeros = within & (alone | ~unfinished)
+    tl.store(parts + WIDTH, tl.zeros([COLUMNS], tl.float32), mask=zeros)
+    if strip == 0:
+        tl.store(part_keys_ptr + 2 * chunk, first_key)
+        tl.store(part_keys_ptr + 2 * chunk + 1, last_key)
 
     total = tl.zeros([COLUMNS], tl.float32)
     for group in range(first, last + 1, AT_ONCE):
@@ -202,8 +198,7 @@ def segment_sums_kernel(
             total += x.to(tl.float32)
             to = sums_ptr + key.to(tl.int64) * WIDTH + columns
             tl.store(to, before + total, mask=within & ends & ~shared)
-            if parts_ptr is not None:
-                is_first = begun & (key == first_key)
-                to = parts + tl.where(is_first, 0, WIDTH)
-                tl.store(to, total, mask=within & ends & shared)
+            is_first = begun & (key == first_key)
+            to = parts + tl.where(is_first, 0, WIDTH)
+            tl.store(to, total, mask=within & ends & shared)
             total = tl.where(ends, 0.0, total)
