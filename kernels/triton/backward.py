@@ -61,6 +61,7 @@ def key_value_kernel(
     sums_v_ptr,
     done_ptr,
     tiles_ptr,
+    heads,
     half_alpha,
     scale,
     slopes_ptr,
@@ -72,7 +73,6 @@ def key_value_kernel(
     next_q_desc,
     next_dout_desc,
     next_bounds_ptr,
-    HEADS: tl.constexpr,
     QK_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     TILE: tl.constexpr,
@@ -94,12 +94,12 @@ def key_value_kernel(
     before_k_ptr, before_v_ptr: None, or what dk and dv are taken back through, see
     `through.py`.
 
-    Grid: segments of key tiles x (TILE / BLOCK_N) x HEADS. Segments leave their sums in float32
-    buffers [segments * TILE, HEADS, dim]; the last of a tile to be done, by int32 counters
-    [segments * TILE / BLOCK_N * HEADS], adds them up in order. Counters are zero before and after.
+    Grid: segments of key tiles x (TILE / BLOCK_N) x heads. Segments leave their sums in float32
+    buffers [segments * TILE, heads, dim]; the last of a tile to be done, by int32 counters
+    [segments * TILE / BLOCK_N * heads], adds them up in order. Counters are zero before and after.
     """
     PARTS: tl.constexpr = TILE // BLOCK_N
-    head, part, record = tile_at(tiles_ptr, tl.program_id(0), HEADS, PARTS, SOURCES)
+    head, part, record = tile_at(tiles_ptr, tl.program_id(0), heads, PARTS, SOURCES)
     row0 = tl.load(record) + part * BLOCK_N
     row_end = tl.load(record + 1)
     if row0 >= row_end:
@@ -169,36 +169,36 @@ def key_value_kernel(
     # Both branches store: joined before that, they would hold dk and dv beside the new sums.
     if segments == 1:
         if KEY:
-            dk = through_silu(dk, of_k, rows, inside, head, HEADS, FAST)
+            dk = through_silu(dk, of_k, rows, inside, head, heads, FAST)
             store_rows(dk_ptr, dk_stride, add_k_ptr, add_k_stride, dk, rows, inside, k_at)
         if VALUE:
-            dv = through_silu(dv, of_v, rows, inside, head, HEADS, FAST)
+            dv = through_silu(dv, of_v, rows, inside, head, heads, FAST)
             store_rows(dv_ptr, dv_stride, add_v_ptr, add_v_stride, dv, rows, inside, v_at)
     else:
         sums = slot * TILE + part * BLOCK_N + tl.arange(0, BLOCK_N)
         if KEY:
-            _store_sums(sums_k_ptr, dk, sums + segment * TILE, head, HEADS)
+            _store_sums(sums_k_ptr, dk, sums + segment * TILE, head, heads)
         if VALUE:
-            _store_sums(sums_v_ptr, dv, sums + segment * TILE, head, HEADS)
+            _store_sums(sums_v_ptr, dv, sums + segment * TILE, head, heads)
         tl.debug_barrier()  # all threads have stored
-        done_at = done_ptr + (slot * PARTS + part) * HEADS + head
+        done_at = done_ptr + (slot * PARTS + part) * heads + head
         done = tl.atomic_add(done_at, 1)
         if done == segments - 1:
             tl.store(done_at, 0)  # as the next launch wants it
             if KEY:
-                dk = _add_sums(sums_k_ptr, sums, segments, TILE, head, HEADS, BLOCK_N, QK_DIM)
-                dk = through_silu(dk, of_k, rows, inside, head, HEADS, FAST)
+                dk = _add_sums(sums_k_ptr, sums, segments, TILE, head, heads, BLOCK_N, QK_DIM)
+                dk = through_silu(dk, of_k, rows, inside, head, heads, FAST)
                 store_rows(dk_ptr, dk_stride, add_k_ptr, add_k_stride, dk, rows, inside, k_at)
             if VALUE:
-                dv = _add_sums(sums_v_ptr, sums, segments, TILE, head, HEADS, BLOCK_N, V_DIM)
-                dv = through_silu(dv, of_v, rows, inside, head, HEADS, FAST)
+                dv = _add_sums(sums_v_ptr, sums, segments, TILE, head, heads, BLOCK_N, V_DIM)
+                dv = through_silu(dv, of_v, rows, inside, head, heads, FAST)
                 store_rows(dv_ptr, dv_stride, add_v_ptr, add_v_stride, dv, rows, inside, v_at)
 
 
 @triton.jit
-def _store_sums(ptr, x, rows, head, HEADS: tl.constexpr):
+def _store_sums(ptr, x, rows, head, heads):
     DIM: tl.constexpr = x.shape[1]
-    store_rows(ptr, HEADS * DIM, None, 0, x, rows, rows >= 0, head * DIM)
+    store_rows(ptr, heads * DIM, None, 0, x, rows, rows >= 0, head * DIM)
 
 
 @triton.jit
@@ -208,14 +208,14 @@ def _add_sums(
     segments,
     TILE: tl.constexpr,
     head,
-    HEADS: tl.constexpr,
+    heads,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
 ):
     """The sum over a tile's segments, always in the same order."""
     total = tl.zeros([ROWS, DIM], tl.float32)
     for segment in range(segments):
-        total += load_rows(ptr, rows + segment * TILE, rows >= 0, HEADS * DIM, head * DIM, DIM)
+        total += load_rows(ptr, rows + segment * TILE, rows >= 0, heads * DIM, head * DIM, DIM)
     return total
 
 
@@ -231,6 +231,7 @@ def query_kernel(
     dq_ptr,
     dq_stride,
     tiles_ptr,
+    heads,
     half_alpha,
     scale,
     counter_ptr,
@@ -245,7 +246,6 @@ def query_kernel(
     next_k_desc,
     next_v_desc,
     next_bounds_ptr,
-    HEADS: tl.constexpr,
     QK_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     TILE: tl.constexpr,
@@ -257,10 +257,10 @@ def query_kernel(
 ):
     """dq = scale * alpha (add / (scale * alpha) + sum silu'(s) dp k), s and dp as above.
 
-    Grid: query tiles x (TILE / BLOCK_M) x HEADS, and `agains`. Tiles are left as in the forward."""
+    Grid: query tiles x (TILE / BLOCK_M) x heads, and `agains`. Tiles are left as in the forward."""
     PARTS: tl.constexpr = TILE // BLOCK_M
     left = counter_ptr, count, left_ptr, again_from, agains
-    turn, tile, found, some = query_tile_at(tiles_ptr, *left, HEADS, PARTS, SOURCES, BLOCK_M)
+    turn, tile, found, some = query_tile_at(tiles_ptr, *left, heads, PARTS, SOURCES, BLOCK_M)
     if not some:
         return
     place, again = turn
@@ -276,7 +276,7 @@ def query_kernel(
         dq /= scale * half_alpha
     if left_ptr is not None:  # noqa: SIM102 (known to the compiler)
         if again:
-            dq = load_rows(sums_ptr, queries, inside, HEADS * QK_DIM, head * QK_DIM, QK_DIM)
+            dq = load_rows(sums_ptr, queries, inside, heads * QK_DIM, head * QK_DIM, QK_DIM)
     of_q = q, dout
     blocks: tl.constexpr = (BLOCK_N, FAST, PRECISION)
     mask = queries, inside, bounds_ptr
@@ -285,7 +285,7 @@ def query_kernel(
         if left_ptr is not None:  # noqa: SIM102 (known to the compiler)
             if not goes_on(counter_ptr, count, again):
                 rows, real, _ = query_rows(record, part, BLOCK_M)
-                store_rows(sums_ptr, HEADS * QK_DIM, None, 0, dq, rows, real, head * QK_DIM)
+                store_rows(sums_ptr, heads * QK_DIM, None, 0, dq, rows, real, head * QK_DIM)
                 leave(left_ptr, place)
                 return
         mask = queries, inside, next_bounds_ptr

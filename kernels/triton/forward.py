@@ -62,7 +62,7 @@ def store_rows(ptr, stride, add_ptr, add_stride, x, rows, inside, column0):
 
 # Sources come last among the arguments of every kernel, the second of them None for none.
 UNSPECIALIZED = [
-    *("half_alpha", "scale", "count", "again_from", "agains"),
+    *("heads", "half_alpha", "scale", "count", "again_from", "agains"),
     *("key_parts", "query_parts"),
 ]
 
@@ -77,6 +77,7 @@ def forward_kernel(
     out_ptr,
     out_stride,
     tiles_ptr,
+    heads,
     half_alpha,
     scale,
     counter_ptr,
@@ -91,7 +92,6 @@ def forward_kernel(
     next_k_desc,
     next_v_desc,
     next_bounds_ptr,
-    HEADS: tl.constexpr,
     QK_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     TILE: tl.constexpr,
@@ -103,12 +103,12 @@ def forward_kernel(
 ):
     """out = scale * (add / scale + sum silu(alpha q . k) v).
 
-    Grid: query tiles x (TILE / BLOCK_M) x HEADS, and `agains`. With a counter, tiles whose second
-    source has not come are left, with float32 sums [Tq, HEADS, V_DIM].
+    Grid: query tiles x (TILE / BLOCK_M) x heads, and `agains`. With a counter, tiles whose second
+    source has not come are left, with float32 sums [Tq, heads, V_DIM].
     """
     PARTS: tl.constexpr = TILE // BLOCK_M
     left = counter_ptr, count, left_ptr, again_from, agains
-    turn, tile, found, some = query_tile_at(tiles_ptr, *left, HEADS, PARTS, SOURCES, BLOCK_M)
+    turn, tile, found, some = query_tile_at(tiles_ptr, *left, heads, PARTS, SOURCES, BLOCK_M)
     if not some:
         return
     place, again = turn
@@ -122,7 +122,7 @@ def forward_kernel(
         acc = load_rows(add_ptr, queries, inside, add_stride, head * V_DIM, V_DIM) / scale
     if left_ptr is not None:  # noqa: SIM102 (known to the compiler)
         if again:
-            acc = load_rows(sums_ptr, queries, inside, HEADS * V_DIM, head * V_DIM, V_DIM)
+            acc = load_rows(sums_ptr, queries, inside, heads * V_DIM, head * V_DIM, V_DIM)
     blocks: tl.constexpr = (BLOCK_N, FAST, PRECISION)
     mask = queries, inside, bounds_ptr
     acc = _attend(acc, q, k_desc, v_desc, record, mask, head, half_alpha, again, blocks)
@@ -130,7 +130,7 @@ def forward_kernel(
         if left_ptr is not None:  # noqa: SIM102 (known to the compiler)
             if not goes_on(counter_ptr, count, again):
                 rows, real, _ = query_rows(record, part, BLOCK_M)
-                store_rows(sums_ptr, HEADS * V_DIM, None, 0, acc, rows, real, head * V_DIM)
+                store_rows(sums_ptr, heads * V_DIM, None, 0, acc, rows, real, head * V_DIM)
                 leave(left_ptr, place)
                 return
         mask = queries, inside, next_bounds_ptr

@@ -45,6 +45,7 @@ def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor)
             *target.add,
             *target.out,
             tiles,
+            walk.heads,
             *walk.factors,
             *left,
             *walk.arguments(blocks.n),
@@ -75,6 +76,7 @@ def query_gradient(
             *target.add,
             *target.out,
             tiles,
+            walk.heads,
             *walk.factors,
             *left,
             *walk.arguments(blocks.n),
@@ -123,8 +125,8 @@ def gradients(
     Unless it is to be deterministic, where that is faster, one pass finds them all, if
     `scratch_limit` has room for a float32 dq and for sums of key tiles. Else, where that is faster,
     one launch; or dq, and perhaps dk, take slopes that the launch for dv keeps, if the host knows
-    how long a sequence may be and there is room: for those of one head, or, where dk has no launch
-    of its own, of all. A ring, and a halo, find dq and dk of different pairs.
+    how long a sequence may be and there is room: for those of a few heads at a time, or, where dk
+    has no launch of its own, of all. A ring, and a halo, find dq and dk of different pairs.
 
     through: what dq, dk and dv are to be taken back through. Returns whether they were, which they
     are where slopes are kept; if not, `out` is dq, dk and dv all the same.
@@ -183,8 +185,7 @@ class _Slopes:
         # What one launch less saves is little, and lost by launches of fewer heads.
         if most < (heads if blocks.key is None else 1):
             return None
-        # All or one: any other number would have to be compiled for, perhaps late in a job.
-        return _Slopes(blocks, heads if most >= heads else 1, key_parts, query_parts)
+        return _Slopes(blocks, cdiv(heads, cdiv(heads, most)), key_parts, query_parts)
 
 
 def _gradients_by_slopes(
@@ -217,10 +218,10 @@ def _gradients_by_slopes(
         *target.out,
         *(of_q.arguments(len(tiles)) if of_q else NOT_THROUGH),
         tiles,
+        heads,
         *walk.factors,
         *of_heads,
         Rows(k, SIDE.value),
-        HEADS=heads,
         QK_DIM=walk.qk_dim,
         FAST=walk.is_fast,
         PRECISION=walk.precision,
@@ -263,6 +264,7 @@ def _key_value_gradients(
             *sums,
             walk.plan.counters(rows // blocks.n * k.shape[1]),
             tiles,
+            walk.heads,
             *walk.factors,
             *slopes,
             *walk.arguments(blocks.m),

@@ -93,10 +93,10 @@ def query_rows(record, part, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def tile_at(tiles_ptr, place, HEADS: tl.constexpr, PARTS: tl.constexpr, SOURCES: tl.constexpr):
+def tile_at(tiles_ptr, place, heads, PARTS: tl.constexpr, SOURCES: tl.constexpr):
     """Of a place among all tiles' parts and heads: the head, the part, and the tile's record."""
-    record = tiles_ptr + (place // (HEADS * PARTS)).to(tl.int64) * (SOURCES * RECORD)
-    return place % HEADS, place // HEADS % PARTS, record
+    record = tiles_ptr + (place // (heads * PARTS)).to(tl.int64) * (SOURCES * RECORD)
+    return place % heads, place // heads % PARTS, record
 
 
 @triton.jit
@@ -107,7 +107,7 @@ def query_tile_at(
     left_ptr,
     again_from,
     agains,
-    HEADS: tl.constexpr,
+    heads,
     PARTS: tl.constexpr,
     SOURCES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -118,7 +118,7 @@ def query_tile_at(
     place, again = tl.program_id(0), False
     if left_ptr is not None:
         place, again = turn_of(again_from, agains)
-    head, part, record = tile_at(tiles_ptr, place, HEADS, PARTS, SOURCES)
+    head, part, record = tile_at(tiles_ptr, place, heads, PARTS, SOURCES)
     queries, inside, some = query_rows(record, part, BLOCK)
     if left_ptr is not None:  # noqa: SIM102 (known to the compiler)
         if again:

@@ -43,7 +43,7 @@ def square_at(slopes_ptr, query_parts, sequence, key_row, query):
 
 @triton.jit
 def slopes_of_head(slopes_ptr, head, key_parts, query_parts):
-    """slopes_ptr: [HEADS, key_parts, query_parts, SQUARE]."""
+    """slopes_ptr: [heads, key_parts, query_parts, SQUARE]."""
     return slopes_ptr + head.to(tl.int64) * key_parts * query_parts * SQUARE
 
 
@@ -117,20 +117,20 @@ def query_slopes_kernel(
     bias_ptr,
     bias_sums_ptr,
     tiles_ptr,
+    heads,
     half_alpha,
     scale,
     slopes_ptr,
     key_parts,
     query_parts,
     k_desc,
-    HEADS: tl.constexpr,
     QK_DIM: tl.constexpr,
     FAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dq = scale * alpha / 2 * sum slopes k, taken back through SiLU unless before_ptr is None.
-    Grid: query parts x HEADS."""
-    head, _, record = tile_at(tiles_ptr, tl.program_id(0), HEADS, 1, 1)
+    Grid: query parts x heads."""
+    head, _, record = tile_at(tiles_ptr, tl.program_id(0), heads, 1, 1)
     queries, inside, some = query_rows(record, 0, SIDE)
     if not some:
         return
@@ -143,5 +143,5 @@ def query_slopes_kernel(
     dq = add_products(dq, runs, blocks, of, 0, query, k_desc, column, False, PRECISION)
     dq *= scale * half_alpha
     of_q = before_ptr, before_stride, bias_ptr, bias_sums_ptr
-    dq = through_silu(dq, of_q, queries, inside, head, HEADS, FAST)
+    dq = through_silu(dq, of_q, queries, inside, head, heads, FAST)
     store_rows(dq_ptr, dq_stride, None, 0, dq, queries, inside, column)

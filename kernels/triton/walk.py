@@ -127,7 +127,6 @@ class Walk:
 
     def constants(self, tile: int, blocks: Blocks) -> dict[str, object]:
         return dict(
-            HEADS=self.heads,
             QK_DIM=self.qk_dim,
             V_DIM=self.v_dim,
             TILE=tile,
