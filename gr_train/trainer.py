@@ -13,6 +13,7 @@ import resource
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ from gr_train.meter import Meter
 from gr_train.model.recommender import DenseModel, Prepared, Recommender, tables
 from gr_train.optim import build_optimizer, build_schedule, follow_schedule
 from gr_train.progress import Progress, set_aside, sole_writer
-from kernels.scratch import limit_scratch
+from gr_train.warm_up import probes, warm_up
+from kernels.backend import runs_triton
+from kernels.scratch import limit_scratch, scratch_limit
 from parallel.attention import EXCHANGES
 from parallel.batch import JaggedBatch
 from parallel.dense import replicate
@@ -73,6 +76,7 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         model = DenseModel(config, self.info).to(self.device)
         self.sharding = model.sharding
+        self.layers = [model.layers[0], model.layers[-1]]  # of each way of recomputing
         self.layout = LAYOUTS[model.sharding.layout](parallel.cp)
         dense: nn.Module = replicate(model, self.mesh)
         tokens_per_rank = config.data.batch_size * config.data.max_length // self.mesh.size
@@ -140,8 +144,11 @@ class Trainer:
         if config.checkpoint.resume:
             with self.mesh.watchdog.doing("resume"):
                 first = self._resume()
-        progress, meter, loss = None, Meter(self.device, self.mesh.watchdog), float("nan")
         self.dense.train()
+        if self.device.type == "cuda" and runs_triton(self.device):
+            with self.mesh.watchdog.doing("compiling"):
+                self.compile_ahead()
+        progress, meter, loss = None, Meter(self.device, self.mesh.watchdog), float("nan")
         batches = self._batches(first)
         for step, batch in enumerate(batches, start=first + 1):
             if step == first + 1:  # only now that there is a batch, an earlier run has to go aside
@@ -169,6 +176,25 @@ class Trainer:
                     self._check_loss(step, meter.is_finite())
                     self.checkpointer.save(step, batch.loader_state)
         return self._finish(progress, loss, meter.tokens_per_s)
+
+    def compile_ahead(self) -> None:
+        """Have kernels compiled for batches of any lengths. What was trained stays as it was."""
+        data, model = self.config.data, self.config.model
+        count = data.batch_size // self.mesh.size  # of this rank, before its cp group shares them
+        ways: list[Callable[[JaggedBatch], Shard]] = [self.shard]
+        if self.mesh.cp > 1 and self.config.parallel.keep_whole:  # then equal ones would not be cut
+            ways.append(partial(shard_batch, layout=self.layout, mesh=self.mesh))
+        warm_up(
+            self.layers,
+            model.width,
+            batches=probes(count, data.max_length, heads=model.num_heads, scratch=scratch_limit()),
+            shards=ways,
+            mask=self.model.mask,
+            exchange=self.sharding.exchange,
+            residual=self.model.residual,
+            precision=self.model.precision,
+            device=self.device,
+        )
 
     def prepare(self, step: int, batch: JaggedBatch) -> Prepared:
         """The host's part of a step. Copies and masks are the GPU's, beside the steps before."""

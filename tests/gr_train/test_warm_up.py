@@ -1,0 +1,76 @@
+"""Kernels are compiled before the first step, and nothing else is done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gr_train.trainer import Trainer
+from gr_train.warm_up import probes
+from kernels.scratch import limit_scratch, scratch_limit
+from tests.gr_train.test_trainer import small
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    count=st.integers(1, 4096),
+    max_length=st.sampled_from([1, 200, 512, 1000, 4096, 20_000, 131_072]),
+    heads=st.sampled_from([1, 2, 4, 8]),
+    dim=st.sampled_from([64, 128, 256]),
+    scratch=st.sampled_from([0, 1 << 20, 1 << 28, 4 << 30]),
+    data=st.data(),
+)
+def test_probes_are_of_every_kind(
+    count: int, max_length: int, heads: int, dim: int, scratch: int, data: st.DataObject
+) -> None:
+    """Every kernel that some batch would want, one of the probes wants."""
+    configs = pytest.importorskip("kernels.triton.configs")
+    launch = pytest.importorskip("kernels.triton.launch")
+    q = torch.empty(1, heads, dim, dtype=torch.bfloat16, device="meta")
+
+    def kind(lengths: int, of: int, longest: int) -> tuple[object, ...]:
+        rows = SimpleNamespace(num_rows=lengths, num_sequences=of, max_length=longest)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(configs, "_is_hopper", lambda device: True)
+            problem = lengths * heads, lengths // of, torch.bfloat16, torch.device("cuda")
+            config = configs.config_for(dim, *problem)
+        slopes = launch._Slopes.of(config.kept, q, SimpleNamespace(queries=rows, keys=rows))
+        return id(config), slopes is not None
+
+    before = scratch_limit()
+    try:
+        found = set()
+        for limit, x in probes(count, max_length, heads=heads, scratch=scratch):
+            limit_scratch(limit)
+            found.add(kind(int(x.sum()), len(x), int(x.max())))
+        limit_scratch(scratch)
+        longest = data.draw(st.integers(1, max_length))
+        lengths = data.draw(st.integers(longest + count - 1, count * longest))
+        assert kind(lengths, count, longest) in found
+    finally:
+        limit_scratch(before)
+
+
+def _trained(warm: bool, run_dir: str) -> list[Any]:
+    overrides = ["train.steps=2", "model.dropout=0.1", "parallel.cp=2", "parallel.keep_whole=true"]
+    trainer = Trainer(small(Path(run_dir), *overrides, world_size=2))
+    if warm:
+        trainer.compile_ahead()
+        assert all(p.grad is None for p in trainer.parameters)
+    trainer.fit()
+    return [p.detach().clone() for p in trainer.parameters]
+
+
+def test_training_is_as_without(run_in_world: Any, tmp_path: Path) -> None:
+    cold, warm = (
+        run_in_world(2, _trained, warm, str(tmp_path / str(warm))) for warm in (False, True)
+    )
+    for mine, other in zip(warm, cold, strict=True):
+        for x, y in zip(mine, other, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
