@@ -1,10 +1,10 @@
 """Runs Gluon kernels on a CPU, which Triton's interpreter does not: their own functions, as Python.
 
-Warps that do different things are threads. Copies into shared memory and products of matrices
-happen as late as waits allow, on operands as they are by then, and a buffer is full of NaN from
-the moment its next copy is asked for: who waits too little, or gives a buffer away too early, finds
-the wrong numbers. Reads and writes out of bounds of a tensor's memory raise IndexError; waits that
-nothing ends raise TimeoutError.
+Warps that do different things are threads, of which one runs, until it waits. Copies into shared
+memory and products of matrices happen as late as waits allow, on operands as they are by then, and
+a buffer is full of NaN from the moment its next copy is asked for: who waits too little, or gives a
+buffer away too early, finds the wrong numbers. Reads and writes out of bounds of a tensor's memory
+raise IndexError; waits that nothing ends raise TimeoutError.
 
 A thread stands for a whole warpgroup, and nothing is known of layouts, of fences between proxies or
 of registers: what a compiler makes of a kernel is for `compiling.py`, and for a GPU.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -44,6 +43,14 @@ class Value(Tensor):
 
     def to(self, dtype: Any) -> Any:  # type: ignore[override]
         return self.long() & 0xFFFFFFFF if dtype == "uint32" else super().to(dtype)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:  # Tensor's, with less around it
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return result.as_subclass(cls) if type(result) is Tensor else result
 
     # A name gets another value: who has the old one keeps it.
     def __iadd__(self, other: Any) -> Value:  # type: ignore[misc, override]
@@ -84,7 +91,7 @@ class Barrier:
     """An mbarrier: its phase ends when all have arrived and all bytes have come."""
 
     def __init__(self, gpu: Gpu) -> None:
-        self.gpu, self.count, self.phase = gpu, 0, 0
+        self.gpu, self.count, self.phase, self.waiting = gpu, 0, 0, 0
         self.arrived, self.expected = 0, 0  # and bytes
         self.copies: list[Callable[[], int]] = []
 
@@ -95,6 +102,8 @@ class Barrier:
             if not self.copies:
                 self._end()
             self.gpu.changed.notify_all()
+            if self.waiting:  # who waits goes first
+                self.gpu.changed.wait(1e-3)
 
     def _end(self) -> bool:
         """The phase, if it is over, whether or not anybody waits for that."""
@@ -105,6 +114,7 @@ class Barrier:
 
     def wait(self, parity: Any) -> None:
         with self.gpu.changed:
+            self.waiting += 1
             while self.phase == int(parity):
                 while self.copies:
                     self.expected -= self.copies.pop()()
@@ -112,6 +122,7 @@ class Barrier:
                     self.gpu.changed.notify_all()
                 elif self.gpu.failure or not self.gpu.changed.wait(PATIENCE):
                     raise TimeoutError("a barrier waits for ever")
+            self.waiting -= 1
 
 
 class Shared:
@@ -179,20 +190,22 @@ class Gpu:
 
         def call(function: Callable[..., None], args: Any, constants: Any) -> None:
             self.local.products, self.local.stores = [], []
-            try:
-                function(*args, **constants)
-                assert not self.local.products, "products nobody waited for"
-                assert not self.local.stores, "copies nobody waited for"
-            except BaseException as error:
-                with self.changed:
+            with self.changed:
+                try:
+                    function(*args, **constants)
+                    assert not self.local.products, "products nobody waited for"
+                    assert not self.local.stores, "copies nobody waited for"
+                except BaseException as error:
                     self.failure = self.failure or error
-                    self.changed.notify_all()
+                done.append(function)
+                self.changed.notify_all()
 
-        threads = [threading.Thread(target=call, args=x) for x in calls]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        done: list[Callable[..., None]] = []
+        with self.changed:
+            for x in calls:
+                threading.Thread(target=call, args=x).start()
+            while len(done) < len(calls):
+                self.changed.wait()
         if self.failure is not None:
             raise self.failure
 
@@ -312,7 +325,6 @@ class Gpu:
     def arrive(self, barrier: Barrier, count: int, pred: Any = True) -> None:
         if pred:
             barrier.arrive(count)
-        time.sleep(1e-3)  # whoever waited for it goes first
 
     def expect(self, barrier: Barrier, nbytes: int) -> None:
         with self.changed:
