@@ -42,6 +42,8 @@ from parallel.layout import LAYOUTS
 from parallel.mesh import build_mesh, local_device
 from parallel.shard import Shard, shard_batch
 
+TARGETS = 16  # of a sequence, for kernels to be compiled
+
 
 @dataclass(frozen=True)
 class _Batch:
@@ -75,8 +77,7 @@ class Trainer:
         limit_scratch(int(config.model.scratch_gib * 2**30))
         torch.manual_seed(config.train.seed)
         model = DenseModel(config, self.info).to(self.device)
-        self.sharding = model.sharding
-        self.layers = [model.layers[0], model.layers[-1]]  # of each way of recomputing
+        self.sharding, self.layers = model.sharding, model.layers
         self.layout = LAYOUTS[model.sharding.layout](parallel.cp)
         dense: nn.Module = replicate(model, self.mesh)
         tokens_per_rank = config.data.batch_size * config.data.max_length // self.mesh.size
@@ -145,7 +146,9 @@ class Trainer:
             with self.mesh.watchdog.doing("resume"):
                 first = self._resume()
         self.dense.train()
-        if self.device.type == "cuda" and runs_triton(self.device):
+        if self.device.type == "cuda" and runs_triton(self.device) and config.model.kind == "hstu":
+            if self.mesh.rank == 0:
+                print("kernels are compiled for batches of any lengths, or were before", flush=True)
             with self.mesh.watchdog.doing("compiling"):
                 self.compile_ahead()
         progress, meter, loss = None, Meter(self.device, self.mesh.watchdog), float("nan")
@@ -178,18 +181,22 @@ class Trainer:
         return self._finish(progress, loss, meter.tokens_per_s)
 
     def compile_ahead(self) -> None:
-        """Have kernels compiled for batches of any lengths. What was trained stays as it was."""
-        data, model = self.config.data, self.config.model
-        count = data.batch_size // self.mesh.size  # of this rank, before its cp group shares them
+        """Have an HSTU's kernels compiled for training on batches of any lengths. What was trained
+        stays as it was."""
+        data, model, parallel = self.config.data, self.config.model, self.config.parallel
+        # This process reads so many, and its cp group trains on cp times as many, or on any.
+        count = data.batch_size // (parallel.cp if parallel.balance else self.mesh.size)
         ways: list[Callable[[JaggedBatch], Shard]] = [self.shard]
-        if self.mesh.cp > 1 and self.config.parallel.keep_whole:  # then equal ones would not be cut
+        if parallel.cp > 1 and parallel.keep_whole:  # then equal ones would not be cut
             ways.append(partial(shard_batch, layout=self.layout, mesh=self.mesh))
         warm_up(
-            self.layers,
+            {str(x.recompute): x for x in self.layers}.values(),
             model.width,
-            batches=probes(count, data.max_length, heads=model.num_heads, scratch=scratch_limit()),
+            probes(count, data.max_length, heads=model.num_heads, scratch=scratch_limit()),
             shards=ways,
             mask=self.model.mask,
+            num_contextual=len(self.info.contextual),
+            num_targets=TARGETS if model.task == "ranking" else 0,
             exchange=self.sharding.exchange,
             residual=self.model.residual,
             precision=self.model.precision,

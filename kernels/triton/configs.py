@@ -1,4 +1,4 @@
-"""Block shapes, shipped instead of tuned at run time: the first step of a job compiles and goes.
+"""Block shapes, shipped instead of tuned at run time: a job compiles its kernels and goes.
 
 Hopper's were measured. The others fit into 99 KiB of shared memory, as Ada's and consumer
 Blackwell's multiprocessors have; there, wide heads spill registers.
@@ -123,6 +123,7 @@ HOPPER_SHORT = {64: _SHORT, 128: replace(_FEW, resident=_EARLY)}
 # Of float32 dq, zeros are written before and a copy after: much, unless there are many products.
 _LONG = replace(RESIDENT, unordered=Resident(128, 64, 2, 2))
 HOPPER_LONG = HOPPER | {128: replace(HOPPER[128], resident=_LONG)}
+# `gr_train.warm_up` finds them all: lengths are powers of two, and FEW is the most rows.
 SHORT = 512  # tokens of the mean sequence
 FEW = 48 * 1024  # rows of all heads: one launch of the backward leaves one tail instead of two
 LONG = 16384

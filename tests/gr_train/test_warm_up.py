@@ -46,13 +46,14 @@ def test_probes_are_of_every_kind(
     before = scratch_limit()
     try:
         found = set()
-        for limit, x in probes(count, max_length, heads=heads, scratch=scratch):
-            limit_scratch(limit)
+        for probe in probes(count, max_length, heads=heads, scratch=scratch):
+            limit_scratch(probe.scratch)
+            x = probe.lengths
             found.add(kind(int(x.sum()), len(x), int(x.max())))
         limit_scratch(scratch)
-        longest = data.draw(st.integers(1, max_length))
-        lengths = data.draw(st.integers(longest + count - 1, count * longest))
-        assert kind(lengths, count, longest) in found
+        some, longest = data.draw(st.integers(1, count)), data.draw(st.integers(1, max_length))
+        lengths = data.draw(st.integers(longest + some - 1, some * longest))
+        assert kind(lengths, some, longest) in found
     finally:
         limit_scratch(before)
 

@@ -102,7 +102,7 @@ class Barrier:
             if not self.copies:
                 self._end()
             self.gpu.changed.notify_all()
-            if self.waiting:  # who waits goes first
+            if self.waiting or self.gpu.running > 1:  # all others who can go first
                 self.gpu.changed.wait(1e-3)
 
     def _end(self) -> bool:
@@ -115,6 +115,7 @@ class Barrier:
     def wait(self, parity: Any) -> None:
         with self.gpu.changed:
             self.waiting += 1
+            self.gpu.running -= 1
             while self.phase == int(parity):
                 while self.copies:
                     self.expected -= self.copies.pop()()
@@ -123,6 +124,7 @@ class Barrier:
                 elif self.gpu.failure or not self.gpu.changed.wait(PATIENCE):
                     raise TimeoutError("a barrier waits for ever")
             self.waiting -= 1
+            self.gpu.running += 1
 
 
 class Shared:
@@ -178,6 +180,7 @@ class Gpu:
     def __init__(self, programs: int) -> None:
         self.programs = programs
         self.failure: BaseException | None = None
+        self.running = 0  # threads that need not wait
         self.changed = threading.Condition()
         self.local = threading.local()
 
@@ -198,10 +201,12 @@ class Gpu:
                 except BaseException as error:
                     self.failure = self.failure or error
                 done.append(function)
+                self.running -= 1
                 self.changed.notify_all()
 
         done: list[Callable[..., None]] = []
         with self.changed:
+            self.running += len(calls)
             for x in calls:
                 threading.Thread(target=call, args=x).start()
             while len(done) < len(calls):
@@ -239,7 +244,9 @@ class Gpu:
         return 4
 
     def warp_specialize(self, parts: Any, warps: Any, registers: Any) -> None:
+        self.running -= 1
         self.start([(function, args, {}) for function, args in parts])
+        self.running += 1
 
     # Numbers.
 
