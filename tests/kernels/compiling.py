@@ -1,9 +1,10 @@
 """Compiles attention's kernels, as they would be launched, for a GPU that need not be there.
 
-    python -m tests.kernels.compiling 86
+    python -m tests.kernels.compiling 86 bfloat16
+    python -m tests.kernels.compiling 86 float32
     python -m tests.kernels.compiling 90 resident
 
-The second: those whose programs stay, as they are launched with less usual arguments. Writes a line
+The last: those whose programs stay, as they are launched with less usual arguments. Writes a line
 for each: dtype, head dim, kernel, bytes of shared memory, columns of tensor memory, and what ptxas
 warns of, such as of products that have to wait for each other (C75..); of what is
 found in Triton's cache it warns no more. A process of its own, since Triton either compiles or
@@ -34,7 +35,9 @@ from tests.kernels.sass import unset_operands
 
 HEADS = 2
 MANY, FEW = 25_000, 10_000  # rows, see `configs`: for short ones there are the same kernels
-FLOAT32 = {86: (128, 256), 100: (256,)}  # head dims, of each capability
+# Head dims of float32, by capability. The same blocks for every GPU: they fit into all if into the
+# one with the least memory.
+FLOAT32 = {86: (128, 256), 100: (256,)}
 ATTENTION = {
     *("resident_forward_kernel", "resident_gradients_kernel", "resident_unordered_kernel"),
     *("forward_kernel", "query_kernel", "key_value_kernel", "query_slopes_kernel"),
@@ -86,7 +89,7 @@ def compile_resident(dim: int, dtype: torch.dtype) -> None:
         launch.key_value_gradients(k, v, source, add=sums, out=(out[1], out[2]))
 
 
-def main(capability: int, resident_only: bool) -> None:
+def main(capability: int, which: str) -> None:
     driver.set_active(Elsewhere(capability))
     knobs.nvidia.dump_ptxas_log = True
 
@@ -108,19 +111,17 @@ def main(capability: int, resident_only: bool) -> None:
     walk.config_for = lambda *problem: config_for(*problem[:-1], gpu)  # type: ignore
     resident.multiprocessors = lambda device: 132  # type: ignore[assignment]
     walk.Walk.is_cuda = property(lambda self: True, lambda self, value: None)  # type: ignore
-    problems = [(torch.bfloat16, dim, MANY) for dim in (128, 256)]
-    # The same blocks for every GPU: they fit into all if into the one with the least memory.
-    problems += [(torch.float32, dim, MANY) for dim in FLOAT32.get(capability, ())]
-    if hopper:
-        problems.append((torch.bfloat16, 128, FEW))
-    if resident_only:
+    if which == "resident":
         for dtype, dim in (torch.bfloat16, 128), (torch.float16, 64):
             compile_resident(dim, dtype)
-    else:
-        for dtype, dim, num_rows in problems:
-            tightest = dtype == torch.float32 and dim == 256
-            compile_attention(dim, dtype, num_rows, of_one_source=hopper or tightest)
+        return
+    dtype = getattr(torch, which)
+    of_16_bits = [(128, MANY), (256, MANY), *([(128, FEW)] if hopper else [])]
+    of_32_bits = [(dim, MANY) for dim in FLOAT32.get(capability, ())]
+    for dim, num_rows in of_32_bits if which == "float32" else of_16_bits:
+        tightest = which == "float32" and dim == 256
+        compile_attention(dim, dtype, num_rows, of_one_source=hopper or tightest)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), resident_only=sys.argv[2:] == ["resident"])
+    main(int(sys.argv[1]), sys.argv[2])
