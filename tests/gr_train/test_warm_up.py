@@ -58,19 +58,28 @@ def test_probes_are_of_every_kind(
         limit_scratch(before)
 
 
-def _trained(warm: bool, run_dir: str) -> list[Any]:
-    overrides = ["train.steps=2", "model.dropout=0.1", "parallel.cp=2", "parallel.keep_whole=true"]
-    trainer = Trainer(small(Path(run_dir), *overrides, world_size=2))
+def _trained(warm: bool, run_dir: str, options: list[str]) -> list[Any]:
+    always = ["train.steps=2", "model.dropout=0.1", "parallel.cp=2", "parallel.keep_whole=true"]
+    trainer = Trainer(small(Path(run_dir), *always, *options, world_size=2))
     if warm:
         trainer.compile_ahead()
         assert all(p.grad is None for p in trainer.parameters)
+        assert scratch_limit() == 1 << 29
     trainer.fit()
     return [p.detach().clone() for p in trainer.parameters]
 
 
-def test_training_is_as_without(run_in_world: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["model.task=ranking", "model.mask.window=9", "data.synthetic.contextual_sizes=[4, 4]"],
+    ],
+)
+def test_training_is_as_without(run_in_world: Any, tmp_path: Path, options: list[str]) -> None:
     cold, warm = (
-        run_in_world(2, _trained, warm, str(tmp_path / str(warm))) for warm in (False, True)
+        run_in_world(2, _trained, warm, str(tmp_path / str(warm)), options)
+        for warm in (False, True)
     )
     for mine, other in zip(warm, cold, strict=True):
         for x, y in zip(mine, other, strict=True):
