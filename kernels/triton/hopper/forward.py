@@ -45,7 +45,6 @@ from kernels.triton.launcher import remembered
 from kernels.triton.masked import load_edge
 from kernels.triton.runs import (
     FULL_RUNS,
-    find_block,
     load_rows,
     load_runs,
     number_at,
@@ -90,8 +89,8 @@ def _next_tile(
     rows = load_rows(record)
     bounds = load_bounds(bounds_ptr, rows, HALF * ROWS, ROWS, layout)
     edges = load_edge(record, 0, BLOCK), load_edge(record, 1, BLOCK)
-    of_full = load_runs(record, 0, FULL_RUNS, BLOCK)
-    return head, rows, bounds, edges, of_full, unseen_by(record, HALF)
+    full, _runs = load_runs(record, 0, FULL_RUNS, BLOCK)
+    return head, rows, bounds, edges, full, unseen_by(record, HALF)
 
 
 @gluon.jit
@@ -142,6 +141,12 @@ def _pass_by(count, n, keys, values):
 
 
 @gluon.jit
+def _rounded(weights, dtype: gl.constexpr, layout: gl.constexpr):
+    """To be multiplied by values."""
+    return gl.convert_layout(weights.to(dtype), layout)
+
+
+@gluon.jit
 def _consume(HALF: gl.constexpr, matrices, work, rings, staged):
     """One warpgroup's: half of the rows of each tile. staged: where to have them copied from."""
     q_ptr, q_stride, add_ptr, add_stride, out_ptr, out_stride, out_desc = matrices
@@ -153,6 +158,9 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged):
     BLOCK: gl.constexpr = values[0][0].shape[1]
     V_DIM: gl.constexpr = values[0][0].shape[2]
     dtype: gl.constexpr = queries[0][0].dtype
+    # Numbers of 16 bits that a loop carries on it puts together in every round. Where there is room
+    # in registers, weights are rounded where they are multiplied.
+    ROOM: gl.constexpr = QK_DIM + V_DIM <= 256
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     sums_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, V_DIM, 16])
     weights_layout: gl.constexpr = gl.DotOperandLayout(0, sums_layout, 2)
@@ -164,8 +172,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged):
     n = 0  # blocks
     tile = _next_tile(records, i, bounds_ptr, HALF, ROWS, BLOCK, bounds_layout)
     while tile[0] >= 0:
-        head, rows, bounds, edges, of_full, unseen = tile
-        full, runs = of_full
+        head, rows, bounds, edges, full, unseen = tile
         heads, tails = edges[0][0] + edges[0][1], edges[1][0] + edges[1][1]
         v_at = head * V_DIM
         q = take(queries, i)[0]
@@ -178,19 +185,19 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged):
         if HALF == 1:  # out of step with the other, whose products then run while this one has none
             mbarrier.wait(order.index(i % STAGES), turn(i, STAGES))
         scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-        row, low, high = _mask_at(edges[0], bounds, begin, True, BLOCK)
-        if begin == heads:
-            row, low, high = _mask_at(edges[1], bounds, 0, False, BLOCK)
-            if full > 0 or tails == 0:  # a full one, its own interval; or the one that nobody sees
-                row, _end = find_block(runs, 0, BLOCK)
-                low = low * 0 + row
-                high = low + gl.where(full > 0, BLOCK, 0)
         half_scores = warpgroup_mma_wait(0, deps=[scores]) * half_alpha
         if HALF == 0:
             mbarrier.arrive(order.index(i % STAGES), count=1)
         give(keys, n)
-        weights = silu(hide(half_scores, row, low, high), True).to(dtype)
-        weights = gl.convert_layout(weights, weights_layout)
+        if (begin < heads) | (full == 0):
+            row, low, high = _mask_at(edges[0], bounds, begin, True, BLOCK)
+            if begin == heads:
+                row, low, high = _mask_at(edges[1], bounds, 0, False, BLOCK)
+                high = gl.where(tails > 0, high, low)  # of a tile that sees nothing
+            half_scores = hide(half_scores, row, low, high)
+        weights = silu(half_scores, True)
+        if not ROOM:
+            weights = _rounded(weights, dtype, weights_layout)
         acc = gl.zeros([ROWS, V_DIM], gl.float32, sums_layout)
         if add_ptr is not None:
             acc = load_added(add_ptr, add_stride, rows, first, v_at, ROWS, V_DIM, sums_layout)
@@ -205,7 +212,8 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged):
             for block in range(start, end):
                 k = take(keys, n + 1)[0].permute([1, 0])
                 scores = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-                sums = warpgroup_mma(weights, take(values, n)[0], acc, is_async=True)
+                rounded = _rounded(weights, dtype, weights_layout)
+                sums = warpgroup_mma(rounded, take(values, n)[0], acc, is_async=True)
                 half_scores = warpgroup_mma_wait(1, deps=[scores]) * half_alpha
                 give(keys, n + 1)
                 if part == 0:
@@ -214,19 +222,20 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged):
                 if part == 2:
                     row, low, high = _mask_at(edges[1], bounds, block, False, BLOCK)
                     half_scores = hide(half_scores, row, low, high)
-                following = silu(half_scores, True).to(dtype)
-                following = gl.convert_layout(following, weights_layout)
-                acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
+                weights = silu(half_scores, True)
+                if not ROOM:
+                    weights = _rounded(weights, dtype, weights_layout)
+                acc, rounded = warpgroup_mma_wait(0, deps=[sums, rounded])
                 give(values, n)
-                weights = following
                 n += 1
         give(queries, i)
-        sums = warpgroup_mma(weights, take(values, n)[0], acc, is_async=True)
+        rounded = _rounded(weights, dtype, weights_layout)
+        sums = warpgroup_mma(rounded, take(values, n)[0], acc, is_async=True)
         i += 1
         # While the products run. The next record comes once this tile's blocks are all fetched.
         _pass_by(left, n + 1, keys, values)
         tile = _next_tile(records, i, bounds_ptr, HALF, ROWS, BLOCK, bounds_layout)
-        acc, weights = warpgroup_mma_wait(0, deps=[sums, weights])
+        acc, rounded = warpgroup_mma_wait(0, deps=[sums, rounded])
         give(values, n)
         n += 1 + left
         of_out = out_ptr, out_stride, out_desc, None, 0
@@ -238,7 +247,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged):
 
 @remembered
 @gluon.jit(
-    do_not_specialize=["half_alpha", "scale", "early"],
+    do_not_specialize=["half_alpha", "scale", "early", "heads"],
     do_not_specialize_on_alignment=["num_tiles_ptr"],
 )
 def resident_forward_kernel(
@@ -259,7 +268,7 @@ def resident_forward_kernel(
     v_desc,
     bounds_ptr,
     early,
-    HEADS: gl.constexpr,
+    heads,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -292,7 +301,7 @@ def resident_forward_kernel(
             (_consume, (0, matrices, work, of_upper, upper_out)),
             (_consume, (1, matrices, work, of_lower, lower_out)),
             (_fetch, ((q_desc, k_desc, v_desc), of_schedule, to_fill)),
-            (hand_out, (lists, counters_ptr, of_schedule, None, BLOCK, HEADS)),
+            (hand_out, (lists, counters_ptr, of_schedule, None, BLOCK, heads)),
         ],
         [4, 1, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

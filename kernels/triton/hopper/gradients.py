@@ -112,7 +112,7 @@ def _give_before(tiles, i, owes):
 
 
 @gluon.jit
-def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
+def _consume(HALF: gl.constexpr, matrices, work, rings, heads):
     """One warpgroup's: half of the rows of each tile, from whose buffers results are copied."""
     of_q, of_dout, of_dq, of_dk, of_dv, sums_k_ptr, sums_v_ptr, done_ptr = matrices
     half_alpha, scale, bounds_ptr = work
@@ -218,7 +218,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
             n += masked + full
             tile = _next_tile(records, i, bounds_ptr, HALF, ROWS, BLOCK, bounds_layout)
             sums = sums_k_ptr, sums_v_ptr
-            dk, dv, last = add_segments(dk, dv, sums, of_segment, done_ptr, first, head, HEADS)
+            dk, dv, last = add_segments(dk, dv, sums, of_segment, done_ptr, first, head, heads)
             if last:
                 write(of_dk, dk * (scale * half_alpha), rows, first, at, of_tile[0])
                 write(of_dv, dv * scale, rows, first, v_at, of_tile[1])
@@ -228,7 +228,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, HEADS: gl.constexpr):
 
 @remembered
 @gluon.jit(
-    do_not_specialize=["half_alpha", "scale", "early", "more_key_tiles"],
+    do_not_specialize=["half_alpha", "scale", "early", "heads", "more_key_tiles"],
     do_not_specialize_on_alignment=["num_query_tiles_ptr", "num_key_tiles_ptr"],
 )
 def resident_gradients_kernel(
@@ -270,7 +270,7 @@ def resident_gradients_kernel(
     scale,
     bounds_ptr,
     early,
-    HEADS: gl.constexpr,
+    heads,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -306,10 +306,10 @@ def resident_gradients_kernel(
     of_masks = bounds_ptr, masks
     gl.warp_specialize(
         [
-            (_consume, (0, matrices, work, of_upper, HEADS)),
-            (_consume, (1, matrices, work, of_lower, HEADS)),
+            (_consume, (0, matrices, work, of_upper, heads)),
+            (_consume, (1, matrices, work, of_lower, heads)),
             (_fetch, (descs, of_schedule, to_fill)),
-            (hand_out, (lists, counters_ptr, of_schedule, of_masks, BLOCK, HEADS)),
+            (hand_out, (lists, counters_ptr, of_schedule, of_masks, BLOCK, heads)),
         ],
         [4, 1, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],

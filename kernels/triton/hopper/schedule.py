@@ -14,39 +14,42 @@ from kernels.triton.hopper.masks import draw_masks
 from kernels.triton.hopper.pipeline import begin_to_fill, fetch, fetch_piece, give, turn
 from kernels.triton.hopper.records import BLOCKS_AT, HEAD_AT, LIST_AT, number_in, of_list
 from kernels.triton.masked import QUARTERS
-from kernels.triton.runs import RECORD, RIDERS_AT, RUNS, RUNS_AT, load_rows, tile_at
+from kernels.triton.runs import RECORD, RIDERS_AT, RUNS, RUNS_AT, load_rows
 
 # Before so many blocks of a tile the next one is claimed. Who claims one long before its turn makes
 # a tail; where all tiles are short, that is less than what is gained.
 AHEAD = gl.constexpr(4)
+# Whoever asks for a tile waits for a division by the number of heads: a product instead, and for
+# places less than 2**SHIFT one too many at most.
+SHIFT = gl.constexpr(30)
 
 
 @gluon.jit
-def hand_out(lists, counters_ptr, of_schedule, of_masks, BLOCK: gl.constexpr, HEADS: gl.constexpr):
+def hand_out(lists, counters_ptr, of_schedule, of_masks, BLOCK: gl.constexpr, heads):
     """One warp's: all tiles that have rows, in turn; those of two lists by turns.
 
     lists: of each its records, where it is written how many, and how many more there are.
     counters_ptr: int32 [2], zero before and after a launch. of_schedule: of `schedule`, and
     whether tiles are claimed as soon as there is room for a record. of_masks: a plan's bounds, and
     where to draw those of the last list's tiles, which are of keys; or None. BLOCK: rows of a
-    block. HEADS is a constant: to divide by it at run time takes 1 to 2 % more where all tiles are
-    short.
+    block.
     """
     records, claim, early = of_schedule
     # Counted from the first on: a program whose multiprocessor is busy elsewhere comes late. And in
     # no order with other accesses, which would have each claim wait for them and empty the cache.
     place = gl.atomic_add(counters_ptr, 1, sem="relaxed")
+    inverse = gl.cdiv(1 << SHIFT, heads)
     counted = ()
     for each in gl.static_range(len(lists)):
         in_list = lists[each][0], gl.load(lists[each][1]) + lists[each][2]
         counted = counted + (in_list,)  # type: ignore[assignment] # noqa: RUF005
-    count = counted[0][1] * HEADS
+    count = counted[0][1] * heads
     if len(lists) == 2:
-        count += counted[1][1] * HEADS
+        count += counted[1][1] * heads
     i = 0  # tiles so far
     m = 0  # masks
     while place < count:
-        which, head, record = _locate(place, counted, HEADS)
+        which, head, record = _locate(place, counted, heads, inverse)
         if load_rows(record)[3] > 0:
             _announce(records, i, record, head, which, BLOCK)
             if of_masks is not None:  # noqa: SIM102 (known to the compiler)
@@ -63,20 +66,25 @@ def hand_out(lists, counters_ptr, of_schedule, of_masks, BLOCK: gl.constexpr, HE
 
 
 @gluon.jit
-def _locate(place, lists, HEADS: gl.constexpr):
+def _locate(place, lists, heads, inverse):
     """The list of a place, the head, and the record."""
+    tile = (place.to(gl.int64) * inverse >> SHIFT).to(gl.int32)
+    head = place - tile * heads
+    tile, head = gl.where(head < 0, tile - 1, tile), gl.where(head < 0, head + heads, head)
     if len(lists) == 1:
-        head, _part, record = tile_at(lists[0][0], place, HEADS, PARTS=1, SOURCES=1)
-        return 0, head, record
+        return 0, head, _record_at(lists[0][0], tile)
     else:
-        tile = place // HEADS
         pairs = gl.minimum(lists[0][1], lists[1][1])
         paired = tile < 2 * pairs
         which = gl.where(paired, tile % 2, gl.where(lists[1][1] > pairs, 1, 0))
-        at = gl.where(paired, tile // 2, tile - pairs) * HEADS + place % HEADS
-        in_first = tile_at(lists[0][0], at, HEADS, PARTS=1, SOURCES=1)
-        in_second = tile_at(lists[1][0], at, HEADS, PARTS=1, SOURCES=1)
-        return which, in_first[0], gl.where(which == 0, in_first[2], in_second[2])
+        at = gl.where(paired, tile // 2, tile - pairs)
+        first, second = _record_at(lists[0][0], at), _record_at(lists[1][0], at)
+        return which, head, gl.where(which == 0, first, second)
+
+
+@gluon.jit
+def _record_at(tiles_ptr, tile):
+    return tiles_ptr + tile.to(gl.int64) * RECORD
 
 
 @gluon.jit

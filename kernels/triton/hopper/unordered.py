@@ -99,7 +99,7 @@ def _hand_over(dq, dq_desc, empty, n, row, column, room):
 
 
 @gluon.jit
-def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.constexpr):
+def _consume(HALF: gl.constexpr, matrices, work, rings, shared, heads):
     """One warpgroup's: half of the keys of each tile, and half of the dims of dq."""
     of_dk, of_dv, sums_k_ptr, sums_v_ptr, done_ptr, dq_desc = matrices
     half_alpha, scale = work
@@ -194,7 +194,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
         i += 1
         tile = _next_tile(records, i, BLOCK)
         sums = sums_k_ptr, sums_v_ptr
-        dk, dv, last = add_segments(dk, dv, sums, of_segment, done_ptr, first, head, HEADS)
+        dk, dv, last = add_segments(dk, dv, sums, of_segment, done_ptr, first, head, heads)
         if last:
             tma.store_wait(0)
             write(of_dk, dk * (scale * half_alpha), rows, first, at, room)
@@ -205,7 +205,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, shared, HEADS: gl.conste
 
 @remembered
 @gluon.jit(
-    do_not_specialize=["half_alpha", "scale", "early", "more_tiles"],
+    do_not_specialize=["half_alpha", "scale", "early", "heads", "more_tiles"],
     do_not_specialize_on_alignment=["num_tiles_ptr"],
 )
 def resident_unordered_kernel(
@@ -231,7 +231,7 @@ def resident_unordered_kernel(
     dout_desc,
     bounds_ptr,
     early,
-    HEADS: gl.constexpr,
+    heads,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -266,10 +266,10 @@ def resident_unordered_kernel(
     of_masks = bounds_ptr, masks
     gl.warp_specialize(
         [
-            (_consume, (0, matrices, work, rings, of_upper, HEADS)),
-            (_consume, (1, matrices, work, rings, of_lower, HEADS)),
+            (_consume, (0, matrices, work, rings, of_upper, heads)),
+            (_consume, (1, matrices, work, rings, of_lower, heads)),
             (_fetch, (descs, of_schedule, to_fill)),
-            (hand_out, (lists, counters_ptr, of_schedule, of_masks, BLOCK, HEADS)),
+            (hand_out, (lists, counters_ptr, of_schedule, of_masks, BLOCK, heads)),
         ],
         [4, 1, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
