@@ -189,10 +189,21 @@ class Trainer:
         ways: list[Callable[[JaggedBatch], Shard]] = [self.shard]
         if parallel.cp > 1 and parallel.keep_whole:  # then equal ones would not be cut
             ways.append(partial(shard_batch, layout=self.layout, mesh=self.mesh))
+        message = 0
+        if parallel.cp > 1 and self.sharding.exchange == "ring":
+            row = (model.qk_dim + model.v_dim) * (self.model.precision or torch.float32).itemsize
+            message = count * data.max_length * row // parallel.cp
+        kinds = probes(
+            count,
+            data.max_length,
+            heads=model.num_heads,
+            scratch=scratch_limit(),
+            message=message,
+        )
         warm_up(
             {str(x.recompute): x for x in self.layers}.values(),
             model.width,
-            probes(count, data.max_length, heads=model.num_heads, scratch=scratch_limit()),
+            kinds,
             shards=ways,
             mask=self.model.mask,
             num_contextual=len(self.info.contextual),

@@ -3,7 +3,7 @@
 Which kernels are the fastest depends on how long sequences are, how many rows there are, and how
 much memory may be taken: a batch like none before it may need others. In the midst of training, all
 ranks would wait for the one that compiles them. Left for later are those of evaluations, without
-dropout, and of a ring whose messages of all heads would be too large (`ring.MESSAGE_BYTES`).
+dropout.
 """
 
 from __future__ import annotations
@@ -18,26 +18,36 @@ from torch import Tensor, nn
 from kernels.scratch import limit_scratch, scratch_limit
 from parallel.attention import make_ready
 from parallel.batch import JaggedBatch
+from parallel.exchange.ring import MESSAGE_BYTES
 from parallel.shard import Shard
 from parallel.visibility import Mask, Visibility
 
 ENOUGH = 2 * 48 * 1024  # rows of all heads, half of which at a time, perhaps: see `configs.FEW`
+PIECES = 3  # the first, the last, and any between
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Lengths of a batch, int32 [sequences], and the bytes of scratch to run it with at most."""
+    """Lengths of a batch, int32 [sequences], and the bytes of scratch to run it with at most.
+
+    pieces: as `Visibility.ring_pieces`.
+    """
 
     lengths: Tensor
     scratch: int
+    pieces: int | None = None
 
 
-def probes(count: int, max_length: int, *, heads: int, scratch: int) -> list[Probe]:
+def probes(
+    count: int, max_length: int, *, heads: int, scratch: int, message: int = 0
+) -> list[Probe]:
     """Stand for all batches of up to `count` sequences of 1 to max_length tokens, with `scratch`
     bytes to spare; with no more rows than it takes, the longest first.
 
     Kinds of lengths begin at powers of two, and end before them: see `kernels.triton.configs`. And
-    a small batch with little to spare is like a large one with much.
+    a small batch with little to spare is like a large one with much. message: bytes of one head's
+    keys and values that a rank may send round a ring, which does it in pieces if they are many:
+    sums then begin, go on and end in launches of their own.
     """
     powers = [1 << i for i in range(max_length.bit_length())]
     found = []
@@ -46,6 +56,9 @@ def probes(count: int, max_length: int, *, heads: int, scratch: int) -> list[Pro
         share = _slopes(some, length) / _slopes(count, max_length)
         for few, least in ((some, scratch), (some, int(scratch * share) // 2), (1, scratch)):
             found.append(Probe(torch.full((few,), length, dtype=torch.int32), least))
+        if message > MESSAGE_BYTES:
+            some = min(count, -(-PIECES * ENOUGH // (heads * length)))
+            found.append(Probe(torch.full((some,), length, dtype=torch.int32), scratch, PIECES))
     return found
 
 
@@ -80,9 +93,8 @@ def warm_up(
             for probe, shard in product(batches, shards):
                 tokens = {"item": torch.zeros(int(probe.lengths.sum()), dtype=torch.int64)}
                 targets = (probe.lengths // 2).clamp(max=num_targets)
-                seen = Visibility(
-                    shard(JaggedBatch(probe.lengths, targets, tokens)), mask, num_contextual
-                )
+                batch = JaggedBatch(probe.lengths, targets, tokens)
+                seen = Visibility(shard(batch), mask, num_contextual, probe.pieces)
                 make_ready(seen, exchange)
                 rows = seen.shard.rows.num_rows
                 x = torch.zeros(rows, width, dtype=residual, device=device, requires_grad=True)

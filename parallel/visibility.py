@@ -64,12 +64,14 @@ class Visibility:
 
     num_contextual: tokens at the front of each sequence that may see all of it, as targets may. The
     mask knows that by itself; told as well, a halo need not bring them whole sequences. A wrong
-    number would only cost messages.
+    number would only cost messages. ring_pieces: in how many a ring sends each head's rows; as
+    many as it takes if None.
     """
 
     shard: Shard
     mask: Mask
     num_contextual: int = 0
+    ring_pieces: int | None = None
 
     @cached_property
     def intervals(self) -> Tensor:

@@ -81,6 +81,8 @@ def _chunks(k: Tensor, v: Tensor, seen: Visibility) -> tuple[int, int]:
     All and one, unless long sequences would make the messages too large. Buffers then stay small
     beside what the layers keep, and the longest sequence grows with cp.
     """
+    if seen.ring_pieces is not None:
+        return 1, seen.ring_pieces
     heads = k.shape[1]
     head = max(1, seen.most_shared * (k.shape[2] + v.shape[2]) * k.itemsize)
     groups = ceil(heads / max(1, MESSAGE_BYTES // head))
@@ -155,8 +157,7 @@ def _go(rounds: list[_Round], ahead: bool) -> None:
 
     Where kernels can see that rows have come, the first two steps are one: what comes early needs
     no sums in between. ahead: the first rows of a round come during the last work of the round
-    before, inside a node, in buffers of their own. They have come, unless a peer is late: where
-    kernels could look for them, all waits instead. Not where a message is a single head's: the work
+    before, inside a node, in buffers of their own. Not where a message is a single head's: the work
     on it takes so long that little is gained, and long sequences want the memory.
     """
     one = rounds[0].rings[0]
@@ -172,7 +173,7 @@ def _go(rounds: list[_Round], ahead: bool) -> None:
             brought: list[list[Block]] = [[] for _ in round.rings]
             for step in range(one.places):
                 for ring, blocks in zip(round.rings, brought, strict=True):
-                    blocks += ring.blocks(turn, step, wait=begun and step == 1 and link.signals)
+                    blocks += ring.blocks(turn, step)
                 messages = work = None
                 if step == last > 0:  # this turn has no more
                     messages = partial(_move, following, 0, 0) if following else None

@@ -113,15 +113,13 @@ class RingPass:
             (self.place - step) % self.places if self._wants(turn, step) else None,
         )
 
-    def blocks(self, turn: int, step: int, wait: bool) -> list[Block]:
-        """The rows of a step, if they are wanted. wait: for them, and not when they are read."""
+    def blocks(self, turn: int, step: int) -> list[Block]:
+        """The rows of a step, if they are wanted."""
         owner = self.owner(turn, step)
         if not self._wants(turn, step):
             return []
-        if wait:
-            self.coming.wait()
         if step:
-            return [Block(owner, self._split(self.rows), None if wait else self.coming)]
+            return [Block(owner, self._split(self.rows), self.coming)]
         return [Block(owner, self._split(self.held[turn][0]) if turn else self.own)]
 
     def _wants(self, turn: int, step: int) -> bool:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gr_train import warm_up
 from gr_train.trainer import Trainer
-from gr_train.warm_up import probes
+from gr_train.warm_up import PIECES, probes
 from kernels.scratch import limit_scratch, scratch_limit
+from parallel.exchange.ring import MESSAGE_BYTES
 from tests.gr_train.test_trainer import small
 
 
@@ -58,11 +61,18 @@ def test_probes_are_of_every_kind(
         limit_scratch(before)
 
 
+def test_only_long_messages_go_in_pieces() -> None:
+    for message in (MESSAGE_BYTES, MESSAGE_BYTES + 1):
+        pieces = {x.pieces for x in probes(8, 4096, heads=4, scratch=0, message=message)}
+        assert pieces == ({None} if message == MESSAGE_BYTES else {None, PIECES})
+
+
 def _trained(warm: bool, run_dir: str, options: list[str]) -> list[Any]:
     always = ["train.steps=2", "model.dropout=0.1", "parallel.cp=2", "parallel.keep_whole=true"]
     trainer = Trainer(small(Path(run_dir), *always, *options, world_size=2))
     if warm:
-        trainer.compile_ahead()
+        with patch.object(warm_up, "MESSAGE_BYTES", 0):  # so that there are pieces, too
+            trainer.compile_ahead()
         assert all(p.grad is None for p in trainer.parameters)
         assert scratch_limit() == 1 << 29
     trainer.fit()
@@ -84,3 +94,39 @@ def test_training_is_as_without(run_in_world: Any, tmp_path: Path, options: list
     for mine, other in zip(warm, cold, strict=True):
         for x, y in zip(mine, other, strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+def _compiled(run_dir: str, options: list[str]) -> list[list[str]]:
+    """What is compiled ahead, in the first step, and in all others."""
+    from triton import knobs
+
+    always = ["train.steps=30", "data.batch_size=4", "data.max_length=4096", "model.width=64"]
+    lengths = ["data.synthetic.mean_events=400", "data.synthetic.max_events=4000"]
+    config = small(Path(run_dir), *always, *lengths, "parallel.cp=1", *options, world_size=1)
+    trainer, found = Trainer(config), [[]]
+    step, evaluate = trainer.step, trainer.evaluate
+
+    def counted_step(at: int, *args: Any) -> torch.Tensor:
+        if at <= 2:
+            found.append([])
+        return step(at, *args)
+
+    def uncounted_evaluation() -> dict[str, float]:
+        knobs.runtime.jit_post_compile_hook = None
+        return evaluate()
+
+    trainer.step, trainer.evaluate = counted_step, uncounted_evaluation  # type: ignore[assignment]
+    knobs.runtime.jit_post_compile_hook = lambda **kw: found[-1].append(kw["fn"].name)
+    trainer.fit()
+    return found
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on a CPU nothing is compiled")
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_no_length_wants_another_kernel(run_in_world: Any, tmp_path: Path, dim: int) -> None:
+    options = [f"model.qk_dim={dim}", f"model.v_dim={dim}", "model.dropout=0.1"]
+    ((ahead, first, others),) = run_in_world(1, _compiled, str(tmp_path), options, gpus=True)
+    attention = {x for x in ahead if "forward" in x}
+    assert attention
+    assert not attention & {*first}
+    assert not others

@@ -34,7 +34,7 @@ from kernels.weighting import Weighting
 from tests.kernels.sass import unset_operands
 
 HEADS = 2
-MANY, FEW = 25_000, 10_000  # rows, see `configs`: for short ones there are the same kernels
+MANY, FEW = 25_000, 10_000  # rows, see `configs`
 # Head dims of float32, by capability. The same blocks for every GPU: they fit into all if into the
 # one with the least memory.
 FLOAT32 = {86: (128, 256), 100: (256,)}

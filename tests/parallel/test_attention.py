@@ -237,7 +237,8 @@ def test_a_ring_of_rings_of_some_rows_at_a_time(run_in_world, name: str, keep_wh
 def test_large_messages_are_cut_into_heads_then_rows() -> None:
     def chunks(rows: int, heads: int = 4) -> tuple[int, int]:
         k = v = torch.empty(0, heads, 128, dtype=torch.bfloat16)
-        return ring._chunks(k, v, SimpleNamespace(most_shared=rows))  # type: ignore[arg-type]
+        seen = SimpleNamespace(most_shared=rows, ring_pieces=None)
+        return ring._chunks(k, v, seen)  # type: ignore[arg-type]
 
     assert chunks(0) == (4, 1)
     assert chunks(66_000) == (4, 1)  # 129 MiB
