@@ -192,7 +192,7 @@ class Trainer:
         message = 0
         if parallel.cp > 1 and self.sharding.exchange == "ring":
             row = (model.qk_dim + model.v_dim) * (self.model.precision or torch.float32).itemsize
-            message = count * data.max_length * row // parallel.cp
+            message = count * data.max_length * row  # of the group's sequences, a rank's share
         kinds = probes(
             count,
             data.max_length,
