@@ -88,7 +88,7 @@ def workspace(model: Model, pieces: int = 1) -> dict[str, int]:
     That is its fullest moment: the gated output and attention's are gone by then, all else is still
     there, and the gradients are too. pieces: of a ring's rows of one head, by copy engines.
     """
-    sums = 3 if model.cp > 2 or pieces > 1 else model.cp - 1
+    sums = 3 if model.cp > 2 or pieces > 1 else 2 * (model.cp - 1)
     return {
         "model's output": model.stream,
         "gradient of the residual stream": model.stream,

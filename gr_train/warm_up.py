@@ -22,7 +22,8 @@ from parallel.exchange.ring import MESSAGE_BYTES
 from parallel.shard import Shard
 from parallel.visibility import Mask, Visibility
 
-ENOUGH = 2 * 48 * 1024  # rows of all heads, half of which at a time, perhaps: see `configs.FEW`
+# Rows of all heads, half of which at a time, perhaps: see `configs.FEW`; and more than `MANY`.
+ENOUGH = 2 * 48 * 1024
 PIECES = 3  # the first, the last, and any between
 
 
@@ -57,7 +58,7 @@ def probes(
         for few, least in ((some, scratch), (some, int(scratch * share) // 2), (1, scratch)):
             found.append(Probe(torch.full((few,), length, dtype=torch.int32), least))
         if message > MESSAGE_BYTES:
-            some = min(count, -(-PIECES * ENOUGH // (heads * length)))
+            some = min(count, -(-PIECES * ENOUGH // length))
             found.append(Probe(torch.full((some,), length, dtype=torch.int32), scratch, PIECES))
     return found
 

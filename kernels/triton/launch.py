@@ -15,7 +15,7 @@ from kernels.scratch import scratch_limit
 from kernels.source import Source
 from kernels.triton import resident
 from kernels.triton.backward import key_value_kernel, query_kernel
-from kernels.triton.configs import Blocks, Kept
+from kernels.triton.configs import MANY, MANY_EACH, Blocks, Kept
 from kernels.triton.forward import forward_kernel
 from kernels.triton.integers import cdiv
 from kernels.triton.launcher import Rows
@@ -30,6 +30,9 @@ def forward(q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor)
 
     Here and below: `add` may be overwritten if there are two sources.
     """
+    if _in_turn(q, sources, "forward"):
+        add = forward(q, sources[0], add=add, out=_sums(add, out))
+        sources = sources[1:]
     walk = Walk(q, sources, resident="forward")
     if walk.is_empty:
         return nothing(add, out)
@@ -58,6 +61,9 @@ def query_gradient(
     dout: Tensor, q: Tensor, *sources: Source, add: Tensor | None = None, out: Tensor
 ) -> Tensor:
     """`out` [Tq, H, Dqk], written with dq, plus `add` if given."""
+    if _in_turn(q, sources, "gradients"):
+        add = query_gradient(dout, q, sources[0], add=add, out=_sums(add, out))
+        sources = sources[1:]
     walk = Walk(q, sources, resident="gradients")
     if walk.is_empty:
         return nothing(add, out)
@@ -94,6 +100,10 @@ def key_value_gradients(
 ) -> tuple[Tensor, Tensor]:
     """`out` [Tk, H, Dqk] and [Tk, H, Dv], written with dk and dv, plus `add` if given."""
     add_k, add_v = add or (None, None)
+    if _in_turn(k, sources, "gradients"):
+        sums = _sums(add_k, out[0]), _sums(add_v, out[1])
+        add_k, add_v = key_value_gradients(k, v, sources[0], add=add, out=sums)
+        sources = sources[1:]
     walk = Walk(k, sources, resident="gradients")
     if walk.is_empty:
         return nothing(add_k, out[0]), nothing(add_v, out[1])
@@ -107,6 +117,27 @@ def key_value_gradients(
     if config.value is not None:
         launches.append((config.value, False, True))
     return _key_value_gradients(walk, launches, k, v, (add_k, add_v), out)
+
+
+def _in_turn(tiled: Tensor, sources: Sequence[Source], resident: str) -> bool:
+    """Whether two sources are visited faster one after the other, by programs that stay."""
+    if len(sources) < 2 or not tiled.shape[0]:
+        return False
+    for source in sources:
+        rows, sequences = source.rows[0].shape[0], source.weighting.keys.num_sequences
+        if rows * tiled.shape[1] < MANY or rows < MANY_EACH * sequences:
+            return False
+    dims = padded_dim(sources[0].rows[0].shape[2]), padded_dim(sources[0].rows[1].shape[2])
+    queries = sources[0].weighting.queries
+    config = config_of(queries, tiled.shape[1], dims, tiled.dtype, tiled.device)
+    return config.resident is not None and getattr(config.resident, resident) is not None
+
+
+def _sums(add: Tensor | None, out: Tensor) -> Tensor:
+    """Where sums may be kept until they are added to."""
+    if add is not None:
+        return add
+    return out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
 
 
 def gradients(

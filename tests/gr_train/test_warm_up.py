@@ -44,7 +44,8 @@ def test_probes_are_of_every_kind(
             problem = lengths * heads, lengths // of, torch.bfloat16, torch.device("cuda")
             config = configs.config_for(dim, *problem)
         slopes = launch._Slopes.of(config.kept, q, SimpleNamespace(queries=rows, keys=rows))
-        return id(config), slopes is not None
+        many = lengths * heads >= configs.MANY and lengths >= configs.MANY_EACH * of
+        return id(config), slopes is not None, many
 
     before = scratch_limit()
     try:

@@ -213,6 +213,52 @@ def test_rows_that_come_late(dim: int) -> None:
         assert torch.equal(found[0], want[i])
 
 
+@pytest.mark.parametrize("onto", [False, True])
+def test_two_sources_in_turn(monkeypatch: pytest.MonkeyPatch, onto: bool) -> None:
+    """A rank's own rows, and others' that come late; perhaps added to what there is."""
+    monkeypatch.setattr(launch, "MANY", 1)
+    monkeypatch.setattr(launch, "MANY_EACH", 1)
+    monkeypatch.setattr(walk, "MOST_SOURCES", 1)  # at a time
+    lengths = torch.tensor([150, 130], dtype=torch.int32, device=DEVICE)
+    whole = Jagged.whole(lengths)
+    mine = part_of(whole, whole.positions // 32 % 2 == 0)
+    others = part_of(whole, whole.positions // 32 % 2 == 1)
+    q, k, v, dout = torch.randn(4, mine.num_rows, 2, DIMS[0], device=DEVICE).bfloat16()
+    theirs = torch.randn(4, others.num_rows, 2, DIMS[0], device=DEVICE).bfloat16()
+
+    def weighting(queries: Jagged, keys: Jagged) -> Weighting:
+        intervals = hstu_intervals(queries, lengths, torch.zeros_like(lengths))
+        return Weighting(queries, keys, intervals, 0.2, 0.1)
+
+    own, of_keys, of_queries = (
+        weighting(*x) for x in ((mine, mine), (mine, others), (others, mine))
+    )
+    late_keys, late_queries = Late(theirs[1], theirs[2]), Late(theirs[0], theirs[3])
+    keys = Source((k, v), own), Source(late_keys.rows, of_keys, late_keys)
+    queries = Source((q, dout), own), Source(late_queries.rows, of_queries, late_queries)
+    add = [torch.randn(q.shape, device=DEVICE) if onto else None for _ in range(4)]
+    out_onto, dq_onto, *of_k = (None if x is None else x.clone() for x in add)
+    out, dq, dk, dv = (torch.empty_like(q) for _ in range(4))
+    launch.forward(q, *keys, add=out_onto, out=out)
+    launch.query_gradient(dout, q, *keys, add=dq_onto, out=dq)
+    both = (of_k[0], of_k[1]) if of_k[0] is not None and of_k[1] is not None else None
+    launch.key_value_gradients(k, v, *queries, add=both, out=(dk, dv))
+
+    q, k, v, dout, *rest = (x.double() for x in (q, k, v, dout, *theirs))
+    mine_dq, mine_dk, mine_dv = blockwise_backward(dout, q, k, v, own)
+    other_dq = blockwise_backward(dout, q, rest[1], rest[2], of_keys)[0]
+    _, other_dk, other_dv = blockwise_backward(rest[3], rest[0], k, v, of_queries)
+    want = [
+        naive_attention(q, k, v, own) + naive_attention(q, rest[1], rest[2], of_keys),
+        mine_dq + other_dq,
+        mine_dk + other_dk,
+        mine_dv + other_dv,
+    ]
+    for found, sums, more in zip((out, dq, dk, dv), want, add, strict=True):
+        total = sums if more is None else sums + more
+        assert (found - total).norm() <= 3e-3 * total.norm()
+
+
 @pytest.mark.parametrize("table", ["HOPPER", "HOPPER_LONG", "HOPPER_FEW", "HOPPER_SHORT"])
 def test_shipped_blocks_fit_into_a_plan(table: str) -> None:
     for config in getattr(configs, table).values():
