@@ -8,11 +8,13 @@ dropout.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from kernels.scratch import limit_scratch, scratch_limit
@@ -24,7 +26,7 @@ from parallel.visibility import Mask, Visibility
 
 # Rows of all heads, half of which at a time, perhaps: see `configs.FEW`; and more than `MANY`.
 ENOUGH = 2 * 48 * 1024
-PIECES = 3  # the first, the last, and any between
+PIECES = 3  # the first, any between, and the last
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ def probes(
         for few, least in ((some, scratch), (some, int(scratch * share) // 2), (1, scratch)):
             found.append(Probe(torch.full((few,), length, dtype=torch.int32), least))
         if message > MESSAGE_BYTES:
+            pieces = min(PIECES, -(-message // MESSAGE_BYTES))
             some = min(count, -(-PIECES * ENOUGH // length))
-            found.append(Probe(torch.full((some,), length, dtype=torch.int32), scratch, PIECES))
+            found.append(Probe(torch.full((some,), length, dtype=torch.int32), scratch, pieces))
     return found
 
 
@@ -88,25 +91,42 @@ def warm_up(
     shards: ways to cut a batch. num_contextual, num_targets: tokens of a sequence, if it is long
     enough. residual, precision: of the model.
     """
+
+    def run() -> None:
+        for probe, shard in product(batches, shards):
+            tokens = {"item": torch.zeros(int(probe.lengths.sum()), dtype=torch.int64)}
+            targets = (probe.lengths // 2).clamp(max=num_targets)
+            batch = JaggedBatch(probe.lengths, targets, tokens)
+            seen = Visibility(shard(batch), mask, num_contextual, probe.pieces)
+            make_ready(seen, exchange)
+            rows = seen.shard.rows.num_rows
+            x = torch.zeros(rows, width, dtype=residual, device=device, requires_grad=True)
+            limit_scratch(probe.scratch)
+            for layer in layers:
+                with torch.autocast(device.type, precision, enabled=precision is not None):
+                    out = layer(x, seen)
+                # Toward x alone: parameters get no gradients, and DDP does not hear of it.
+                torch.autograd.grad(out, x, torch.zeros_like(out))
+
     scratch = scratch_limit()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            for probe, shard in product(batches, shards):
-                tokens = {"item": torch.zeros(int(probe.lengths.sum()), dtype=torch.int64)}
-                targets = (probe.lengths // 2).clamp(max=num_targets)
-                batch = JaggedBatch(probe.lengths, targets, tokens)
-                seen = Visibility(shard(batch), mask, num_contextual, probe.pieces)
-                make_ready(seen, exchange)
-                rows = seen.shard.rows.num_rows
-                x = torch.zeros(rows, width, dtype=residual, device=device, requires_grad=True)
-                limit_scratch(probe.scratch)
-                for layer in layers:
-                    with torch.autocast(device.type, precision, enabled=precision is not None):
-                        out = layer(x, seen)
-                    # Toward x alone: parameters get no gradients, and DDP does not hear of it.
-                    torch.autograd.grad(out, x, torch.zeros_like(out))
+            if device.type == "cuda":
+                _compile_in_shares(run)
+            run()
     finally:
         limit_scratch(scratch)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def _compile_in_shares(run: Callable[[], None]) -> None:
+    """What `run` would launch, each process of this machine its share; the others find it in
+    Triton's cache, if they have one in common."""
+    from kernels.triton.launcher import not_compiled
+
+    rank, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    for compile_one in not_compiled(run)[rank::size]:
+        compile_one()
+    dist.barrier()

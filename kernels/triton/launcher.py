@@ -6,6 +6,8 @@ small launches, that is a good part of what the host has to do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
 from functools import cache, partial
 from typing import Any
 
@@ -47,13 +49,18 @@ class Launcher:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        if torch.compiler.is_compiling() or self._is_hooked():
+        if _noted is None and (torch.compiler.is_compiling() or self._is_hooked()):
             self.kernel[grid](*args, **constants)
             return
         device = driver.active.get_current_device()
         modes = knobs.runtime.debug, knobs.compilation.instrumentation_mode
         key = (device, *modes, *map(specialization, args), *constants, *constants.values())
         compiled, values = self._compiled.get(key, (None, ()))
+        if _noted is not None:
+            if compiled is None and (self, key) not in _noted:
+                stand_ins = [_stand_in(x) for x in args]
+                _noted[self, key] = partial(self.kernel.warmup, *stand_ins, grid=grid, **constants)
+            return
         if compiled is not None:
             stream = driver.active.get_current_stream(device)
             metadata = compiled.function, compiled.packed_metadata
@@ -72,6 +79,34 @@ class Launcher:
             or self.kernel.pre_run_hooks
             or knobs.runtime.add_stages_inspection_hook
         )
+
+
+_noted: dict[object, Callable[[], object]] | None = None
+
+
+def not_compiled(run: Callable[[], None]) -> list[Callable[[], object]]:
+    """Calls that compile the kernels that `run` would launch, and are not compiled yet: so that
+    another process finds them in Triton's cache. They are not launched: what they would write
+    is left as it is, and `run` must not mind."""
+    global _noted
+    assert _noted is None
+    _noted = {}
+    try:
+        run()
+        return list(_noted.values())
+    finally:
+        _noted = None
+
+
+def _stand_in(x: Any) -> Any:
+    """In place of a tensor, or what describes one: a small one of the same kind."""
+    if isinstance(x, Tensor):
+        room = torch.empty(2, dtype=x.dtype, device=x.device)
+        return room[x.data_ptr() % 16 != 0 :]
+    if isinstance(x, TensorDescriptor | GluonDescriptor):
+        x = copy(x)
+        x.base = _stand_in(x.base)
+    return x
 
 
 NO_HOOKS = None, None, None  # metadata for those around a launch, and they

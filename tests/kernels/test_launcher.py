@@ -122,6 +122,35 @@ def test_the_second_launch_does_not_ask_triton(monkeypatch: pytest.MonkeyPatch) 
             assert compiles(x, 5) == seen
 
 
+def test_what_is_not_compiled_is_noted_and_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7)
+    monkeypatch.setattr(launcher, "driver", SimpleNamespace(active=active))
+    notes: list[tuple[Any, ...]] = []
+    kernel, warm = Kernel(notes), list[tuple[Any, ...]]()
+    kernel.warmup = lambda *args, **constants: warm.append((args, constants))  # type: ignore[attr-defined]
+    launch, x = Launcher(kernel), torch.zeros(1000)  # type: ignore[arg-type]
+    rows = Rows(x.half()[:768].view(4, 3, 64), 16)
+    launch[(3,)](x, 5, SIZE=64, FLAG=True)
+    of = [(x, 5), (x[1:], 5), (rows, 5), (x[2:], 5), (x, 16), (x[1:], 7)]
+
+    def run() -> None:
+        for args in of:
+            launch[(2,)](*args, SIZE=64, FLAG=True)
+
+    calls = launcher.not_compiled(run)
+    assert len(notes) == 1
+    assert not warm
+    for call in calls:
+        call()
+    assert len(calls) == 3  # for x[1:], for rows, and for 16
+    for want, (args, constants) in zip((of[1], of[2], of[4]), warm, strict=True):
+        assert [*map(specialization, args)] == [*map(specialization, want)]
+        assert args[0] is not want[0]
+        assert constants == dict(grid=(2,), SIZE=64, FLAG=True)
+    run()
+    assert sum(note[0] == "compiled" for note in notes[1:]) == 3
+
+
 def test_constants_come_by_keyword(monkeypatch: pytest.MonkeyPatch) -> None:
     """By position, they would be taken for numbers that a kernel is not compiled for."""
     active = SimpleNamespace(get_current_device=lambda: 0)

@@ -193,7 +193,6 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged):
             row, low, high = _mask_at(edges[0], bounds, begin, True, BLOCK)
             if begin == heads:
                 row, low, high = _mask_at(edges[1], bounds, 0, False, BLOCK)
-                high = gl.where(tails > 0, high, low)  # of a tile that sees nothing
             half_scores = hide(half_scores, row, low, high)
         weights = silu(half_scores, True)
         if not ROOM:
