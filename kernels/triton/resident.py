@@ -85,10 +85,8 @@ def _gradients(
     """of_queries: q and dout; of_keys: k and v. query, keys: for dq, and for dk and dv."""
     (q, dout), (k, v) = of_queries, of_keys
     plan, blocks, half = walk.plan, walk.blocks, walk.blocks.m // 2
-    wanted = keys[0] if keys else query
-    assert wanted is not None
-    others = keys or (_unwritten(k, wanted), _unwritten(v, wanted))
-    targets = query or _unwritten(q, wanted), *others
+    # In place of those that are not wanted, what has their shape: no tile is there to write it.
+    targets = query or Target(q, None), *(keys or (Target(k, None), Target(v, None)))
     copies = all(x.is_ready(q.dtype) for x in targets)
     written = []
     for target in targets:
@@ -124,14 +122,6 @@ def _gradients(
         STAGES=blocks.stages,
         num_warps=WARPS,
     )
-
-
-def _unwritten(x: Tensor, like: Target) -> Target:
-    """In place of one that is not wanted, which no tile is there to write. x: of its shape. Like
-    one that is, so that both want the same kernel."""
-    target = Target(x if x.dtype == like.written.dtype else like.written, None)
-    target.add = like.add
-    return target
 
 
 def _pieces(x: Tensor, block: int) -> SharedRows:

@@ -79,8 +79,9 @@ def compile_resident(dim: int, dtype: torch.dtype) -> None:
     source, sums, partial = Source((k, v), weighting), torch.empty(v.shape), torch.empty(q.shape)
     launch.forward(q, source, out=torch.empty_like(v))
     launch.forward(q, source, add=sums, out=sums)
+    launch.forward(q, source, add=sums, out=torch.empty_like(v))
     launch.query_gradient(v, q, source, out=torch.empty_like(q))
-    launch.query_gradient(v, q, source, add=partial, out=partial)
+    launch.query_gradient(v, q, source, add=partial, out=torch.empty_like(q))
     if dim == 128:
         out = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         launch.gradients(v, q, k, v, weighting, deterministic=False, out=out)
