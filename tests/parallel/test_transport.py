@@ -31,13 +31,15 @@ BATCHES = [[700, 3, 0, 1], [2000, 513, 40], [5, 9]]  # the second outgrows the f
 FACTORS = dict(alpha=0.1, scale=0.01)
 
 
-def tensors(rows: int, device: torch.device) -> list[torch.Tensor]:
+def tensors(rows: int, dim: int, device: torch.device) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(4, rows, 2, 64, generator=generator)
+    x = torch.randn(4, rows, 2, dim, generator=generator)
     return list(x.to(device, torch.bfloat16))
 
 
-def attend(transport: str, exchange: str, keep_whole: bool) -> list[list[torch.Tensor]]:
+def attend(
+    transport: str, exchange: str, keep_whole: bool, dim: int = 64
+) -> list[list[torch.Tensor]]:
     """Relative errors of out, dq, dk, dv on this rank, each batch twice.
 
     transport: "nodes" for two nodes of one GPU each.
@@ -58,7 +60,7 @@ def attend(transport: str, exchange: str, keep_whole: bool) -> list[list[torch.T
         window = 300 if exchange == "halo" else 0
         mask = partial(hstu_intervals, num_contextual=2, window=window)
         seen = Visibility(shard, mask, num_contextual=2)
-        *qkv, dout = tensors(int(shard.lengths.sum()), device)
+        *qkv, dout = tensors(int(shard.lengths.sum()), dim, device)
         own = shard.whole_rows[shard.rank]
         mine_qkv = [x[own].requires_grad_() for x in qkv]
         out = context_parallel_attention(*mine_qkv, seen=seen, exchange=exchange, **FACTORS)
@@ -105,6 +107,21 @@ def test_messages_and_batches_share_no_group(run_in_world) -> None:
 )
 def test_two_gpus_equal_one(run_in_world, transport: str, exchange: str, keep_whole: bool) -> None:
     for errors in run_in_world(2, attend, transport, exchange, keep_whole, gpus=True):
+        assert all(error < 4e-3 for batch in errors for error in batch), errors
+
+
+def attend_in_turn(keep_whole: bool) -> list[list[torch.Tensor]]:
+    from kernels.triton import launch
+
+    with patch.object(launch, "MANY", 1), patch.object(launch, "MANY_EACH", 0):
+        return attend("copy", "ring", keep_whole, dim=128)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("keep_whole", [False, True])
+def test_two_gpus_visit_sources_in_turn(run_in_world, keep_whole: bool) -> None:
+    """As they do where there are many rows."""
+    for errors in run_in_world(2, attend_in_turn, keep_whole, gpus=True):
         assert all(error < 4e-3 for batch in errors for error in batch), errors
 
 
