@@ -127,10 +127,10 @@ HOPPER_LONG = HOPPER | {128: replace(HOPPER[128], resident=_LONG)}
 SHORT = 512  # tokens of the mean sequence
 FEW = 48 * 1024  # rows of all heads: one launch of the backward leaves one tail instead of two
 LONG = 16384
-# Of two sources that both have so many rows of all heads, and of each sequence, kernels whose
-# programs stay visit one after the other: sums come and go between them, but a ring of two takes
-# 3.07 ms instead of 3.55 (35,000 rows in 13 sequences, forward and backward), its forward 0.66
-# instead of 0.91 (two H200, one run). Of fewer rows it is the host that takes longer. A ring's
+# Where a source has so many rows of all heads, and of each sequence, kernels whose programs stay
+# visit it, and then another that is on its way: sums come and go between them, but a ring of two
+# takes 3.07 ms instead of 3.55 (35,000 rows in 13 sequences, forward and backward), its forward
+# 0.66 instead of 0.91 (two H200, one run). Of fewer rows it is the host that takes longer. A ring's
 # pieces of one head are never fewer.
 MANY, MANY_EACH = 72 * 1024, 1024
 CONSERVATIVE = {

@@ -120,15 +120,14 @@ def key_value_gradients(
 
 
 def _in_turn(tiled: Tensor, sources: Sequence[Source], resident: str) -> bool:
-    """Whether two sources are visited faster one after the other, by programs that stay."""
-    if len(sources) < 2 or not tiled.shape[0]:
+    """Whether programs that stay visit the first source faster, while the second is on its way,
+    and then the second."""
+    if len(sources) < 2 or sources[1].arrival is None or not sources[1].rows[0].shape[0]:
         return False
-    for source in sources:
-        rows, sequences = source.rows[0].shape[0], source.weighting.keys.num_sequences
-        if rows * tiled.shape[1] < MANY or rows < MANY_EACH * sequences:
-            return False
-    dims = padded_dim(sources[0].rows[0].shape[2]), padded_dim(sources[0].rows[1].shape[2])
-    queries = sources[0].weighting.queries
+    (x, y), queries = sources[0].rows, sources[0].weighting.queries
+    rows, dims = x.shape[0], (padded_dim(x.shape[2]), padded_dim(y.shape[2]))
+    if rows * x.shape[1] < MANY or rows < MANY_EACH * queries.num_sequences or not tiled.shape[0]:
+        return False
     config = config_of(queries, tiled.shape[1], dims, tiled.dtype, tiled.device)
     return config.resident is not None and getattr(config.resident, resident) is not None
 
