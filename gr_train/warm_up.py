@@ -24,8 +24,8 @@ from parallel.exchange.ring import MESSAGE_BYTES
 from parallel.shard import Shard
 from parallel.visibility import Mask, Visibility
 
-# Rows of all heads, half of which at a time, perhaps: see `configs.FEW`; and more than `MANY`.
-ENOUGH = 2 * 48 * 1024
+# Rows of all heads, half of which at a time, perhaps: enough for `configs.FEW`, and for `MANY`.
+ENOUGH, BETWEEN = 2 * 48 * 1024, 60 * 1024
 PIECES = 3  # the first, any between, and the last
 
 
@@ -59,10 +59,14 @@ def probes(
         share = _slopes(some, length) / _slopes(count, max_length)
         for few, least in ((some, scratch), (some, int(scratch * share) // 2), (1, scratch)):
             found.append(Probe(torch.full((few,), length, dtype=torch.int32), least))
-        if message > MESSAGE_BYTES:
+        if message > MESSAGE_BYTES:  # one head's rows
             pieces = min(PIECES, -(-message // MESSAGE_BYTES))
             some = min(count, -(-PIECES * ENOUGH // length))
             found.append(Probe(torch.full((some,), length, dtype=torch.int32), scratch, pieces))
+    few = -(-BETWEEN // (heads * max_length))
+    if message and few <= count:  # powers of two may step over these
+        length = max(1, BETWEEN // (few * heads))
+        found.append(Probe(torch.full((few,), length, dtype=torch.int32), scratch))
     return found
 
 
@@ -111,7 +115,7 @@ def warm_up(
     scratch = scratch_limit()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            if device.type == "cuda":
+            if device.type == "cuda" and dist.get_world_size() > 1:
                 _compile_in_shares(run)
             run()
     finally:
@@ -127,6 +131,6 @@ def _compile_in_shares(run: Callable[[], None]) -> None:
     from kernels.triton.launcher import not_compiled
 
     rank, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    for compile_one in not_compiled(run)[rank::size]:
+    for compile_one in not_compiled(run)[rank % size :: size]:
         compile_one()
     dist.barrier()

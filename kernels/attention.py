@@ -99,7 +99,8 @@ def attention_forward(
     """The forward pass over one or two blocks of keys, without autograd.
 
     sources: keys and values; of weightings with the same queries, alpha and scale.
-    add: float32 [Tq, H, Dv], what other blocks gave, if the scale is not 0; out: where to write, of
+    add: float32 [Tq, H, Dv], what other blocks gave; with it, or two sources, the scale must not be
+    0. out: where to write, of
     any floating dtype, `add` itself if you like. Of both, each row must be contiguous. With two
     sources, `add` may be overwritten.
     Returns out; a new float32 tensor if None.
@@ -124,8 +125,8 @@ def query_gradient(
     add: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """dq [Tq, H, Dqk] of blocks of keys, from dout [Tq, H, Dv]. sources, add, out: as forward; with
-    `add`, alpha must not be 0 either."""
+    """dq [Tq, H, Dqk] of blocks of keys, from dout [Tq, H, Dv]. sources, add, out: as forward;
+    where the scale must not be 0, nor must alpha."""
     if out is None:
         out = torch.empty(q.shape, dtype=accumulator(q.dtype), device=q.device)
     if _takes_triton(q, dout):

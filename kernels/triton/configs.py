@@ -123,15 +123,15 @@ HOPPER_SHORT = {64: _SHORT, 128: replace(_FEW, resident=_EARLY)}
 # Of float32 dq, zeros are written before and a copy after: much, unless there are many products.
 _LONG = replace(RESIDENT, unordered=Resident(128, 64, 2, 2))
 HOPPER_LONG = HOPPER | {128: replace(HOPPER[128], resident=_LONG)}
-# `gr_train.warm_up` finds them all: lengths are powers of two, and FEW is the most rows.
+# `gr_train.warm_up` finds them all: lengths are powers of two; FEW, and MANY, the most rows.
 SHORT = 512  # tokens of the mean sequence
 FEW = 48 * 1024  # rows of all heads: one launch of the backward leaves one tail instead of two
 LONG = 16384
 # Where a source has so many rows of all heads, and of each sequence, kernels whose programs stay
 # visit it, and then another that is on its way: sums come and go between them, but a ring of two
 # takes 3.07 ms instead of 3.55 (35,000 rows in 13 sequences, forward and backward), its forward
-# 0.66 instead of 0.91 (two H200, one run). Of fewer rows it is the host that takes longer. A ring's
-# pieces of one head are never fewer.
+# 0.66 instead of 0.91 (two H200, one run). Of fewer rows it is the host that takes longer. Pieces
+# of one head's rows, which a ring sends if all are too large a message, are never less than MANY.
 MANY, MANY_EACH = 72 * 1024, 1024
 CONSERVATIVE = {
     64: Config(128, 64, Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 2)),

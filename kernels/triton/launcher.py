@@ -57,9 +57,10 @@ class Launcher:
         key = (device, *modes, *map(specialization, args), *constants, *constants.values())
         compiled, values = self._compiled.get(key, (None, ()))
         if _noted is not None:
-            if compiled is None and (self, key) not in _noted:
+            name = self._name(args, constants)
+            if compiled is None and name not in _noted:
                 stand_ins = [_stand_in(x) for x in args]
-                _noted[self, key] = partial(self.kernel.warmup, *stand_ins, grid=grid, **constants)
+                _noted[name] = partial(self.kernel.warmup, *stand_ins, grid=grid, **constants)
             return
         if compiled is not None:
             stream = driver.active.get_current_stream(device)
@@ -71,6 +72,22 @@ class Launcher:
         compiled = self.kernel[grid](*args, **constants)
         self._compiled[key] = compiled, tuple(constants[x.name] for x in params[len(args) :])
 
+    def _name(self, args: tuple[Any, ...], constants: dict[str, Any]) -> str:
+        """Of what Triton compiles for these, the same in all processes: without what it is told not
+        to specialise for, such as numbers of rows."""
+        kinds: list[object] = []
+        for param, x in zip(self.kernel.params, args, strict=False):
+            any_value = param.do_not_specialize
+            any_alignment = any_value or param.do_not_specialize_on_alignment
+            kind: Any = specialization(x)
+            if isinstance(x, Tensor):
+                kind = kind[:1] if any_alignment else kind
+            elif type(x) is int:
+                kind = None if any_value else kind[0], None if any_alignment else kind[1], *kind[2:]
+            kinds.append(kind)
+        function = self.kernel.fn
+        return f"{function.__module__}.{function.__qualname__} {kinds} {constants}"
+
     def _is_hooked(self) -> bool:
         """Whether someone wants to see each launch, or to change how kernels are compiled."""
         hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
@@ -81,19 +98,20 @@ class Launcher:
         )
 
 
-_noted: dict[object, Callable[[], object]] | None = None
+_noted: dict[str, Callable[[], object]] | None = None
 
 
 def not_compiled(run: Callable[[], None]) -> list[Callable[[], object]]:
     """Calls that compile the kernels that `run` would launch, and are not compiled yet: so that
-    another process finds them in Triton's cache. They are not launched: what they would write
-    is left as it is, and `run` must not mind."""
+    another process finds them in Triton's cache. In an order that is the same in all processes, if
+    they launch the same. Nothing is launched (but interpreted kernels): what kernels would
+    write is left as it is, and `run` must not mind."""
     global _noted
     assert _noted is None
     _noted = {}
     try:
         run()
-        return list(_noted.values())
+        return [_noted[name] for name in sorted(_noted)]
     finally:
         _noted = None
 

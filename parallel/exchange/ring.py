@@ -156,9 +156,10 @@ def _go(rounds: list[_Round], ahead: bool) -> None:
     """The work of each round, step by step, while the next rows come.
 
     Where kernels can see that rows have come, the first two steps are one: what comes early needs
-    no sums in between. ahead: the first rows of a round come during the last work of the round
-    before, inside a node, in buffers of their own. Not where a message is a single head's: the work
-    on it takes so long that little is gained, and long sequences want the memory.
+    no sums in between, unless it is so much that these cost less than other kernels gain. ahead:
+    the first rows of a round come during the last work of the round before, inside a node, in
+    buffers of their own. Not where a message is a single head's: the work on it takes so long that
+    little is gained, and long sequences want the memory.
     """
     one = rounds[0].rings[0]
     link, last = one.within, one.places - 1

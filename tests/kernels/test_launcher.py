@@ -59,7 +59,16 @@ class Kernel:
         self.notes = notes
         self.pre_run_hooks: list[object] = []
         names = [("x", False), ("n", False), ("SIZE", True), ("FLAG", True)]
-        self.params = [SimpleNamespace(name=name, is_constexpr=known) for name, known in names]
+        self.fn = SimpleNamespace(__module__="kernels", __qualname__="kernel")
+        self.params = [
+            SimpleNamespace(
+                name=name,
+                is_constexpr=known,
+                do_not_specialize=False,
+                do_not_specialize_on_alignment=False,
+            )
+            for name, known in names
+        ]
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def run(*args: object, **constants: object) -> Compiled:
@@ -143,10 +152,21 @@ def test_what_is_not_compiled_is_noted_and_not_launched(monkeypatch: pytest.Monk
     for call in calls:
         call()
     assert len(calls) == 3  # for x[1:], for rows, and for 16
-    for want, (args, constants) in zip((of[1], of[2], of[4]), warm, strict=True):
-        assert [*map(specialization, args)] == [*map(specialization, want)]
-        assert args[0] is not want[0]
+    kinds = [[*map(specialization, args)] for args in (of[1], of[2], of[4])]
+    for args, constants in warm:
+        kinds.remove([*map(specialization, args)])
+        assert all(args[0] is not want[0] for want in of)
         assert constants == dict(grid=(2,), SIZE=64, FLAG=True)
+
+    def noted() -> list[list[object]]:
+        return [[*map(specialization, call.args)] for call in launcher.not_compiled(run)]  # type: ignore[attr-defined]
+
+    first = noted()
+    of.reverse()
+    assert noted() == first  # as another process, which has other rows, must find it
+    kernel.params[1].do_not_specialize = True  # 5 and 16 are alike
+    kernel.params[0].do_not_specialize_on_alignment = True  # x and x[1:], too
+    assert len(noted()) == 2
     run()
     assert sum(note[0] == "compiled" for note in notes[1:]) == 3
 
