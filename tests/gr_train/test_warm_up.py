@@ -55,11 +55,24 @@ def test_probes_are_of_every_kind(
             x = probe.lengths
             found.add(kind(int(x.sum()), len(x), int(x.max())))
         limit_scratch(scratch)
-        some, longest = data.draw(st.integers(1, count)), data.draw(st.integers(1, max_length))
-        lengths = data.draw(st.integers(longest + some - 1, some * longest))
+        some = data.draw(st.integers(1, min(count, 32)) | st.integers(1, count))
+        longest = data.draw(st.integers(1, max_length))
+        low, high = longest + some - 1, some * longest
+        between = min(max(low, 60_000 // heads), high)  # few rows and many
+        lengths = data.draw(st.just(between) | st.integers(low, high))
         assert kind(lengths, some, longest) in found
     finally:
         limit_scratch(before)
+
+
+@pytest.mark.parametrize("heads", [1, 5, 7, 20])
+def test_a_ring_is_probed_between_few_rows_and_many(heads: int) -> None:
+    """Powers of two may step over them."""
+    configs = pytest.importorskip("kernels.triton.configs")
+    found = probes(8, 16_384, heads=heads, scratch=0, message=1)
+    sizes = [(int(x.lengths.sum()), len(x.lengths)) for x in found]
+    long = [rows * heads for rows, of in sizes if rows >= configs.SHORT * of]
+    assert any(configs.FEW <= rows < configs.MANY for rows in long)
 
 
 def test_only_long_messages_go_in_pieces() -> None:

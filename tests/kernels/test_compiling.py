@@ -37,7 +37,7 @@ def test_operands_set_on_one_path_are_found() -> None:
     ("capability", "which", "count"),
     [
         *((86, "bfloat16", 6), (86, "float32", 9)),
-        *((90, "bfloat16", 19), (90, "resident", 11)),
+        *((90, "bfloat16", 19), (90, "resident", 13)),
         *((100, "bfloat16", 6), (100, "float32", 6)),
     ],
 )
