@@ -24,7 +24,8 @@ from parallel.exchange.ring import MESSAGE_BYTES
 from parallel.shard import Shard
 from parallel.visibility import Mask, Visibility
 
-# Rows of all heads, half of which at a time, perhaps: enough for `configs.FEW`, and for `MANY`.
+# Rows of all heads, half of which at a time, perhaps: enough for `configs.FEW`, and for `MANY`; and
+# so many as lie between these two.
 ENOUGH, BETWEEN = 2 * 48 * 1024, 60 * 1024
 PIECES = 3  # the first, any between, and the last
 

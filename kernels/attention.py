@@ -100,9 +100,8 @@ def attention_forward(
 
     sources: keys and values; of weightings with the same queries, alpha and scale.
     add: float32 [Tq, H, Dv], what other blocks gave; with it, or two sources, the scale must not be
-    0. out: where to write, of
-    any floating dtype, `add` itself if you like. Of both, each row must be contiguous. With two
-    sources, `add` may be overwritten.
+    0. With two, it may be overwritten. out: where to write, of any floating dtype, `add` itself if
+    you like. Of both, each row must be contiguous.
     Returns out; a new float32 tensor if None.
     """
     v = sources[0].rows[1]

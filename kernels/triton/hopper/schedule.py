@@ -31,8 +31,7 @@ def hand_out(lists, counters_ptr, of_schedule, of_masks, BLOCK: gl.constexpr, he
     lists: of each its records, where it is written how many, and how many more there are.
     counters_ptr: int32 [2], zero before and after a launch. of_schedule: of `schedule`, and
     whether tiles are claimed as soon as there is room for a record. of_masks: a plan's bounds, and
-    where to draw those of the last list's tiles, which are of keys; or None. BLOCK: rows of a
-    block.
+    where to draw those of the last list's tiles, which are of keys; or None. BLOCK: a block's rows.
     """
     records, claim, early = of_schedule
     # Counted from the first on: a program whose multiprocessor is busy elsewhere comes late. And in
