@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels.backend import runs_triton
 from kernels.scratch import limit_scratch, scratch_limit
 from parallel.attention import make_ready
 from parallel.batch import JaggedBatch
@@ -116,8 +117,8 @@ def warm_up(
     scratch = scratch_limit()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            if device.type == "cuda" and dist.get_world_size() > 1:
-                _compile_in_shares(run)
+            if device.type == "cuda" and runs_triton(device):
+                _compile_side_by_side(run)
             run()
     finally:
         limit_scratch(scratch)
@@ -126,12 +127,13 @@ def warm_up(
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def _compile_in_shares(run: Callable[[], None]) -> None:
-    """What `run` would launch, each process of this machine its share; the others find it in
-    Triton's cache, if they have one in common."""
+def _compile_side_by_side(run: Callable[[], None]) -> None:
+    """What `run` would launch, each process of this machine its share, by as many cores as it has;
+    the others find it in Triton's cache, if they have one in common."""
+    from kernels.triton.ahead import compile_all
     from kernels.triton.launcher import not_compiled
 
     rank, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    for compile_one in not_compiled(run)[rank % size :: size]:
-        compile_one()
+    cores = max(1, len(os.sched_getaffinity(0)) // size)
+    compile_all(not_compiled(run)[rank % size :: size], cores)
     dist.barrier()

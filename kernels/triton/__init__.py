@@ -1,4 +1,5 @@
-"""The fast twins of floor 1, in Triton. Nothing outside `kernels` imports from here.
+"""The fast twins of floor 1, in Triton. Nothing outside `kernels` imports from here, but to
+compile ahead.
 
 plan.py       which blocks of keys and queries meet, once per batch: by tiles.py, query_tiles.py and
               key_tiles.py, and halves.py for hopper/; runs.py and masked.py read that in a kernel,
@@ -14,6 +15,7 @@ launch.py     what attention.py calls: a launch or several, of kernels that conf
 resident.py   those of hopper/; walk.py: the sources of a launch; target.py: tensors as kernels read
               and write them
 launcher.py   compiled kernels, found again by what their arguments are
+ahead.py      kernels compiled side by side, before they are launched
 operator.py   all of it as one operator that autograd and torch.compile know
 projected.py  attention whose backward goes on through a projection's SiLU
 

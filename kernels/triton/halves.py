@@ -26,7 +26,7 @@ from kernels.triton.runs import (
     runs_at,
 )
 
-BITS = tl.constexpr(31)  # masked blocks that are told of; any after them may be seen
+TOLD = tl.constexpr(31)  # masked blocks that are told of; any after them may be seen
 
 
 def mark_halves(records: Tensor, bounds: Tensor, tile: int, block: int, of_keys: bool) -> Tensor:
@@ -49,7 +49,7 @@ def unseen_by(record, half: tl.constexpr):
 @triton.jit
 def is_unseen(unseen, block):
     """Whether a half has nothing to do with a masked block, one of those of `load_masked`."""
-    return (unseen >> tl.minimum(block, BITS)) & 1 == 1
+    return (unseen >> tl.minimum(block, TOLD)) & 1 == 1
 
 
 @remembered
@@ -67,7 +67,7 @@ def _mark_kernel(
     tile_rows, tile_inside, _some = query_rows(record, 0, TILE)
     of_first_half = tl.arange(0, TILE) < TILE // 2
     first_unseen, second_unseen = 0, 0
-    for block in range(tl.minimum(masked, BITS)):
+    for block in range(tl.minimum(masked, TOLD)):
         row, end = find_masked(runs, second, block, BLOCK)
         queries, inside = tile_rows, tile_inside
         if OF_KEYS:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from triton.experimental.gluon.language import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITCallable, JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 INT32 = 1 << 31
@@ -50,6 +52,7 @@ class Launcher:
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         if _noted is None and (torch.compiler.is_compiling() or self._is_hooked()):
+            settle(self.kernel)
             self.kernel[grid](*args, **constants)
             return
         device = driver.active.get_current_device()
@@ -59,8 +62,8 @@ class Launcher:
         if _noted is not None:
             name = self._name(args, constants)
             if compiled is None and name not in _noted:
-                stand_ins = [_stand_in(x) for x in args]
-                _noted[name] = partial(self.kernel.warmup, *stand_ins, grid=grid, **constants)
+                of_kernel = self.kernel.fn.__module__, self.kernel.fn.__name__
+                _noted[name] = Wanted(*of_kernel, tuple(map(_stand_in, args)), constants)
             return
         if compiled is not None:
             stream = driver.active.get_current_stream(device)
@@ -69,6 +72,7 @@ class Launcher:
             return
         params = self.kernel.params
         assert [x.is_constexpr for x in params] == [i >= len(args) for i in range(len(params))]
+        settle(self.kernel)
         compiled = self.kernel[grid](*args, **constants)
         self._compiled[key] = compiled, tuple(constants[x.name] for x in params[len(args) :])
 
@@ -98,14 +102,45 @@ class Launcher:
         )
 
 
-_noted: dict[str, Callable[[], object]] | None = None
+def settle(function: JITCallable) -> None:
+    """Has it known to Triton's cache by the same key in all processes, if it had no key before.
+
+    A key tells of the globals that a function's callees use, but only of those callees whose own
+    keys are known when they are first met: left to Triton, it depends on what was compiled before.
+    """
+    if function.hash is None:
+        function.hash = "being settled"  # calls may go in circles
+        scope = function.get_capture_scope()
+        for name in function.fn.__code__.co_names:
+            if isinstance(scope.get(name), JITCallable):
+                settle(scope[name])
+        function.hash = None
+        _ = function.cache_key
 
 
-def not_compiled(run: Callable[[], None]) -> list[Callable[[], object]]:
-    """Calls that compile the kernels that `run` would launch, and are not compiled yet: so that
-    another process finds them in Triton's cache. In an order that is the same in all processes, if
-    they launch the same. Nothing is launched (but interpreted kernels): what kernels would
-    write is left as it is, and `run` must not mind."""
+@dataclass(frozen=True)
+class Wanted:
+    """A kernel that would be compiled, for arguments such as these: another process may do it."""
+
+    module: str
+    name: str
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+    def compile(self) -> None:
+        """So that others find it in Triton's cache."""
+        kernel = getattr(import_module(self.module), self.name).kernel
+        settle(kernel)
+        kernel.warmup(*self.args, grid=(1,), **self.constants)
+
+
+_noted: dict[str, Wanted] | None = None
+
+
+def not_compiled(run: Callable[[], None]) -> list[Wanted]:
+    """The kernels that `run` would launch, and are not compiled yet. In an order that is the same
+    in all processes, if they launch the same. Nothing is launched (but interpreted kernels): what
+    kernels would write is left as it is, and `run` must not mind."""
     global _noted
     assert _noted is None
     _noted = {}
@@ -116,15 +151,24 @@ def not_compiled(run: Callable[[], None]) -> list[Callable[[], object]]:
         _noted = None
 
 
+@dataclass(frozen=True)
+class StandIn:
+    """For a tensor, where there may be none: what Triton asks it to compile a kernel."""
+
+    dtype: torch.dtype
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
 def _stand_in(x: Any) -> Any:
-    """In place of a tensor, or what describes one: a small one of the same kind."""
     if isinstance(x, Tensor):
-        room = torch.empty(2, dtype=x.dtype, device=x.device)
-        return room[x.data_ptr() % 16 != 0 :]
+        return StandIn(x.dtype, x.data_ptr() % 16)
     if isinstance(x, TensorDescriptor | GluonDescriptor):
         x = copy(x)
         x.base = _stand_in(x.base)
-    return x
+    return tuple(map(_stand_in, x)) if type(x) is tuple else x
 
 
 NO_HOOKS = None, None, None  # metadata for those around a launch, and they
@@ -133,7 +177,7 @@ NO_HOOKS = None, None, None  # metadata for those around a launch, and they
 def specialization(x: Any) -> object:
     """Different for arguments that Triton would compile different kernels for."""
     kind = type(x)
-    if isinstance(x, Tensor):
+    if isinstance(x, Tensor | StandIn):
         return x.dtype, x.data_ptr() % 16 == 0
     if kind is int:
         return x == 1, x % 16 == 0, -INT32 <= x < INT32, x < INT32 << 32

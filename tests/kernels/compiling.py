@@ -3,12 +3,13 @@
     python -m tests.kernels.compiling 86 bfloat16
     python -m tests.kernels.compiling 86 float32
     python -m tests.kernels.compiling 90 resident
+    python -m tests.kernels.compiling 90 ahead
 
-The last: those whose programs stay, as they are launched with less usual arguments. Writes a line
+resident: those whose programs stay, as they are launched with less usual arguments. Writes a line
 for each: dtype, head dim, kernel, bytes of shared memory, columns of tensor memory, and what ptxas
 warns of, such as of products that have to wait for each other (C75..); of what is
-found in Triton's cache it warns no more. A process of its own, since Triton either compiles or
-interprets.
+found in Triton's cache it warns no more. ahead: a few, by other processes; for each, whether this
+one finds it in the cache. A process of its own, since Triton either compiles or interprets.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals
 from kernels.source import Source
 from kernels.triton import configs, launch, resident, walk
-from kernels.triton.launcher import Launcher
+from kernels.triton.ahead import Elsewhere, compile_all
+from kernels.triton.launcher import Launcher, not_compiled
 from kernels.weighting import Weighting
 from tests.kernels.sass import unset_operands
 
@@ -42,15 +44,6 @@ ATTENTION = {
     *("resident_forward_kernel", "resident_gradients_kernel", "resident_unordered_kernel"),
     *("forward_kernel", "query_kernel", "key_value_kernel", "query_slopes_kernel"),
 }
-
-
-class Elsewhere:
-    """What Triton asks of a driver to compile."""
-
-    def __init__(self, capability: int) -> None:
-        self.get_current_target = lambda: GPUTarget("cuda", capability, 32)
-        self.get_current_device = lambda: 0
-        self.get_current_stream = lambda device: 0
 
 
 def compile_attention(dim: int, dtype: torch.dtype, num_rows: int, of_one_source: bool) -> None:
@@ -90,9 +83,22 @@ def compile_resident(dim: int, dtype: torch.dtype) -> None:
         launch.key_value_gradients(k, v, source, add=sums, out=(out[1], out[2]))
 
 
+def compile_ahead() -> None:
+    def run() -> None:
+        rows = Jagged.whole(torch.tensor([FEW], dtype=torch.int32))
+        weighting = Weighting(rows, rows, rows.offsets.new_empty(FEW, 4), 1.0, 1.0)
+        q, k, v, out = torch.empty(4, FEW, 1, 64, dtype=torch.bfloat16)
+        launch.forward(q, Source((k, v), weighting), out=out)
+
+    kernels = not_compiled(run)
+    compile_all(kernels, 2)
+    knobs.compilation.listener = lambda *, src, cache_hit, **of: print(src.name, cache_hit)
+    for kernel in kernels:
+        kernel.compile()
+
+
 def main(capability: int, which: str) -> None:
-    driver.set_active(Elsewhere(capability))
-    knobs.nvidia.dump_ptxas_log = True
+    driver.set_active(Elsewhere(GPUTarget("cuda", capability, 32)))
 
     def show(self: Launcher, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         name = self.kernel.fn.__name__
@@ -107,11 +113,15 @@ def main(capability: int, which: str) -> None:
 
     gpu = SimpleNamespace(type="cuda")
     config_for, hopper = configs.config_for, capability == 90
-    Launcher._launch = show  # type: ignore[method-assign]
     configs._is_hopper = lambda device: hopper  # type: ignore[assignment]
     walk.config_for = lambda *problem: config_for(*problem[:-1], gpu)  # type: ignore
     resident.multiprocessors = lambda device: 132  # type: ignore[assignment]
     walk.Walk.is_cuda = property(lambda self: True, lambda self, value: None)  # type: ignore
+    if which == "ahead":
+        compile_ahead()
+        return
+    knobs.nvidia.dump_ptxas_log = True
+    Launcher._launch = show  # type: ignore[method-assign]
     if which == "resident":
         for dtype, dim in (torch.bfloat16, 128), (torch.float16, 64):
             compile_resident(dim, dtype)

@@ -1,4 +1,5 @@
-"""The shipped blocks compile for every generation of GPUs, and fit into its multiprocessors."""
+"""The shipped blocks compile for every generation of GPUs, and fit into its multiprocessors; and
+what one process compiles, others find."""
 
 from __future__ import annotations
 
@@ -33,6 +34,16 @@ def test_operands_set_on_one_path_are_found() -> None:
     assert not sass.unset_in(program.replace("@P0 BRA", "@P0 MOV R0,"))
 
 
+def lines_of(module: str, *options: str, cache: Path) -> list[str]:
+    """What it writes, as a process that compiles."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, "-m", f"tests.kernels.{module}", *options]
+    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, timeout=500)
+    assert run.returncode == 0
+    return run.stdout.splitlines()
+
+
 @pytest.mark.parametrize(
     ("capability", "which", "count"),
     [
@@ -42,14 +53,23 @@ def test_operands_set_on_one_path_are_found() -> None:
     ],
 )
 def test_all_fit(capability: int, which: str, count: int, tmp_path: Path) -> None:
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-m", "tests.kernels.compiling", str(capability), which]
-    run = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, timeout=500)
-    assert run.returncode == 0
-    assert len(run.stdout.splitlines()) == count
-    for kernel in run.stdout.splitlines():
+    kernels = lines_of("compiling", str(capability), which, cache=tmp_path)
+    assert len(kernels) == count
+    for kernel in kernels:
         *_, shared, columns, faults = kernel.split(" ", 5)
         assert faults == "[]", kernel
         assert int(shared) <= SHARED[capability] * 1024, kernel
         assert int(columns) <= TENSOR_MEMORY, kernel
+
+
+def test_what_other_processes_compile_is_found(tmp_path: Path) -> None:
+    found = lines_of("compiling", "90", "ahead", cache=tmp_path)
+    assert "forward_kernel True" in found
+    assert all(line.endswith(" True") for line in found)
+
+
+def test_keys_do_not_depend_on_the_order_of_compiling(tmp_path: Path) -> None:
+    kernels, reverse = (lines_of("keys", order, cache=tmp_path) for order in ("1", "-1"))
+    assert len(kernels) > 20
+    assert kernels == reverse[::-1]
+    assert all(line.endswith(" []") for line in kernels)  # else in the order of their addresses
