@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.backend import runs_triton
 from kernels.scratch import limit_scratch, scratch_limit
 from parallel.attention import make_ready
 from parallel.batch import JaggedBatch
@@ -117,7 +116,7 @@ def warm_up(
     scratch = scratch_limit()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            if device.type == "cuda" and runs_triton(device):
+            if device.type == "cuda":
                 _compile_side_by_side(run)
             run()
     finally:
