@@ -81,16 +81,18 @@ def _fetch(descs, of_schedule, rings):
 @gluon.jit
 def _next_tile(
     records, i, bounds_ptr, HALF: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
-    layout: gl.constexpr,
+    layout: gl.constexpr, MOST: gl.constexpr,
 ):  # fmt: skip
-    """What a warpgroup is to know of the i-th tile; of any, behind the last."""
+    """What a warpgroup is to know of the i-th tile; of any, behind the last. MOST: blocks that it
+    may leave out at either end."""
     record = next_record(records, i)
     head = number_at(record, HEAD_AT)
     rows = load_rows(record)
     bounds = load_bounds(bounds_ptr, rows, HALF * ROWS, ROWS, layout)
     edges = load_edge(record, 0, BLOCK), load_edge(record, 1, BLOCK)
     full, _runs = load_runs(record, 0, FULL_RUNS, BLOCK)
-    return head, rows, bounds, edges, full, unseen_by(record, HALF)
+    begin, left = _unseen_at_ends(unseen_by(record, HALF), edges, full, MOST)
+    return head, rows, bounds, edges, full, begin, left
 
 
 @gluon.jit
@@ -170,16 +172,16 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged):
 
     i = 0  # tiles so far
     n = 0  # blocks
-    tile = _next_tile(records, i, bounds_ptr, HALF, ROWS, BLOCK, bounds_layout)
+    # There are buffers for so many: before the other half has begun, or one's last sums ended.
+    most: gl.constexpr = STAGES - 1
+    tile = _next_tile(records, i, bounds_ptr, HALF, ROWS, BLOCK, bounds_layout, most)
     while tile[0] >= 0:
-        head, rows, bounds, edges, full, unseen = tile
+        head, rows, bounds, edges, full, begin, left = tile
         heads, tails = edges[0][0] + edges[0][1], edges[1][0] + edges[1][1]
         v_at = head * V_DIM
         q = take(queries, i)[0]
         if rows[1] < rows[3]:
             load_riders(q, q_ptr, q_stride, rows, first, head * QK_DIM)
-        # There are buffers for so many: before the other half has begun, or one's last sums ended.
-        begin, left = _unseen_at_ends(unseen, edges, full, STAGES - 1)
         n = _pass_by(begin, n, keys, values)
         k = take(keys, n)[0].permute([1, 0])
         if HALF == 1:  # out of step with the other, whose products then run while this one has none
@@ -231,15 +233,15 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged):
         rounded = _rounded(weights, dtype, weights_layout)
         sums = warpgroup_mma(rounded, take(values, n)[0], acc, is_async=True)
         i += 1
-        # While the products run. The next record comes once this tile's blocks are all fetched.
-        _pass_by(left, n + 1, keys, values)
-        tile = _next_tile(records, i, bounds_ptr, HALF, ROWS, BLOCK, bounds_layout)
+        # While the products run.
+        tile = _next_tile(records, i, bounds_ptr, HALF, ROWS, BLOCK, bounds_layout, most)
         acc, rounded = warpgroup_mma_wait(0, deps=[sums, rounded])
         give(values, n)
-        n += 1 + left
         of_out = out_ptr, out_stride, out_desc, None, 0
         tma.store_wait(0)
         write(of_out, acc * scale, rows, first, v_at, staged)
+        # Not before: they may be on their way yet, to where the other half has still been reading.
+        n = _pass_by(left, n + 1, keys, values)
     if out_desc is not None:
         tma.store_wait(0)
 
@@ -278,7 +280,7 @@ def resident_forward_kernel(
     Grid: any; as many as there are multiprocessors to fill them.
     """
     BLOCK: gl.constexpr = k_desc.block_type.shape[0]
-    records, claim = schedule()
+    records, claim = schedule(2)  # a tile's, and the next one's
     of_schedule = records, claim, early
     upper, lower = ring_of((q_desc,), TILES, 1), ring_of((q_desc,), TILES, 1)
     keys, values = ring_of((k_desc,), STAGES), ring_of((v_desc,), STAGES)

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from kernels.triton.hopper.pipeline import CONSUMERS, barriers, take, turn
-from kernels.triton.hopper.records import LIST_AT, number_in, of_list
+from kernels.triton.hopper.records import LIST_AT, nth_record, number_in, of_list
 from kernels.triton.masked import queries_of
 from kernels.triton.runs import MASKED_RUNS, RIDERS_AT, RUNS_AT
 from kernels.triton.silu import UNSEEN
@@ -29,13 +29,13 @@ def masks_for(TILE: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def draw_masks(records, of_masks, m, BLOCK: gl.constexpr):
-    """By one warp: those of the masked blocks of the tile that is announced. of_masks: a plan's
-    bounds, and the ring. m: how many masks there were; returned for now."""
+def draw_masks(records, i, of_masks, m, BLOCK: gl.constexpr):
+    """By one warp: those of the masked blocks of the i-th tile, which is announced. of_masks: a
+    plan's bounds, and the ring. m: how many masks there were; returned for now."""
     bounds_ptr, ring = of_masks
     buffers, full, empty = ring
     STAGES: gl.constexpr = buffers[0].shape[0]
-    record = records[0][0].index(0)
+    record = nth_record(records, i)
     key_row = number_in(record, 0)
     _list, carrier = of_list(number_in(record, LIST_AT))
     carrier += m

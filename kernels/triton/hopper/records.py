@@ -2,6 +2,7 @@
 tile, and for which head.
 """
 
+# ruff: noqa: N803 (Triton's constants are written in capitals)
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,misc"
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ LIST_AT = gl.constexpr(CARRIER_AT.value)
 
 
 @gluon.jit
-def schedule():
-    """A ring of one record, and the barrier that has the next one claimed."""
+def schedule(RECORDS: gl.constexpr = 1):
+    """A ring of records, and the barrier that has the next one claimed."""
     layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    buffers = gl.allocate_shared_memory(gl.int32, [1, RECORD], layout)
+    buffers = gl.allocate_shared_memory(gl.int32, [RECORDS, RECORD], layout)
     readers: gl.constexpr = CONSUMERS + 1  # and who fetches
-    return ((buffers,), barriers(1, 1), barriers(1, readers)), barriers(1, 1)
+    return ((buffers,), barriers(RECORDS, 1), barriers(RECORDS, readers)), barriers(1, 1)
 
 
 @gluon.jit
@@ -36,6 +37,12 @@ def next_record(records, n):
         numbers = numbers + (number_in(record, i),)  # type: ignore[assignment] # noqa: RUF005
     give(records, n)
     return numbers
+
+
+@gluon.jit
+def nth_record(records, n):
+    """For who knows that it is there."""
+    return records[0][0].index(n % records[0][0].shape[0])
 
 
 @gluon.jit

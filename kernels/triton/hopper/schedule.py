@@ -12,7 +12,14 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from kernels.triton.hopper.masks import draw_masks
 from kernels.triton.hopper.pipeline import begin_to_fill, fetch, fetch_piece, give, turn
-from kernels.triton.hopper.records import BLOCKS_AT, HEAD_AT, LIST_AT, number_in, of_list
+from kernels.triton.hopper.records import (
+    BLOCKS_AT,
+    HEAD_AT,
+    LIST_AT,
+    nth_record,
+    number_in,
+    of_list,
+)
 from kernels.triton.masked import QUARTERS
 from kernels.triton.runs import RECORD, RIDERS_AT, RUNS, RUNS_AT, load_rows
 
@@ -53,7 +60,7 @@ def hand_out(lists, counters_ptr, of_schedule, of_masks, BLOCK: gl.constexpr, he
             _announce(records, i, record, head, which, BLOCK)
             if of_masks is not None:  # noqa: SIM102 (known to the compiler)
                 if which == len(lists) - 1:
-                    m = draw_masks(records, of_masks, m, BLOCK)
+                    m = draw_masks(records, i, of_masks, m, BLOCK)
             if early == 0:
                 mbarrier.wait(claim.index(0), i & 1)  # few of its blocks are still to be fetched
             i += 1
@@ -99,9 +106,10 @@ def _announce(records, n, record, head, which, BLOCK: gl.constexpr):
     numbers = gl.where(at == HEAD_AT, head, numbers)
     numbers = gl.where(at == BLOCKS_AT, blocks, numbers)
     numbers = gl.where(at == LIST_AT, 2 * numbers + which, numbers)
-    mbarrier.wait(empty.index(0), turn(n, 1) ^ 1)
-    buffers[0].index(0).store(numbers)
-    mbarrier.arrive(full.index(0), count=1)
+    RECORDS: gl.constexpr = buffers[0].shape[0]
+    mbarrier.wait(empty.index(n % RECORDS), turn(n, RECORDS) ^ 1)
+    buffers[0].index(n % RECORDS).store(numbers)
+    mbarrier.arrive(full.index(n % RECORDS), count=1)
 
 
 @gluon.jit
@@ -118,7 +126,7 @@ def fetch_tile(
     for now.
     """
     records, claim, _ = of_schedule
-    record = records[0][0].index(0)
+    record = nth_record(records, i)
     head = number_in(record, HEAD_AT)
     row = number_in(record, 0)
     for part in gl.static_range(1, len(of_rows)):
