@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, semi_local_intervals
 from kernels.triton import tiles
-from kernels.triton.halves import BITS
+from kernels.triton.halves import TOLD
 from kernels.triton.masked import QUARTERS
 from kernels.triton.plan import Plan
 from kernels.triton.runs import HALVES_AT, MASKED_RUNS, RIDERS_AT, RUNS_AT, SEGMENT_AT
@@ -105,7 +105,7 @@ def check_halves(plan: Plan) -> int:
                         for half in range(2):
                             mine = rows[half * PART : half * PART + PART]
                             some = pairs[np.ix_(*((others, mine) if of_keys else (mine, others)))]
-                            if not some.any() and block < BITS.value:
+                            if not some.any() and block < TOLD.value:
                                 unseen[half] |= 1 << block
                                 count += 1
                         block += 1
