@@ -28,6 +28,8 @@ from parallel.visibility import Mask, Visibility
 # so many as lie between these two.
 ENOUGH, BETWEEN = 2 * 48 * 1024, 60 * 1024
 PIECES = 3  # the first, any between, and the last
+# That compile for one GPU, at most: there may be more cores than a container has time on.
+COMPILERS = 16
 
 
 @dataclass(frozen=True)
@@ -127,12 +129,12 @@ def warm_up(
 
 
 def _compile_side_by_side(run: Callable[[], None]) -> None:
-    """What `run` would launch, each process of this machine its share, by as many cores as it has;
+    """What `run` would launch, each process of this machine its share, on its share of the cores;
     the others find it in Triton's cache, if they have one in common."""
     from kernels.triton.ahead import compile_all
     from kernels.triton.launcher import not_compiled
 
     rank, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    cores = max(1, len(os.sched_getaffinity(0)) // size)
-    compile_all(not_compiled(run)[rank % size :: size], cores)
+    cores = len(os.sched_getaffinity(0)) // size
+    compile_all(not_compiled(run)[rank % size :: size], min(max(cores, 1), COMPILERS))
     dist.barrier()

@@ -32,7 +32,11 @@ INT32 = 1 << 31
 
 
 def remembered(kernel: Any) -> Any:
-    """A decorator of `triton.jit` kernels: called as before, but constants by keyword and last."""
+    """A decorator of `triton.jit` kernels: called as before, but constants by keyword and last.
+
+    Of functions in a module, which have the name there that they are defined by: other processes
+    find them by it.
+    """
     return Launcher(kernel) if isinstance(kernel, JITFunction) else kernel  # else: interpreted
 
 
@@ -52,7 +56,7 @@ class Launcher:
 
     def _launch(self, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
         if _noted is None and (torch.compiler.is_compiling() or self._is_hooked()):
-            settle(self.kernel)
+            settle(self.kernel)  # in vain if by torch.compile, which has asked for its key already
             self.kernel[grid](*args, **constants)
             return
         device = driver.active.get_current_device()
@@ -102,19 +106,18 @@ class Launcher:
         )
 
 
-def settle(function: JITCallable) -> None:
+def settle(function: JITCallable, above: tuple[JITCallable, ...] = ()) -> None:
     """Has it known to Triton's cache by the same key in all processes, if it had no key before.
 
     A key tells of the globals that a function's callees use, but only of those callees whose own
     keys are known when they are first met: left to Triton, it depends on what was compiled before.
+    Callees are those it has by name. above: what is being settled, since calls may go in circles.
     """
-    if function.hash is None:
-        function.hash = "being settled"  # calls may go in circles
-        scope = function.get_capture_scope()
-        for name in function.fn.__code__.co_names:
+    if function.hash is None and function not in above:
+        scope, code = function.get_capture_scope(), function.fn.__code__
+        for name in code.co_names + code.co_freevars:
             if isinstance(scope.get(name), JITCallable):
-                settle(scope[name])
-        function.hash = None
+                settle(scope[name], (*above, function))
         _ = function.cache_key
 
 
@@ -153,10 +156,10 @@ def not_compiled(run: Callable[[], None]) -> list[Wanted]:
 
 @dataclass(frozen=True)
 class StandIn:
-    """For a tensor, where there may be none: what Triton asks it to compile a kernel."""
+    """In place of a tensor, for a process that has no GPU: what Triton asks of it to compile."""
 
     dtype: torch.dtype
-    address: int
+    address: int  # modulo 16
 
     def data_ptr(self) -> int:
         return self.address
@@ -177,16 +180,18 @@ NO_HOOKS = None, None, None  # metadata for those around a launch, and they
 def specialization(x: Any) -> object:
     """Different for arguments that Triton would compile different kernels for."""
     kind = type(x)
-    if isinstance(x, Tensor | StandIn):
+    if isinstance(x, Tensor):
         return x.dtype, x.data_ptr() % 16 == 0
     if kind is int:
         return x == 1, x % 16 == 0, -INT32 <= x < INT32, x < INT32 << 32
     if kind is float:
         return kind
     if isinstance(x, TensorDescriptor | GluonDescriptor):
-        return x.base.dtype, tuple(x.block_shape)
+        return kind, x.base.dtype, tuple(x.block_shape)
     if kind is tuple:
         return tuple(map(specialization, x))
+    if kind is StandIn:
+        return x.dtype, x.address == 0
     return x
 
 

@@ -7,8 +7,8 @@
 
 resident: those whose programs stay, as they are launched with less usual arguments. Writes a line
 for each: dtype, head dim, kernel, bytes of shared memory, columns of tensor memory, and what ptxas
-warns of, such as of products that have to wait for each other (C75..); of what is
-found in Triton's cache it warns no more. ahead: a few, by other processes; for each, whether this
+warns of, such as of products that have to wait for each other (C75..); of what is found in Triton's
+cache it warns no more. ahead: a few, by other processes, of which one fails; for each, whether this
 one finds it in the cache. A process of its own, since Triton either compiles or interprets.
 """
 
@@ -31,7 +31,7 @@ from kernels.masks import hstu_intervals
 from kernels.source import Source
 from kernels.triton import configs, launch, resident, walk
 from kernels.triton.ahead import Elsewhere, compile_all
-from kernels.triton.launcher import Launcher, not_compiled
+from kernels.triton.launcher import Launcher, Wanted, not_compiled
 from kernels.weighting import Weighting
 from tests.kernels.sass import unset_operands
 
@@ -91,7 +91,7 @@ def compile_ahead() -> None:
         launch.forward(q, Source((k, v), weighting), out=out)
 
     kernels = not_compiled(run)
-    compile_all(kernels, 2)
+    compile_all([Wanted("kernels.triton", "missing", (), {}), *kernels], 2)
     knobs.compilation.listener = lambda *, src, cache_hit, **of: print(src.name, cache_hit)
     for kernel in kernels:
         kernel.compile()

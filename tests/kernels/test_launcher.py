@@ -19,7 +19,7 @@ from triton.runtime.jit import native_specialize_impl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.triton import launcher
-from kernels.triton.launcher import NO_HOOKS, Launcher, Rows, specialization
+from kernels.triton.launcher import NO_HOOKS, Launcher, Rows, SharedRows, specialization
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 EDGES = (0, 2**31, 2**63)
@@ -43,6 +43,10 @@ def arguments() -> Iterator[object]:
                 yield TensorDescriptor(pool, [64, 64], [64, 1], block)
             for block in (16, 32):
                 yield Rows(pool.view(16, 4, 64), block)
+                yield SharedRows(pool.view(16, 4, 64), block)
+            yield (pool, 16)
+            yield (pool[1:], 16)
+            yield (pool, 17)
 
 
 def test_what_triton_tells_apart_has_different_keys() -> None:

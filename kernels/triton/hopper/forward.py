@@ -83,8 +83,8 @@ def _next_tile(
     records, i, bounds_ptr, HALF: gl.constexpr, ROWS: gl.constexpr, BLOCK: gl.constexpr,
     layout: gl.constexpr, MOST: gl.constexpr,
 ):  # fmt: skip
-    """What a warpgroup is to know of the i-th tile; of any, behind the last. MOST: blocks that it
-    may leave out at either end."""
+    """What a warpgroup is to know of the i-th tile; of any, behind the last. MOST: blocks that a
+    half may leave out at either end."""
     record = next_record(records, i)
     head = number_at(record, HEAD_AT)
     rows = load_rows(record)
@@ -125,7 +125,7 @@ def _unseen_at_ends(unseen, edges, full, MOST: gl.constexpr):
     most = gl.where(last_second > 0, last_second, last_first) - one
     at = second + last_second + gl.where(last_second > 0, 0, first + last_first)
     left = 0
-    while (left < gl.minimum(most, MOST)) & is_unseen(unseen, at - 1 - left):
+    while (left < gl.minimum(most, MOST)) & is_unseen(unseen, gl.maximum(at - 1 - left, 0)):
         left += 1
     return begin, left
 
@@ -240,7 +240,7 @@ def _consume(HALF: gl.constexpr, matrices, work, rings, staged):
         of_out = out_ptr, out_stride, out_desc, None, 0
         tma.store_wait(0)
         write(of_out, acc * scale, rows, first, v_at, staged)
-        # Not before: they may be on their way yet, to where the other half has still been reading.
+        # Not before: they may not have come while the other half reads what is in their place.
         n = _pass_by(left, n + 1, keys, values)
     if out_desc is not None:
         tma.store_wait(0)

@@ -24,7 +24,8 @@ from kernels.triton.masked import QUARTERS
 from kernels.triton.runs import RECORD, RIDERS_AT, RUNS, RUNS_AT, load_rows
 
 # Before so many blocks of a tile the next one is claimed. Who claims one long before its turn makes
-# a tail; where all tiles are short, that is less than what is gained.
+# a tail; where all tiles are short, that is less than what is gained, even two tiles before (there
+# is room for as many as a kernel has records).
 AHEAD = gl.constexpr(4)
 # Whoever asks for a tile waits for a division by the number of heads: a product instead, and for
 # places less than 2**SHIFT one too many at most.
