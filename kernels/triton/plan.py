@@ -206,11 +206,10 @@ class Plan:
     def counters(self, count: int) -> Tensor:
         """int32 [count], all zero: kernels that count in them leave them so for the next one. Each
         stream has its own: what runs side by side must not count together."""
-        of = self.bounds
-        stream = driver.active.get_current_stream(of.device.index) if of.is_cuda else 0
-        known = self._counters.get((count, stream))
+        key = count, stream_of(self.bounds)
+        known = self._counters.get(key)
         if known is None:
-            known = self._counters[count, stream] = self.bounds.new_zeros(count)
+            known = self._counters[key] = self.bounds.new_zeros(count)
         return known
 
     def most_segments(self, *more: Plan) -> int:
@@ -231,7 +230,8 @@ def plan_for(
     key_tile: int,
     aligned: bool = False,
 ) -> Plan:
-    """The plan of these very tensors, built on first sight.
+    """The plan of these very tensors, built on first sight. Each stream has its own: it may reach
+    one that another has still to write.
 
     Tensors are told apart by identity and version, so writing into them in place is noticed; but a
     `Weighting` keeps its plan, so that who keeps it must not, nor capture a graph.
@@ -246,6 +246,7 @@ def plan_for(
         key_tile,
         aligned,
         aligned and queries.max_length,
+        stream_of(intervals),
         _version(intervals),
         *map(id, parts),
         *map(_version, parts),
@@ -255,6 +256,11 @@ def plan_for(
     if plan is None:
         plan = known[key] = Plan.build(*arguments)
     return plan
+
+
+def stream_of(x: Tensor) -> int:
+    """The current stream of its device."""
+    return int(driver.active.get_current_stream(x.device.index)) if x.is_cuda else 0
 
 
 def _version(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ from kernels.jagged import Jagged
 from kernels.source import Source
 from kernels.triton.configs import Blocks, Config, Resident, config_for
 from kernels.triton.launcher import Rows
-from kernels.triton.plan import Plan, plan_for
+from kernels.triton.plan import Plan, plan_for, stream_of
 from kernels.triton.slopes import SIDE
 from kernels.triton.target import Target, is_ready, padded_dim, ready
 
@@ -46,7 +46,8 @@ class Walk:
         first, *others = (source.weighting for source in self.sources)
         self.factors = first.alpha / 2, first.scale
         heads = None if aligned else self.heads  # chunks of heads share an aligned plan
-        key = (heads, self.qk_dim, self.v_dim, tiled.dtype, resident, *others)
+        stream = stream_of(tiled)
+        key = (stream, heads, self.qk_dim, self.v_dim, tiled.dtype, resident, *others)
         if key not in first.plans:
             first.plans[key] = self._plans(tiled.device, aligned, resident)
         self.config, self.resident, self.plan, self.more = first.plans[key]

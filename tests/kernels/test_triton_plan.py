@@ -18,11 +18,15 @@ pytest.importorskip("triton")
 
 from kernels.jagged import Jagged
 from kernels.masks import hstu_intervals, semi_local_intervals
+from kernels.source import Source
+from kernels.triton import plan as plan_module
 from kernels.triton import tiles
+from kernels.triton import walk as walk_module
 from kernels.triton.halves import TOLD
 from kernels.triton.masked import QUARTERS
 from kernels.triton.plan import Plan
 from kernels.triton.runs import HALVES_AT, MASKED_RUNS, RIDERS_AT, RUNS_AT, SEGMENT_AT
+from kernels.weighting import Weighting
 from tests.kernels.cases import Case, any_intervals, cases, part_of, visible_pairs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -236,6 +240,21 @@ def test_sources_are_walked_together() -> None:
             want = visited(plan, plan.query_tiles()[:, 0], TILE, by_keys=False)
             assert torch.equal(visited(plan, records[:, source], size, by_keys), want)
     assert check_segments(own, asked) > 0
+
+
+def test_each_stream_has_plans_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = torch.tensor([50], dtype=torch.int32)
+    whole = Jagged.whole(lengths)
+    weighting = Weighting(whole, whole, hstu_intervals(whole, lengths, lengths * 0), 1.0, 1.0)
+    q = torch.zeros(50, 1, 32)
+    plans = []
+    for stream in (7, 8, 7, 8):
+        for module in (plan_module, walk_module):
+            monkeypatch.setattr(module, "stream_of", lambda x, stream=stream: stream)
+        plans.append(walk_module.Walk(q, [Source((q, q), weighting)]).plan)
+    first, second = plans[:2]
+    assert first is not second
+    assert plans[2:] == [first, second]
 
 
 def test_heavy_tiles_come_first() -> None:
