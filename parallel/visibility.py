@@ -130,7 +130,9 @@ class Visibility:
             .unbind(-1)
         )
         nowhere = self.line.stride  # an empty interval starts there
-        lowest, highest = torch.where(first < last, first, nowhere).amin(1), last.amax(1)
+        end = shard.lengths.long().repeat(cp_size)[sequence, None]  # a mask's may lie behind it
+        lowest = torch.where(first < last, first, nowhere).amin(1)
+        highest = torch.minimum(last.amax(1), end)
         keys = torch.stack([torch.minimum(lowest, highest), highest], -1)
         return (keys + starts[:, None, None]).view(-1, 2)
 

@@ -24,6 +24,7 @@ class Case:
     full_suffix: int = 0
     local: int = 0  # > 0: semi-local
     prefix: int = 0
+    behind: int = 0  # so far behind the last key ends that reach it
 
     def intervals(self, queries: Jagged) -> Tensor:
         return self.mask(queries, self.lengths, self.num_targets)
@@ -32,15 +33,19 @@ class Case:
         """The mask over another batch."""
         whole = (queries, lengths, num_targets)
         if self.local:
-            return semi_local_intervals(
+            intervals = semi_local_intervals(
                 *whole, num_contextual=self.num_contextual, local=self.local, prefix=self.prefix
             )
-        return hstu_intervals(
-            *whole,
-            num_contextual=self.num_contextual,
-            window=self.window,
-            full_suffix=self.full_suffix,
-        )
+        else:
+            intervals = hstu_intervals(
+                *whole,
+                num_contextual=self.num_contextual,
+                window=self.window,
+                full_suffix=self.full_suffix,
+            )
+        starts, ends = intervals.view(-1, 2, 2).unbind(-1)
+        reach = (ends >= lengths[queries.sequence_ids()][:, None]) & (starts < ends)
+        return torch.stack([starts, ends + self.behind * reach.int()], -1).view(-1, 4)
 
 
 @st.composite
@@ -61,6 +66,7 @@ def cases(draw: st.DrawFn, max_length: int = 40, max_sequences: int = 5) -> Case
         full_suffix=draw(st.sampled_from([0, 1, 3, 100])),
         local=draw(st.integers(1, 12)) if semi_local else 0,
         prefix=draw(st.integers(0, 10)),
+        behind=draw(st.sampled_from([0, 1, 1000])),
     )
 
 
