@@ -164,15 +164,17 @@ def key_value_kernel(
     dv *= scale
     k_at, v_at = head * QK_DIM, head * V_DIM
     segment, segments, slot = load_segment(record)
+    # Whichever of a tile's segments is done last.
+    here = tl.program_id(0) // heads - segment * PARTS
     of_k = before_k_ptr, before_k_stride, bias_k_ptr, bias_sums_k_ptr
     of_v = before_v_ptr, before_v_stride, bias_v_ptr, bias_sums_v_ptr
     # Both branches store: joined before that, they would hold dk and dv beside the new sums.
     if segments == 1:
         if KEY:
-            dk = through_silu(dk, of_k, rows, inside, head, heads, FAST)
+            dk = through_silu(dk, of_k, rows, inside, here, head, heads, FAST)
             store_rows(dk_ptr, dk_stride, add_k_ptr, add_k_stride, dk, rows, inside, k_at)
         if VALUE:
-            dv = through_silu(dv, of_v, rows, inside, head, heads, FAST)
+            dv = through_silu(dv, of_v, rows, inside, here, head, heads, FAST)
             store_rows(dv_ptr, dv_stride, add_v_ptr, add_v_stride, dv, rows, inside, v_at)
     else:
         sums = slot * TILE + part * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -187,11 +189,11 @@ def key_value_kernel(
             tl.store(done_at, 0)  # as the next launch wants it
             if KEY:
                 dk = _add_sums(sums_k_ptr, sums, segments, TILE, head, heads, BLOCK_N, QK_DIM)
-                dk = through_silu(dk, of_k, rows, inside, head, heads, FAST)
+                dk = through_silu(dk, of_k, rows, inside, here, head, heads, FAST)
                 store_rows(dk_ptr, dk_stride, add_k_ptr, add_k_stride, dk, rows, inside, k_at)
             if VALUE:
                 dv = _add_sums(sums_v_ptr, sums, segments, TILE, head, heads, BLOCK_N, V_DIM)
-                dv = through_silu(dv, of_v, rows, inside, head, heads, FAST)
+                dv = through_silu(dv, of_v, rows, inside, here, head, heads, FAST)
                 store_rows(dv_ptr, dv_stride, add_v_ptr, add_v_stride, dv, rows, inside, v_at)
 
 

@@ -143,5 +143,6 @@ def query_slopes_kernel(
     dq = add_products(dq, runs, blocks, of, 0, query, k_desc, column, False, PRECISION)
     dq *= scale * half_alpha
     of_q = before_ptr, before_stride, bias_ptr, bias_sums_ptr
-    dq = through_silu(dq, of_q, queries, inside, head, heads, FAST)
+    here = tl.program_id(0) // heads
+    dq = through_silu(dq, of_q, queries, inside, here, head, heads, FAST)
     store_rows(dq_ptr, dq_stride, None, 0, dq, queries, inside, column)

@@ -14,12 +14,13 @@ from kernels.triton.silu import silu_and_twice_slope
 
 
 @triton.jit
-def through_silu(x, of, rows, inside, head, heads, FAST: tl.constexpr):
+def through_silu(x, of, rows, inside, part, head, heads, FAST: tl.constexpr):
     """Gradients x [ROWS, DIM] of some rows of a head, taken on; x itself if `of` has no `before`.
 
     rows: [ROWS], where they stand in `before`; those that are not inside have x = 0.
     of: `before` [T, heads, DIM] or None, its stride from row to row, the bias [heads, DIM], and
-    float32 sums over these rows, to be written, [programs of a head, heads, DIM].
+    float32 sums over these rows, to be written, [parts, heads, DIM].
+    part: which of these, always the same of the same rows: they are added up in this order.
     """
     before_ptr, before_stride, bias_ptr, sums_ptr = of
     if before_ptr is not None:
@@ -32,7 +33,7 @@ def through_silu(x, of, rows, inside, head, heads, FAST: tl.constexpr):
         bias = tl.load(bias_ptr + columns).to(tl.float32)[None, :]
         _value, twice_slope = silu_and_twice_slope(before * 0.5 + bias * 0.5, FAST)
         x *= 0.5 * twice_slope
-        sums_at = sums_ptr + (tl.program_id(0) // heads).to(tl.int64) * (heads * DIM) + columns
+        sums_at = sums_ptr + part.to(tl.int64) * (heads * DIM) + columns
         if dtype.primitive_bitwidth == 16:  # by tensor cores: threads take longer to exchange them
             row = tl.arange(0, ROWS)[:, None]
             ones = tl.full([ROWS, ROWS], 1.0, tl.float32).to(dtype)

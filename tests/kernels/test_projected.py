@@ -14,6 +14,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 pytest.importorskip("triton")
 
+from triton.runtime.interpreter import InterpreterBuilder
+
 from kernels.attention import hstu_attention
 from kernels.gated_norm import gated_norm
 from kernels.jagged import Jagged
@@ -21,6 +23,7 @@ from kernels.masks import hstu_intervals, semi_local_intervals
 from kernels.projection import GradientBuffer, Projected, silu_linear
 from kernels.scratch import limit_scratch, scratch_limit
 from kernels.triton import configs, launch, projected, tiles
+from kernels.triton.target import Through
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS = (70, 0, 1)
@@ -198,6 +201,38 @@ def test_tiles_in_segments_and_one_head_at_a_time(went_through: list[bool]) -> N
     finally:
         limit_scratch(before)
     assert went_through == [True]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="interprets")
+def test_sums_do_not_depend_on_who_is_done_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts that a bias's gradient is added up from stay where they are."""
+    monkeypatch.setitem(globals(), "LENGTHS", (700,))
+    monkeypatch.setitem(globals(), "ROWS", 700)
+    sums: list[Tensor] = []
+    finish, set_grid_idx = Through.finish, InterpreterBuilder.set_grid_idx
+    key_value_gradients = launch._key_value_gradients
+
+    def finish_and_tell(through: Through) -> None:
+        sums.append(through.sums)
+        finish(through)
+
+    def from_the_last(builder: InterpreterBuilder, x: int, y: int, z: int) -> None:
+        set_grid_idx(builder, builder.grid_dim[0] - 1 - x, y, z)
+
+    def backwards(*args: object, **options: object) -> object:
+        with monkeypatch.context() as patch:
+            patch.setattr(InterpreterBuilder, "set_grid_idx", from_the_last)
+            return key_value_gradients(*args, **options)
+
+    monkeypatch.setattr(Through, "finish", finish_and_tell)
+    branch = Branch(told=True, mask=lambda *x: semi_local_intervals(*x, local=20, prefix=7))
+    loss = gated(branch)
+    branch.gradients(loss, retain_graph=True)
+    monkeypatch.setattr(launch, "_key_value_gradients", backwards)
+    branch.gradients(loss)
+    assert len(sums) == 6
+    for one, other in zip(sums[:3], sums[3:], strict=True):
+        assert torch.equal(one, other)
 
 
 def test_slopes_have_no_room_in_the_backward(
