@@ -37,8 +37,12 @@ class JaggedBatch:
                 )
         if self.num_targets.shape != self.lengths.shape:
             raise ValueError(f"num_targets: want shape {tuple(self.lengths.shape)} like lengths")
+        if bool((self.num_targets < 0).any()):
+            raise ValueError("num_targets: a sequence has fewer than 0")
         if bool((self.num_targets > self.lengths).any()):
             raise ValueError("num_targets: a sequence has more targets than tokens")
+        if self.costs is not None and self.costs.shape != self.lengths.shape:
+            raise ValueError(f"costs: want shape {tuple(self.lengths.shape)} like lengths")
 
     @property
     def num_tokens(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -117,7 +118,8 @@ def shard_batch(
     All of it is the host's work, messages included: on a GPU job it may run beside a step.
 
     batch: whole sequences that no other rank reads; ranks may hold different numbers of sequences,
-    also none. All must hold the same token features, and all or none costs.
+    also none. All must hold the same token features, and all or none costs: else ValueError, on
+    all of them.
     mesh: None for a single process without process groups.
     keep_whole: cut only those sequences that must be for ranks to have equal work. They then come
         first in the batch.
@@ -155,23 +157,30 @@ class _Facts:
 
     @staticmethod
     def gather(batch: JaggedBatch, world: dist.ProcessGroup) -> _Facts:
-        """Collective."""
+        """Collective. Raises ValueError, on all ranks, if batches are not alike."""
         count = batch.lengths.numel()
+        kind = sorted(batch.tokens), "no costs" if batch.costs is None else "costs"
         costs = torch.zeros(count, dtype=torch.float64) if batch.costs is None else batch.costs
         mine = torch.stack([batch.lengths, batch.num_targets, costs])
         room, most = 0, ROOM
         while most > room:  # else once more, with room for all
             room = most
-            message = torch.zeros(1 + 3 * room, dtype=torch.float64)
-            message[0] = count
-            message[1:].view(3, room)[:, :count] = mine[:, :room]
+            message = torch.zeros(2 + 3 * room, dtype=torch.float64)
+            message[0], message[1] = count, crc32(repr(kind).encode())
+            message[2:].view(3, room)[:, :count] = mine[:, :room]
             gathered = message.new_empty(world.size() * len(message))
             dist.all_gather_into_tensor(gathered, message, group=world)
             by_rank = gathered.view(world.size(), -1)
-            counts = by_rank[:, 0]
+            counts, kinds = by_rank[:, 0], by_rank[:, 1]
             most = int(counts.max())
+        others = (kinds != kinds[0]).nonzero()[:, 0].tolist()
+        if others:
+            raise ValueError(
+                f"batch: all ranks must hold the same token features, and all or none costs, but "
+                f"those of {others} hold others than rank 0; here they are {kind[0]}, and {kind[1]}"
+            )
         there = torch.arange(room) < counts[:, None]
-        lengths, num_targets, costs = by_rank[:, 1:].view(-1, 3, room).movedim(1, 0)[:, there]
+        lengths, num_targets, costs = by_rank[:, 2:].reshape(-1, 3, room).movedim(1, 0)[:, there]
         return _Facts(lengths.long(), num_targets.long(), costs, there.nonzero()[:, 0])
 
 

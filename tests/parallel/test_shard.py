@@ -132,6 +132,30 @@ def test_every_rank_knows_the_sizes_of_all(run_in_world, dp: int, cp: int) -> No
         assert num_targets.tolist() == [min(n, 2) for n in want]
 
 
+def shard_unlike(which: str) -> str:
+    """What is said where rank 1's batch has something that the others' have not."""
+    mesh = build_mesh(dp=3, cp=1, device=CPU)
+    batch = make_batch([3, 1], mesh.rank)
+    if mesh.rank == 1:
+        more = {"more": batch.tokens["id"]}
+        costs = torch.ones(2, dtype=torch.float64)
+        batch = dict(
+            more=replace(batch, tokens=batch.tokens | more),
+            other=replace(batch, tokens={"id": batch.tokens["id"]} | more),
+            costs=replace(batch, costs=costs),
+        )[which]
+    try:
+        shard_batch(batch, LAYOUTS["zigzag"](1), mesh)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("which", ["more", "other", "costs"])
+def test_batches_must_be_alike(run_in_world, which: str) -> None:
+    assert all("those of [1] hold others" in said for said in run_in_world(3, shard_unlike, which))
+
+
 def test_one_process_needs_no_group() -> None:
     batch = make_batch([3, 0, 4], 0)
     shard = shard_batch(batch, LAYOUTS["zigzag"](1), None)
@@ -146,7 +170,11 @@ def test_errors() -> None:
         JaggedBatch(two.long(), none, {})
     with pytest.raises(ValueError, match="tokens\\['id'\\]"):
         JaggedBatch(two, none, {"id": torch.zeros(3, dtype=torch.int64)})
-    with pytest.raises(ValueError, match="num_targets: a sequence"):
-        JaggedBatch(two, two + 1, {})
+    ids = {"id": torch.zeros(2, dtype=torch.int64)}
+    for targets in (two + 1, none - 1):
+        with pytest.raises(ValueError, match="num_targets: a sequence"):
+            JaggedBatch(two, targets, ids)
+    with pytest.raises(ValueError, match="costs: want shape"):
+        JaggedBatch(two, none, ids, torch.zeros(3, dtype=torch.float64))
     with pytest.raises(ValueError, match="cp_size=2"):
         shard_batch(make_batch([1], 0), LAYOUTS["zigzag"](2), None)
