@@ -72,6 +72,7 @@ def hstu_attention(
     Raises ValueError, naming the argument, for shapes, dtypes or devices that do not fit. Values
     (order of positions, ends of intervals) are checked on a CPU only: on a GPU the host would wait.
     """
+    check_rows(q, k, v)
     _check(q, k, v, queries, keys, intervals, alpha, scale, backend)
     if projected is not None:
         _check_projected(q, projected)
@@ -216,18 +217,9 @@ def _load_triton(device: torch.device) -> bool:
     return True
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    queries: Jagged,
-    keys: Jagged,
-    intervals: Tensor,
-    alpha: float,
-    scale: float,
-    backend: str,
-) -> None:
-    """Messages are built only on failure: under torch.compile, printing a size would fix it."""
+# Messages are built only on failure: under torch.compile, printing a size would fix it.
+def check_rows(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ValueError, naming it, for one that does not fit q, or is not for attention."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 3:
             raise ValueError(f"{name}: want [rows, heads, dim], got shape {tuple(x.shape)}")
@@ -243,6 +235,19 @@ def _check(
         raise ValueError(f"k: head dim {k.shape[2]} is not q's {q.shape[2]}")
     if v.shape[0] != k.shape[0]:
         raise ValueError(f"v: {v.shape[0]} rows, k has {k.shape[0]}")
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Jagged,
+    keys: Jagged,
+    intervals: Tensor,
+    alpha: float,
+    scale: float,
+    backend: str,
+) -> None:
     for name, jagged, rows in (("queries", queries, q.shape[0]), ("keys", keys, k.shape[0])):
         for part in (jagged.offsets, jagged.positions):
             if part.dtype != torch.int32 or part.dim() != 1:

@@ -44,13 +44,14 @@ def blockwise_forward(
     """The sum over visible keys, float32 [Tq, H, Dv] (float64 for float64 inputs)."""
     compute = accumulator(q.dtype)
     out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=compute, device=q.device)
-    for q_rows, k_rows, mask in _tiles(weighting):
-        scores = torch.einsum("qhd,khd->hqk", q[q_rows].to(compute), k[k_rows].to(compute))
-        scores *= weighting.alpha
-        weights = scores * scores.sigmoid()
-        if mask is not None:
-            weights *= mask
-        out[q_rows] += torch.einsum("hqk,khd->qhd", weights, v[k_rows].to(compute))
+    with torch.autocast(q.device.type, enabled=False):  # it would round what is summed
+        for q_rows, k_rows, mask in _tiles(weighting):
+            scores = torch.einsum("qhd,khd->hqk", q[q_rows].to(compute), k[k_rows].to(compute))
+            scores *= weighting.alpha
+            weights = scores * scores.sigmoid()
+            if mask is not None:
+                weights *= mask
+            out[q_rows] += torch.einsum("hqk,khd->qhd", weights, v[k_rows].to(compute))
     return out.mul_(weighting.scale)
 
 

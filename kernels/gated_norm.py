@@ -63,8 +63,8 @@ def gated_norm(
 ) -> Tensor:
     """dropout(norm(a) * silu(u + u_bias)), [rows, width] in a's dtype; weight and bias are norm's.
 
-    a, u: [rows, width] of one dtype, rows contiguous in themselves; u may be columns of a wider
-    buffer. u_bias, weight, bias: [width].
+    a, u: [rows, width] of one dtype; u may be columns of a wider buffer. u_bias, weight, bias:
+        [width].
     u_gradient: of the `silu_linear` that made u, whose backward then finds u's gradient in place.
     dropout: probability of a zero, in [0, 1); wants seed, int64 [1] (`draw_seed`). The same seed
     drops the same elements, in the forward, the backward and when computed again.
@@ -125,7 +125,7 @@ class _GatedNorm(torch.autograd.Function):
 
             saved = ctx.saved_tensors  # once: each access would have them computed again
             u = saved[1]
-            du = torch.empty_like(u) if ctx.u_gradient is None else ctx.u_gradient.columns(u)
+            du = u.new_empty(u.shape) if ctx.u_gradient is None else ctx.u_gradient.columns(u)
             grads = gated_norm.backward(dout, saved, ctx.dropout, du)
             return *grads, None, None, None, None, None
         *inputs, seed = ctx.saved_tensors

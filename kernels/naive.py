@@ -29,10 +29,12 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, weighting: Weighting) -> Te
     compute = accumulator(q.dtype)
     q_offsets, k_offsets = queries.offsets.tolist(), keys.offsets.tolist()
     outs = [scale * torch.einsum("qhd,khd,khe->qhe", q[:0], k[:0], v[:0]).to(compute)]
-    for b in range(queries.num_sequences):
-        q_rows = slice(q_offsets[b], q_offsets[b + 1])
-        k_rows = slice(k_offsets[b], k_offsets[b + 1])
-        scores = alpha * torch.einsum("qhd,khd->hqk", q[q_rows].to(compute), k[k_rows].to(compute))
-        weights = F.silu(scores) * visible(intervals[q_rows], keys.positions[k_rows])
-        outs.append(scale * torch.einsum("hqk,khd->qhd", weights, v[k_rows].to(compute)))
+    with torch.autocast(q.device.type, enabled=False):  # it would round what is summed
+        for b in range(queries.num_sequences):
+            q_rows = slice(q_offsets[b], q_offsets[b + 1])
+            k_rows = slice(k_offsets[b], k_offsets[b + 1])
+            scores = torch.einsum("qhd,khd->hqk", q[q_rows].to(compute), k[k_rows].to(compute))
+            seen = visible(intervals[q_rows], keys.positions[k_rows])
+            weights = F.silu(alpha * scores) * seen
+            outs.append(scale * torch.einsum("hqk,khd->qhd", weights, v[k_rows].to(compute)))
     return torch.cat(outs).to(q.dtype)

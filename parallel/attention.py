@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
 
-from kernels.attention import hstu_attention
+from kernels.attention import check_rows, hstu_attention
 from kernels.projection import Projected
 from parallel.exchange.all_gather import all_gather_attention
 from parallel.exchange.halo import halo_attention
@@ -56,13 +57,20 @@ def context_parallel_attention(
     of sums. deterministic: as there, if no sequence of the batch is cut; else gradients are.
     projected: as there, for when none is.
     Returns [rows, H, Dv] in q's dtype. Differentiable: gradients of k and v are sums over the
-    group. Every rank of the group must call it, with however few rows.
+    group. Every rank of the group must call it, with however few rows. Raises ValueError, naming
+    the argument, before anything is sent.
     """
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange: {exchange!r} is not one of {', '.join(EXCHANGES)}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise ValueError(f"{name}: dtype {x.dtype} is not q's {q.dtype}")
+    check_rows(q, k, v)
+    for name, x in (("q", q), ("k", k)):
+        if x.shape[0] != seen.shard.rows.num_rows:
+            raise ValueError(
+                f"{name}: {x.shape[0]} rows, this rank's shard has {seen.shard.rows.num_rows}"
+            )
+    for name, factor in (("alpha", alpha), ("scale", scale)):
+        if not 0 < abs(factor) < math.inf:
+            raise ValueError(f"{name}: want a finite number, and not 0, got {factor}")
     if _exchanges(seen):
         return EXCHANGES[exchange].attention(q, k, v, seen=seen, alpha=alpha, scale=scale)
     return hstu_attention(

@@ -47,7 +47,7 @@ def forward(
             else:
                 column[places] = rows
     else:
-        columns = rows
+        columns = rows.contiguous()
     if num_rows:
         block_rows, block, warps = block_shape(width)
         sum_rows_kernel[(cdiv(num_rows, block_rows),)](

@@ -70,7 +70,7 @@ class _HeadsForSequences(torch.autograd.Function):
 def _gather_sequences(x: Tensor, shard: Shard) -> Tensor:
     rows, heads, dim = x.shape
     each = heads // shard.cp_size
-    send = x.view(rows, shard.cp_size, each, dim).transpose(0, 1).reshape(-1, each, dim)
+    send = x.reshape(rows, shard.cp_size, each, dim).transpose(0, 1).reshape(-1, each, dim)
     splits = [part.num_rows for part in shard.parts]
     received = _trade(send, [rows] * shard.cp_size, splits, shard)
     return torch.empty_like(received).index_copy_(0, shard.gathered_rows, received)
@@ -88,4 +88,5 @@ def _gather_heads(x: Tensor, shard: Shard) -> Tensor:
 def _trade(send: Tensor, send_splits: list[int], splits: list[int], shard: Shard) -> Tensor:
     assert shard.links is not None
     with shard.links.watchdog.operation("heads for sequences"):
-        return trade_rows(send, send_splits, splits, shard.group)
+        # An expanded gradient's heads may be one.
+        return trade_rows(send.contiguous(), send_splits, splits, shard.group)

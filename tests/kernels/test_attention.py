@@ -76,6 +76,21 @@ def test_low_precision_inputs_accumulate_in_float32() -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["naive", "blockwise"])
+def test_autocast_rounds_nothing(backend: str) -> None:
+    whole = Jagged.whole(torch.tensor([50, 20], dtype=torch.int32))
+    intervals = torch.tensor([[0, 50, 0, 0]] * 70).int()
+    *qkv, dout = inputs(70, 2, 16, 16, torch.float32)
+    mask = dict(queries=whole, keys=whole, intervals=intervals, alpha=0.25, scale=0.01)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = hstu_attention(*qkv, **mask, backend=backend)
+        results.append([out, *torch.autograd.grad(out, qkv, dout.detach())])
+    for plain, under in zip(*results, strict=True):
+        assert torch.equal(plain, under)
+
+
 POSITIONS = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 4, 5], dtype=torch.int32)
 STRIDED = POSITIONS.repeat_interleave(2)[::2]
 

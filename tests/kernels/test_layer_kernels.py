@@ -67,6 +67,8 @@ def test_gated_norm(rows: int, width: int, padding: int) -> None:
     a, u = random(rows, width), random(rows, width, padding=padding)
     inputs = [a, u, random(width), random(width), random(width)]
     check_twins(lambda *a, backend: gated_norm(*a, eps=EPS, backend=backend), inputs)
+    inputs[1] = random(width, rows).t()
+    check_twins(lambda *a, backend: gated_norm(*a, eps=EPS, backend=backend), inputs)
 
 
 @given(rows=ROWS, width=WIDTHS, splits=st.lists(st.integers(1, 40), min_size=2, max_size=4))

@@ -101,6 +101,15 @@ def test_runs_of_equal_keys(runs: list[int], seed: int) -> None:
         check([grad], [want])
 
 
+@pytest.mark.parametrize("backend", ["naive", "triton"])
+def test_rows_that_lie_apart(backend: str) -> None:
+    table = torch.randn(9, 5, device=DEVICE, requires_grad=True)
+    rows = torch.randint(9, (40,), dtype=torch.int32, device=DEVICE)
+    for some in (rows[::2], rows.view(10, 4)[:, 1], rows[:1].expand(20)):
+        (out,) = sum_rows([table], [Sum(len(some), table.dtype, [Term(0, some)])], backend=backend)
+        assert torch.equal(out, table[some.long()])
+
+
 def test_same_bits_in_every_run() -> None:
     case = Case(1000, [50, 3, 1], 20, torch.bfloat16, seed=0)
     for x, y in zip(case.run("triton"), case.run("triton"), strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -42,6 +43,9 @@ CASES = {
     ),
     "semi_local": Case(
         torch.tensor([150, 3, 64]), torch.tensor([5, 0, 1], dtype=torch.int32), 2, local=9, prefix=4
+    ),
+    "ends_behind_the_keys": Case(
+        torch.tensor([150, 3, 64]), torch.zeros(3, dtype=torch.int32), 0, window=7, behind=9
     ),
     "alike": Case(torch.full((6,), 20), torch.zeros(6, dtype=torch.int32), 0),
     "nothing": Case(torch.tensor([0, 0]), torch.zeros(2, dtype=torch.int32), 0),
@@ -247,11 +251,43 @@ def test_large_messages_are_cut_into_heads_then_rows() -> None:
     assert chunks(150_000, heads=3) == (1, 1)  # two are a little too much: no rows are cut
 
 
-def test_a_message_has_one_dtype() -> None:
-    q = torch.zeros(4, 1, 8, dtype=torch.bfloat16)
-    seen = SimpleNamespace()
-    with pytest.raises(ValueError, match="v: dtype"):
-        context_parallel_attention(q, q, q.float(), seen=seen, alpha=1.0, scale=1.0)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (dict(v=torch.zeros(4, 2, 8)), "v: dtype"),  # a message has one
+        (dict(k=torch.zeros(4, 1, 8, dtype=torch.bfloat16)), "k: 1 heads"),
+        (dict(q=torch.zeros(8, 2, 8, dtype=torch.bfloat16)), "q: 8 rows, this rank's shard has 4"),
+        (dict(scale=0.0), "scale: want a finite number, and not 0"),
+        (dict(alpha=0.0), "alpha"),
+        (dict(exchange="fax"), "exchange"),
+    ],
+)
+def test_errors_name_the_argument(change: dict[str, Any], name: str) -> None:
+    q = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
+    seen = SimpleNamespace(shard=SimpleNamespace(rows=SimpleNamespace(num_rows=4)))
+    arguments = dict(q=q, k=q, v=q, seen=seen, alpha=1.0, scale=1.0) | change
+    with pytest.raises(ValueError, match=name):
+        context_parallel_attention(**arguments)
+
+
+def sum_of_out(exchange: str) -> list[torch.Tensor]:
+    """Its gradients: autograd's is one number, expanded."""
+    shard, mesh = one_sequence(40, 2)
+    seen = Visibility(shard, hstu_intervals)
+    *qkv, _ = (x[shard.whole_rows[shard.rank]].requires_grad_() for x in qkvd(40))
+    out = context_parallel_attention(*qkv, seen=seen, exchange=exchange, **SCALES)
+    ones = torch.ones_like(out)
+    got, want = (
+        torch.autograd.grad(x, qkv, dout, retain_graph=True)
+        for x, dout in ((out.sum(), None), (out, ones))
+    )
+    dist.barrier(mesh.cp_group)
+    return [*map(torch.dist, got, want)]
+
+
+@pytest.mark.parametrize("exchange", EXCHANGES)
+def test_an_expanded_gradient(run_in_world, exchange: str) -> None:
+    assert run_in_world(2, sum_of_out, exchange) == [[0, 0, 0]] * 2
 
 
 def check_against_one_process(results: list, name: str) -> None:
