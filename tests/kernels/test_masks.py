@@ -62,7 +62,7 @@ def test_intervals_are_disjoint_and_in_range(case: Case) -> None:
     a0, a1, b0, b1 = case.intervals(whole).unbind(-1)
     length = case.lengths[whole.sequence_ids()]
     for low, high in ((a0, a1), (b0, b1)):
-        assert bool(((low >= 0) & (low <= high) & (high <= length)).all())
+        assert bool(((low >= 0) & (low <= high) & (high <= length + case.behind)).all())
     both = (a1 > a0) & (b1 > b0)
     assert bool((a1 <= b0)[both].all())
 
