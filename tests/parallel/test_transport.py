@@ -110,6 +110,14 @@ def test_two_gpus_equal_one(run_in_world, transport: str, exchange: str, keep_wh
         assert all(error < 4e-3 for batch in errors for error in batch), errors
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("exchange", ["ring", "halo"])
+def test_two_gpus_with_wide_heads(run_in_world, exchange: str) -> None:
+    """Whose forward and backward, on Hopper, plan differently."""
+    for errors in run_in_world(2, attend, "copy", exchange, False, 256, gpus=True):
+        assert all(error < 4e-3 for batch in errors for error in batch), errors
+
+
 def attend_in_turn(keep_whole: bool) -> list[list[torch.Tensor]]:
     from kernels.triton import launch
 
